@@ -1,0 +1,165 @@
+// Vectors of the instruction set this file is compiled for, and the functions of the gates on them.
+// GCC's and Clang's vector extensions: the same source is SSE2, AVX2, AVX-512 or NEON.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define STATEMIX_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define STATEMIX_VECTOR_BYTES 32
+#else
+#define STATEMIX_VECTOR_BYTES 16
+#endif
+#define STATEMIX_INLINE inline __attribute__((always_inline))
+
+namespace statemix {
+namespace {
+
+template <class T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  typedef float V __attribute__((vector_size(STATEMIX_VECTOR_BYTES)));
+  typedef int32_t I __attribute__((vector_size(STATEMIX_VECTOR_BYTES)));
+  static constexpr int mantissa = 23, bias = 127;
+  static constexpr int32_t all_but_sign = INT32_MAX;
+  static constexpr float round = 12582912.f;                                  // 1.5 * 2^23: x + round - round is rint(x)
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // Cody and Waite; high has 9 bits
+  static constexpr float lowest = -104.f;                                     // exp is 0 below
+  // e^r = 1 + r + r^2 (c_0 + c_1 r + ...) for |r| <= ln(2) / 2: minimax, relative error 3e-9
+  static constexpr float series[] = {0.499999934321f, 0.16666520399f, 0.0416683907835f, 0.00836874510894f,
+                                     0.00138145401768f};
+};
+template <>
+struct Lanes<double> {
+  typedef double V __attribute__((vector_size(STATEMIX_VECTOR_BYTES)));
+  typedef int64_t I __attribute__((vector_size(STATEMIX_VECTOR_BYTES)));
+  static constexpr int mantissa = 52, bias = 1023;
+  static constexpr int64_t all_but_sign = INT64_MAX;
+  static constexpr double round = 6755399441055744.;
+  static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
+  static constexpr double lowest = -746.;
+  // Taylor: relative error 5e-18
+  static constexpr double series[] = {1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,       1. / 5040,
+                                      1. / 40320,  1. / 362880,  1. / 3628800,  1. / 39916800,  1. / 479001600, 1. / 6227020800.};
+};
+
+template <class T>
+using V = typename Lanes<T>::V;
+template <class T>
+constexpr int width = STATEMIX_VECTOR_BYTES / sizeof(T);
+
+template <class T>
+STATEMIX_INLINE V<T> splat(T x) {
+  return V<T>{} + x;
+}
+
+// The first `lanes` lanes at p. The whole vector is the usual case; a part is kept out of line, or it would force every
+// vector through memory.
+template <class T>
+__attribute__((noinline)) V<T> load_part(const T* p, int lanes) {
+  V<T> x = {};
+  std::memcpy(&x, p, lanes * sizeof(T));
+  return x;
+}
+template <class T>
+__attribute__((noinline)) void store_part(T* p, V<T> x, int lanes) {
+  std::memcpy(p, &x, lanes * sizeof(T));
+}
+template <class T>
+STATEMIX_INLINE V<T> load(const T* p, int lanes) {
+  if (__builtin_expect(lanes != width<T>, 0)) return load_part(p, lanes);
+  V<T> x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+template <class T>
+STATEMIX_INLINE void store(T* p, V<T> x, int lanes) {
+  if (__builtin_expect(lanes != width<T>, 0)) return store_part(p, x, lanes);
+  std::memcpy(p, &x, sizeof x);
+}
+
+// A comparison with NaN is false: the order of the operands below is what lets NaN through.
+template <class T>
+STATEMIX_INLINE V<T> absolute(V<T> x) {
+  using I = typename Lanes<T>::I;
+  return (V<T>)((I)x & (I{} + Lanes<T>::all_but_sign));
+}
+template <class T>
+STATEMIX_INLINE V<T> larger(V<T> a, V<T> b) {
+  return a > b ? a : b;
+}
+template <class T>
+STATEMIX_INLINE V<T> clamp(V<T> x, V<T> low, V<T> high) {
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
+
+// exp(x) = 2^k (1 + q): q = expm1(r) by a polynomial for |r| <= ln(2) / 2, k = rint(x / ln 2).
+template <class T>
+struct Exponential {
+  using L = Lanes<T>;
+  V<T> q, k;
+
+  STATEMIX_INLINE explicit Exponential(V<T> x) {
+    const V<T> shifted = x * T(1.4426950408889634) + L::round;
+    k = shifted - L::round;
+    const V<T> r = (x - k * L::ln2_high) - k * L::ln2_low;
+    constexpr int terms = sizeof L::series / sizeof(T);
+    q = splat<T>(L::series[terms - 1]);
+#pragma GCC unroll 16
+    for (int i = terms - 2; i >= 0; --i) q = q * r + L::series[i];
+    q = (q * r + T(1)) * r;
+  }
+  // x 2^k in two factors, so that subnormal results and overflow come out right
+  STATEMIX_INLINE V<T> scaled(V<T> x) const {
+    using I = typename L::I;
+    const I exponent = (I)(k + L::round) - (I)splat<T>(L::round), half = exponent >> 1;
+    return x * (V<T>)((half + L::bias) << L::mantissa) * (V<T>)((exponent - half + L::bias) << L::mantissa);
+  }
+  STATEMIX_INLINE V<T> value() const { return scaled(q + T(1)); }
+  STATEMIX_INLINE V<T> minus_one() const {  // exact near x = 0, where value() - 1 would cancel
+    const V<T> scale = scaled(splat<T>(T(1)));
+    return q * scale + (scale - T(1));
+  }
+};
+#if defined(__AVX512F__)  // one instruction
+template <>
+STATEMIX_INLINE V<float> Exponential<float>::scaled(V<float> x) const {
+  return (V<float>)_mm512_maskz_scalef_ps(-1, (__m512)x, (__m512)k);
+}
+template <>
+STATEMIX_INLINE V<double> Exponential<double>::scaled(V<double> x) const {
+  return (V<double>)_mm512_maskz_scalef_pd(-1, (__m512d)x, (__m512d)k);
+}
+#endif
+
+template <class T>
+STATEMIX_INLINE V<T> exp_of_negative(V<T> x) {  // x <= 0
+  const V<T> lowest = splat<T>(Lanes<T>::lowest);
+  return Exponential<T>(x < lowest ? lowest : x).value();
+}
+
+template <class T>
+STATEMIX_INLINE V<T> tanh(V<T> x) {
+  // 1 to the last bit beyond 20; the clamp keeps exp finite
+  const V<T> e = Exponential<T>(clamp<T>(x + x, splat<T>(-40), splat<T>(40))).minus_one();
+  return e / (e + T(2));
+}
+
+template <class T>
+struct Sigmoid {
+  V<T> value, complement;  // s(x) and 1 - s(x) = s(-x), each to full relative accuracy
+
+  STATEMIX_INLINE explicit Sigmoid(V<T> x) {
+    const V<T> e = exp_of_negative<T>(-absolute<T>(x));
+    const V<T> near_one = T(1) / (T(1) + e), near_zero = e * near_one;
+    value = x < 0 ? near_zero : near_one;
+    complement = x < 0 ? near_one : near_zero;
+  }
+};
+
+}  // namespace
+}  // namespace statemix

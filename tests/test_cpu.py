@@ -1,0 +1,300 @@
+"""scan/cpu.py and csrc/: every instruction set against the float64 loop, the torch operator, loading the library."""
+
+import _ctypes
+import ctypes
+import functools
+import itertools
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SCANS, Problem, assert_close, assert_problem, make_problem
+
+import statemix
+from statemix.gates import NORMALIZATIONS, RELU_FLOOR
+from statemix.scan import cpu
+
+SOURCES = Path(__file__).parents[1] / "csrc"
+BOUNDED = [name for name in NORMALIZATIONS if name != "none"]
+each_kind = pytest.mark.parametrize("kind", SCANS)
+each_instruction_set = pytest.mark.parametrize("instruction_set", cpu.instruction_sets(), indirect=True)
+pytestmark = pytest.mark.skipif(cpu.load_problem() is not None, reason=f"no compiled kernels: {cpu.load_problem()}")
+
+
+@pytest.fixture
+def instruction_set(request):
+    before = cpu.instruction_set()
+    cpu.use_instruction_set(request.param)
+    yield request.param
+    cpu.use_instruction_set(before)
+
+
+def test_memory_that_no_kernel_wrote_is_nan(generator, monkeypatch):
+    problem = make_problem(generator, "block", "softmax", order=3, length=4)
+    monkeypatch.setattr(cpu._Library, "run", lambda *arguments: None)
+    for what, result in problem.results("cpu").items():
+        assert result.isnan().all(), what
+
+
+ORDERS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 17, 64)  # 7, 17 and 64 have no kernel of their own
+BLOCKS = (1, 3, 15, 16, 17, 33)  # a vector is 4 to 16 floats or 2 to 8 doubles
+
+
+@functools.cache
+def solved(kind: str, order: int, dtype: torch.dtype) -> list[tuple[Problem, dict[str, torch.Tensor]]]:
+    """One problem for every normalisation, and what the float64 loop says about it."""
+    generator, problems = torch.Generator().manual_seed(order), []
+    for i, normalization in enumerate(NORMALIZATIONS):
+        sizes = {"length": 3 if order > 8 else 9, "blocks": BLOCKS[(i + order) % len(BLOCKS)], "batch": 1 + i % 3}
+        flags = {"with_state": i % 2 == 0, "with_reset": i % 3 == 0}
+        problem = make_problem(generator, kind, normalization, order=order, **sizes, **flags, dtype=dtype)
+        problems.append((problem, problem.to(torch.float64).results("reference")))
+    return problems
+
+
+@each_instruction_set
+@each_kind
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_each_instruction_set_equals_the_loop(instruction_set, kind, order, dtype):
+    for problem, expected in solved(kind, order, dtype):
+        assert_problem(problem, "cpu", expected)
+
+
+@each_instruction_set
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_number_of_threads_changes_no_bit(generator, instruction_set, kind, dtype):
+    problem = make_problem(
+        generator, kind, "softmax", order=3, length=65, blocks=33, batch=3, with_reset=True, dtype=dtype
+    )
+    results = []
+    try:
+        for threads in (1, 2, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(problem.results("cpu"))
+    finally:
+        torch.set_num_threads(2)
+    for other, what in itertools.product(results[1:], results[0]):
+        assert torch.equal(other[what], results[0][what]), what
+
+
+def near_one(generator: torch.Generator, normalization: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Raw gates whose first weight is about 1 - 1e-4, with the rest random."""
+    small, normal = 1e-4 / (shape[-2] - 1), torch.randn(shape, generator=generator, dtype=torch.float64)
+    peak, rest = {
+        "softmax": (0.0, math.log(small) + normal / 2),
+        "sigmoid": (5.0, math.log(small) + normal / 2),
+        "tanh": (3.0, small * normal),
+        "silu": (5.0, 10 * small * normal),
+        "linear": (3.0, 3 * small * normal),
+        "none": (1 - 1e-4, small * normal),
+    }[normalization]
+    return torch.where(torch.arange(shape[-2])[:, None] == 0, peak, rest).float()
+
+
+@functools.lru_cache(maxsize=1)
+def long_memory(kind: str, normalization: str) -> tuple[Problem, torch.Tensor]:
+    """65,536 float32 steps of slow decay, and the float64 states, the first 2,000 of which are those of the loop."""
+    generator, length = torch.Generator().manual_seed(0), 65536
+    rows, kept = ((2,), (2,)) if kind == "block" else ((), () if kind == "companion" else (2,))
+    problem = Problem(
+        *(kind, normalization),
+        near_one(generator, normalization, (1, length, *rows, 3, 4)),
+        torch.randn(1, length, *rows, 4, generator=generator),
+        torch.randn(1, 2, 4, generator=generator),
+        *(None, torch.zeros(1, length, *kept, 4)),
+    )
+    wide = problem.to(torch.float64)
+    states = wide.states("cpu")
+    start = wide.map(lambda x: x[:, :2000] if x.shape[1] == length else x)
+    assert_close(states[:, :2000], start.states("reference"))
+    return problem, states
+
+
+@each_instruction_set
+@each_kind
+# relu comes this close to 1 only with gates above 20, and there the floor is lost in the rounding of the sum
+@pytest.mark.parametrize("normalization", [name for name in NORMALIZATIONS if name != "relu"])
+def test_a_memory_of_ten_thousand_steps_is_accurate(instruction_set, kind, normalization):
+    problem, expected = long_memory(kind, normalization)
+    assert_close(problem.states("cpu"), expected)
+
+
+@each_instruction_set
+@each_kind
+@pytest.mark.parametrize("normalization", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("order", [1, 3])
+def test_a_closed_gate_forgets_a_large_state(generator, instruction_set, kind, normalization, order):
+    problem = make_problem(generator, kind, normalization, order=order, length=2, dtype=torch.float32)
+    transitions = (..., slice(order), slice(None))
+    problem.raw_gates.zero_()[transitions] = -30  # weights of 1e-13
+    if kind == "observer":  # the older components move up whole, so only one is large
+        problem.initial_state[:, 1:] = 0
+    problem.initial_state[:, :1] *= 1e6
+    assert_close(problem.states("cpu"), problem.to(torch.float64).states("reference"))
+
+
+# Where exp leaves the normal numbers of float32 or float64, so that a sum is 0 or has no finite inverse.
+EXTREMES = (-1e4, -740.0, -100.0, -95.0, -88.0, 0.0, 88.0, 100.0, 1e4)
+
+
+@functools.cache
+def extreme(raw: float, kind: str, normalization: str, dtype: torch.dtype) -> tuple[Problem, dict[str, torch.Tensor]]:
+    """A step whose raw gates are all `raw`, and one with one of them; and what the loop of this dtype says about it."""
+    problem = make_problem(torch.Generator().manual_seed(0), kind, normalization, order=2, length=3, dtype=dtype)
+    problem.raw_gates[:, 1] = raw
+    problem.raw_gates[1, 2, ..., 0, :] = raw
+    return problem, {what: result.double() for what, result in problem.results("reference").items()}
+
+
+@each_instruction_set
+@each_kind
+@pytest.mark.parametrize("normalization", BOUNDED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_gates_equal_the_loop_and_stay_finite(instruction_set, kind, normalization, dtype):
+    for raw in EXTREMES:
+        problem, expected = extreme(raw, kind, normalization, dtype)
+        assert_problem(problem, "cpu", expected)  # refuses NaN and infinities
+
+
+@each_kind
+@pytest.mark.parametrize("normalization", BOUNDED)
+@pytest.mark.parametrize(("raw", "dtype"), [(1e-40, torch.float32), (1e-310, torch.float64)])
+def test_gates_below_the_normal_numbers_equal_the_loop_and_stay_finite(kind, normalization, raw, dtype):
+    problem, expected = extreme(raw, kind, normalization, dtype)
+    assert_problem(problem, "cpu", expected)
+
+
+def test_the_operator_passes_opcheck(generator):
+    for kind, with_reset in (("block", False), ("block", True), ("companion", True), ("observer", True)):
+        problem = make_problem(generator, kind, "softmax", order=3, length=5, with_reset=with_reset)
+        inputs = [x.detach().requires_grad_() for x in (problem.raw_gates, problem.values, problem.initial_state)]
+        checks = torch.library.opcheck(torch.ops.statemix.scan_forward, (*inputs, problem.reset, "softmax", kind))
+        assert set(checks.values()) == {"SUCCESS"}
+        assert len(checks) == 4
+
+
+@each_kind
+def test_a_second_derivative_is_refused(generator, kind):
+    problem = make_problem(generator, kind, "softmax", order=2, length=3)
+    values = problem.values.requires_grad_()
+    states = problem.states("cpu")
+    (gradient,) = torch.autograd.grad(states.square().sum(), values, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"^scan: the 'cpu' backend has no second derivative\. Use backend='assoc"):
+        gradient.sum().backward()
+
+
+@each_kind
+def test_compiled_and_eager_calls_agree(generator, kind):
+    problem = make_problem(generator, kind, "softmax", order=3, length=9, with_reset=True)
+
+    def step(raw_gates, values, initial_state):
+        scan = SCANS[kind](2 * raw_gates, values, initial_state, reset=problem.reset, backend="cpu")
+        return scan.tanh()
+
+    inputs = [x.detach().requires_grad_() for x in (problem.raw_gates, problem.values, problem.initial_state)]
+    eager, compiled = step(*inputs), torch.compile(step, fullgraph=True, backend="aot_eager")(*inputs)
+    assert_close(compiled, eager)
+    gradients = (torch.autograd.grad(states, inputs, problem.cotangent) for states in (compiled, eager))
+    for actual, expected in zip(*gradients, strict=True):
+        assert_close(actual, expected)
+
+
+def test_an_instruction_set_that_is_not_here_is_refused():
+    names = re.escape(str(list(cpu.instruction_sets())))
+    with pytest.raises(ValueError, match=rf"^use_instruction_set: `name` must be one of {names}, got 'mmx'\.$"):
+        cpu.use_instruction_set("mmx")
+    assert cpu.instruction_sets()[0] == "baseline"
+    assert cpu.instruction_set() in cpu.instruction_sets()
+
+
+@pytest.fixture
+def spoiled(request, monkeypatch, tmp_path):
+    """A process in which the library, not loaded yet, cannot be used, and the pattern of why."""
+    monkeypatch.setattr(statemix.scan, "_warned", [])
+    library = tmp_path / cpu.LIBRARY
+    if request.param == "variable":
+        monkeypatch.setenv("STATEMIX_INSTRUCTION_SET", "mmx")
+        names = re.escape(str(list(cpu.instruction_sets())))
+        problem = rf"STATEMIX_INSTRUCTION_SET must be one of {names} on this processor, got 'mmx'\."
+    else:
+        monkeypatch.setattr(statemix.scan, "__path__", [str(tmp_path)])
+        problem = re.escape(str(library))
+    if request.param == "missing":
+        problem = re.escape(f"{cpu.LIBRARY} is not in {tmp_path}: it was not built when statemix was installed.")
+    if request.param == "corrupted":
+        library.write_bytes(b"not a library")
+    if request.param == "another library":  # such as one built from older sources
+        library.symlink_to(_ctypes.__file__)
+    monkeypatch.setattr(cpu, "_loaded", cpu._load())
+    return problem
+
+
+@pytest.mark.parametrize("spoiled", ["variable", "missing", "corrupted", "another library"], indirect=True)
+def test_without_kernels_auto_warns_once_and_a_named_backend_raises(generator, spoiled):
+    problem = make_problem(generator, "block", "softmax", order=3, length=5)
+    expected = problem.results("reference")
+    start = "statemix: the slow torch scan runs in place of the compiled one: "
+    with pytest.warns(UserWarning, match=start + ".*" + spoiled) as caught:
+        states = statemix.block_scan(problem.raw_gates, problem.values, problem.initial_state)
+    assert [warning.filename for warning in caught] == [__file__]  # it points at the caller
+    assert_close(states, expected["states"])
+    assert_problem(problem, "auto", expected)  # a second warning would be an error
+    assert statemix.available_backends() == ("associative", "reference")
+    assert cpu.instruction_sets() == ()
+    message = rf"backend 'cpu' cannot be used: .*{spoiled}"
+    with pytest.raises(RuntimeError, match=rf"^block_scan: {message}.* Use backend='auto'\.$"):
+        problem.states("cpu")
+    with pytest.raises(RuntimeError, match=rf"^scan: {message}"):
+        cpu.instruction_set()
+
+
+@pytest.mark.parametrize(("name", "set_in_use"), [("baseline", "baseline"), ("mmx", None)])
+def test_the_variable_is_read_by_a_new_process(name, set_in_use):
+    code = f"""
+from statemix.scan import available_backends, cpu
+assert (cpu.instruction_set() if "cpu" in available_backends() else None) == {set_in_use!r}
+"""
+    environment = os.environ | {"STATEMIX_INSTRUCTION_SET": name}
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+
+
+def test_the_problem_of_python_is_the_struct_of_the_header():
+    header = re.sub(r"//[^\n]*", "", (SOURCES / "scan.h").read_text())
+    (body,) = re.findall(r"struct Problem \{(.*?)\};", header, re.DOTALL)
+    fields = []
+    for declaration in body.split(";")[:-1]:
+        ctype, names = re.fullmatch(r"\s*((?:const )?\w+\*?)\s+(.*)", declaration, re.DOTALL).groups()
+        fields += [(name.strip(), "void*" if ctype.endswith("*") else ctype) for name in names.split(",")]
+    ctypes_of = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "void*": ctypes.c_void_p}
+    assert [(name, ctypes_of[ctype]) for name, ctype in fields] == cpu._Problem._fields_
+    assert len(fields) == 21
+
+
+@pytest.mark.parametrize(
+    ("enum", "numbers"), [("Kind", cpu._KINDS), ("Normalization", cpu._NORMALIZATIONS)], ids=["kind", "normalization"]
+)
+def test_the_names_of_python_have_the_numbers_of_the_header(enum, numbers):
+    (body,) = re.findall(rf"enum {enum} : int32_t {{(.*?)}};", (SOURCES / "scan.h").read_text())
+    found, number = {}, 0
+    for enumerator in body.split(","):
+        name, _, given = enumerator.partition("=")
+        number = int(given) if given else number
+        found[name.strip().removeprefix("k").lower()] = number
+        number += 1
+    assert found == numbers
+
+
+def test_the_constants_of_python_are_those_of_the_sources():
+    (order,) = re.findall(r"constexpr int kMaxOrder = (\d+);", (SOURCES / "scan.h").read_text())
+    (floor,) = re.findall(r"constexpr double kReluFloor = ([\d.e-]+);", (SOURCES / "kernels.cpp").read_text())
+    assert (int(order), float(floor)) == (cpu.MAX_ORDER, RELU_FLOOR)
+    assert list(cpu._NORMALIZATIONS) == list(NORMALIZATIONS)
+    assert list(cpu._KINDS) == list(SCANS)

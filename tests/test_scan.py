@@ -1,0 +1,506 @@
+"""The three scans: the loop against hand-written numbers and NumPy, every backend against the loop, laws, errors."""
+
+import dataclasses
+import functools
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    LAYOUTS,
+    SCANS,
+    TOLERANCE,
+    Problem,
+    assert_close,
+    assert_problem,
+    make_problem,
+    numpy_block,
+    numpy_states,
+    numpy_weights,
+)
+
+from statemix import available_backends, block_scan, companion_scan, observer_scan
+from statemix.gates import NORMALIZATIONS
+from statemix.scan import lagged_states
+
+each_backend = pytest.mark.parametrize("backend", available_backends())
+each_kind = pytest.mark.parametrize("kind", SCANS)
+each_normalization = pytest.mark.parametrize("normalization", NORMALIZATIONS)
+
+
+@each_backend
+def test_two_steps_by_hand(backend):
+    def tensor(*numbers, shape):
+        return torch.tensor(numbers, dtype=torch.float64).view(shape)
+
+    one, two = [0.5, 0.25, 0.25], [-0.5, 0.25, 0.25]
+    options = {"normalization": "none", "backend": backend}
+    states = block_scan(
+        tensor(*one, 0.125, 0.5, 0.5, 0.25, -0.5, 0.25, 0.75, 0.0, 0.25, shape=(1, 2, 2, 3, 1)),
+        tensor(4, 2, 8, -4, shape=(1, 2, 2, 1)),
+        tensor(1, 2, shape=(1, 2, 1)),
+        **options,
+    )
+    # 0.5 * 1 + 0.25 * 2 + 0.25 * 4 = 2, 0.125 * 1 + 0.5 * 2 + 0.5 * 2 = 2.125; then
+    # 0.25 * 2 - 0.5 * 2.125 + 0.25 * 8 = 1.4375, 0.75 * 2 + 0 * 2.125 - 0.25 * 4 = 0.5
+    assert states.flatten().tolist() == [2, 2.125, 1.4375, 0.5]
+
+    gates, values, start = (
+        tensor(*one, *two, shape=(1, 2, 3, 1)),
+        tensor(4, -8, shape=(1, 2, 1)),
+        tensor(1, 2, shape=(1, 2, 1)),
+    )
+    # 0.5 * 1 + 0.25 * 2 + 0.25 * 4 = 2, then -0.5 * 2 + 0.25 * 1 - 0.25 * 8 = -2.75
+    assert companion_scan(gates, values, start, **options).flatten().tolist() == [2, -2.75]
+    # 0.5 * 1 + 2 + 0.25 * 4 = 3.5, 0.25 * 1 = 0.25; then -0.5 * 3.5 + 0.25 - 0.25 * 8 = -3.5, 0.25 * 3.5 = 0.875
+    assert observer_scan(gates, values, start, **options).flatten().tolist() == [3.5, 0.25, -3.5, 0.875]
+
+    # with weights softmax(log (1, 2, 1)) = (1/4, 1/2, 1/4), and a reset before the second step
+    gates, reset = tensor(1, 2, 1, 1, 2, 1, shape=(1, 2, 3, 1)).log(), torch.tensor([[False, True]])
+    assert_close(companion_scan(gates, values, start, backend=backend)[0, :, 0], tensor(2.25, -0.9375, shape=2))
+    assert_close(companion_scan(gates, values, start, reset=reset, backend=backend)[0, :, 0], tensor(2.25, -2, shape=2))
+
+
+@each_kind
+@each_normalization
+@pytest.mark.parametrize("with_reset", [False, True])
+def test_the_loop_equals_numpy(generator, kind, normalization, with_reset):
+    for order, length in ((1, 6), (2, 5), (3, 9), (5, 7)):
+        problem = make_problem(generator, kind, normalization, order=order, length=length, with_reset=with_reset)
+        assert_close(problem.states("reference"), numpy_states(problem))
+
+
+@each_kind
+@each_normalization
+def test_the_loop_passes_gradcheck(generator, kind, normalization):
+    problem = make_problem(generator, kind, normalization, order=3, length=3, blocks=1, with_reset=True)
+    # relu and |f| have a kink at 0, closer to some of the slow-decay gates than a difference quotient reaches
+    raw_gates = torch.where(problem.raw_gates.abs() < 1e-2, 1e-2, problem.raw_gates)
+    inputs = [x.requires_grad_() for x in (raw_gates, problem.values, problem.initial_state)]
+
+    def states(raw_gates, values, initial_state):
+        return problem.states("reference", raw_gates=raw_gates, values=values, initial_state=initial_state)
+
+    assert torch.autograd.gradcheck(states, inputs)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_comparison_rejects_what_is_wrong(dtype):
+    expected = torch.linspace(-2, 1, 7, dtype=torch.float64).to(dtype).double()  # largest entry 2
+    right = expected.to(dtype)
+    assert_close(right, expected)
+    wrong = expected.clone()
+    wrong[3] += 10 * TOLERANCE[dtype] * 2
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_close(wrong.to(dtype), expected)
+    for damaged in (torch.nan, torch.inf):
+        with pytest.raises(AssertionError, match="relative error"):
+            assert_close(torch.where(expected == 1, damaged, right), expected)
+    with pytest.raises(AssertionError, match="shape"):
+        assert_close(right[:, None], expected)
+    with pytest.raises(AssertionError, match="no tolerance"):
+        assert_close(right.int(), expected)
+    with pytest.raises(AssertionError, match="must be float64"):
+        assert_close(right, expected.float())
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_close(right, torch.zeros_like(expected))
+
+
+@pytest.mark.parametrize("order", [2, 3, 8])
+def test_the_comparison_rejects_a_transposed_block(generator, order):
+    for dtype in TOLERANCE:
+        problem = make_problem(generator, "block", "softmax", order=order, length=31, dtype=dtype)
+        expected = problem.to(torch.float64).results("reference")
+        gates = problem.raw_gates.clone()
+        gates[:, :, :, :-1] = gates[:, :, :, :-1].transpose(2, 3)
+        with pytest.raises(AssertionError, match="states: relative error"):
+            assert_problem(dataclasses.replace(problem, raw_gates=gates), "reference", expected)
+
+
+def table() -> list[tuple]:
+    """(scan, normalisation, M, T, N, initial state?, reset?, layout).
+
+    Every (scan, M) meets every normalisation and every T; the other four rotate beside them.
+    """
+    orders, lengths = (1, 2, 3, 4, 5, 8, 16), (1, 2, 31, 64, 65, 257)
+    rest = list(itertools.product((1, 17, 3), (False, True), (False, True), LAYOUTS))
+    cases = []
+    for (k, kind), (i, order), (j, normalization) in itertools.product(
+        enumerate(SCANS), enumerate(orders), enumerate(NORMALIZATIONS)
+    ):
+        count, length = len(cases), lengths[(i + j + k) % len(lengths)]
+        blocks, *others = rest[(7 * count + count // 6) % len(rest)]
+        # autograd through the loop takes T^2 N of time
+        cases.append((kind, normalization, order, length, 3 if blocks == 17 and length == 257 else blocks, *others))
+    return cases
+
+
+def test_the_table_holds_every_pair():
+    kind, normalization, order, length, blocks, state, reset, layout = range(8)
+    for axes in (
+        *((kind, normalization, order), (kind, order, length), (normalization, length), (length, layout)),
+        *((length, state, reset), (order, state, reset), (normalization, state, reset), (order, blocks)),
+        *((kind, length, reset), (kind, length, state), (kind, state, reset, layout), (kind, order, layout)),
+        *((kind, order, reset), (kind, order, state), (kind, blocks, state), (normalization, blocks)),
+    ):
+        met = {tuple(case[axis] for axis in axes) for case in table()}
+        assert len(met) == np.prod([len({case[axis] for case in table()}) for axis in axes]), axes
+
+
+# Orders with no compiled kernel of their own, where M is known at run time only.
+GENERAL = [
+    (kind, normalization, order, length, 3, True, True, "contiguous")
+    for kind in SCANS
+    for normalization, order, length in (("softmax", 7, 65), ("tanh", 7, 31), ("sigmoid", 20, 31), ("silu", 64, 5))
+]
+
+
+@functools.lru_cache(maxsize=8)
+def solved(case: tuple, dtype: torch.dtype) -> tuple[Problem, dict[str, torch.Tensor]]:
+    """The problem in its layout and dtype, and what the float64 loop says about it."""
+    kind, normalization, order, length, blocks, with_state, with_reset, layout = case
+    problem = make_problem(
+        torch.Generator().manual_seed(order * length),
+        *(kind, normalization),
+        **{"order": order, "length": length, "blocks": blocks, "with_state": with_state, "with_reset": with_reset},
+        dtype=dtype,
+    )
+    return problem.map(LAYOUTS[layout]), problem.to(torch.float64).results("reference")
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "backend"),
+    [
+        (case, dtype, backend)
+        for i, case in enumerate(table() + GENERAL)
+        for dtype in TOLERANCE
+        for backend in available_backends()
+        # the float64 loop is held by test_the_loop_equals_numpy; the half types only pass the door, so a third will do
+        if (backend, dtype) != ("reference", torch.float64) and (dtype.itemsize > 2 or i % 3 == 0)
+    ],
+    ids=str,
+)
+def test_backend_equals_the_loop(case, dtype, backend):
+    problem, expected = solved(case, dtype)
+    assert_problem(problem, backend, expected)
+
+
+@each_backend
+@each_kind
+@pytest.mark.parametrize(("dtype", "state_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+def test_the_initial_state_may_have_a_dtype_of_its_own(generator, backend, kind, dtype, state_dtype):
+    problem = make_problem(generator, kind, "softmax", order=3, length=9, dtype=dtype)
+    expected = problem.to(torch.float64).results("reference")
+    results = dataclasses.replace(problem, initial_state=problem.initial_state.to(state_dtype)).results(backend)
+    assert results["states"].dtype == dtype
+    assert results["gradient of initial_state"].dtype == state_dtype
+    assert_close(results["states"], expected["states"])
+    # computed in float32, whatever wider dtype holds it
+    assert_close(results["gradient of initial_state"].float(), expected["gradient of initial_state"])
+
+
+@each_backend
+@each_kind
+@pytest.mark.parametrize("with_reset", [False, True])
+@pytest.mark.parametrize("order", [1, 4])
+def test_split_anywhere_with_the_carried_state_equals_the_whole(generator, backend, kind, with_reset, order):
+    problem = make_problem(generator, kind, "tanh", order=order, length=11, with_reset=with_reset)
+    expected = problem.to(torch.float64).results("reference")
+    for cut in range(1, 11):
+        leaves = [x.detach().requires_grad_() for x in (problem.raw_gates, problem.values, problem.initial_state)]
+        raw_gates, values, state = leaves
+        parts = []
+        for piece in (slice(cut), slice(cut, None)):
+            reset = problem.reset[:, piece] if with_reset else None
+            part = problem.states(
+                backend, raw_gates=raw_gates[:, piece], values=values[:, piece], initial_state=state, reset=reset
+            )
+            state = (lagged_states(part, state, reset, order) if kind == "companion" else part)[:, -1]
+            parts.append(part)
+        whole = torch.cat(parts, dim=1)
+        assert_close(whole, expected["states"], f"cut at {cut}")
+        for gradient, name in zip(
+            torch.autograd.grad(whole, leaves, problem.cotangent), ("raw_gates", "values", "initial_state"), strict=True
+        ):
+            assert_close(gradient, expected[f"gradient of {name}"], f"cut at {cut}, {name}")
+
+
+@each_backend
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_state_depends_on_no_later_input_bit_for_bit(generator, backend, kind, dtype):
+    problem = make_problem(generator, kind, "softmax", order=3, length=65, blocks=5, with_reset=True, dtype=dtype)
+    other = make_problem(generator, kind, "softmax", order=3, length=65, blocks=5, with_reset=True, dtype=dtype)
+    states = problem.states(backend)
+    for kept in (1, 2, 31, 32, 33, 63, 64):
+        changed = {
+            name: torch.cat([getattr(problem, name)[:, :kept], getattr(other, name)[:, kept:]], dim=1)
+            for name in ("raw_gates", "values", "reset")
+        }
+        later = problem.states(backend, **changed)
+        assert torch.equal(later[:, :kept], states[:, :kept])
+        assert not torch.equal(later[:, kept], states[:, kept])
+
+
+@each_backend
+@each_kind
+@pytest.mark.parametrize("order", [1, 3])
+def test_a_reset_starts_a_separate_sequence(generator, backend, kind, order):
+    problem = make_problem(generator, kind, "softmax", order=order, length=14)
+    starts = [0, 4, 5, 11, 14]
+    reset = torch.zeros(2, 14, dtype=torch.bool)
+    reset[:, starts[:-1]] = True
+    whole = dataclasses.replace(problem, reset=reset).results(backend)
+    assert not whole.pop("gradient of initial_state").any()
+    for piece in map(slice, starts, starts[1:]):
+        alone = dataclasses.replace(problem.map(lambda x, piece=piece: x[:, piece]), initial_state=None)
+        for what, expected in alone.results("reference").items():
+            assert_close(whole[what][:, piece], expected, what)
+
+
+@each_backend
+@pytest.mark.parametrize("order", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("with_reset", [False, True])
+def test_companion_and_observer_are_block_scans_of_a_sparse_block(generator, backend, order, with_reset):
+    for kind, normalization in (("companion", "softmax"), ("observer", "silu")):
+        problem = make_problem(generator, kind, normalization, order=order, length=31, with_reset=with_reset)
+        weights = numpy_weights(normalization, problem.raw_gates.numpy(), axis=2)
+        block, input_gate = (torch.from_numpy(x).movedim(2, -1) for x in numpy_block(kind, weights))
+        values = torch.stack([problem.values] * order, dim=2)  # a_0 is zero in all rows but the first
+        dense = dataclasses.replace(
+            problem, kind="block", normalization="none", raw_gates=torch.cat([block, input_gate[:, :, :, None]], dim=3)
+        ).states(backend, values=values)
+        states = problem.states(backend)
+        if kind == "companion":
+            assert_close(lagged_states(states, problem.initial_state, problem.reset, order), dense)
+        assert_close(states, dense[:, :, 0] if kind == "companion" else dense)
+
+
+@each_backend
+@each_normalization
+def test_the_three_scans_are_one_at_order_one(generator, backend, normalization):
+    problem = make_problem(generator, "companion", normalization, order=1, length=31, with_reset=True)
+    companion, observer = (problem.states(backend, kind=kind) for kind in ("companion", "observer"))
+    wider = {"raw_gates": problem.raw_gates[:, :, None], "values": problem.values[:, :, None]}
+    block = problem.states(backend, kind="block", **wider)
+    assert_close(observer[:, :, 0], companion)
+    assert_close(block[:, :, 0], companion)
+
+
+@pytest.mark.parametrize("order", [1, 2, 4, 9])
+def test_lagged_states_are_those_of_a_plain_loop(generator, order):
+    problem = make_problem(generator, "companion", "softmax", order=order, length=7, with_reset=True)
+    reset = torch.rand(2, 7, generator=generator) < 0.3
+    for initial_state, cleared in itertools.product((problem.initial_state, None), (reset, None)):
+        expected = torch.zeros(2, 7, order, 3, dtype=torch.float64)
+        for b in range(2):
+            lags = [torch.zeros(3)] * order if initial_state is None else list(initial_state[b])
+            for t in range(7):
+                if cleared is not None and cleared[b, t]:
+                    lags = [torch.zeros(3)] * order
+                lags = [problem.values[b, t], *lags][:order]
+                for i in range(order):
+                    expected[b, t, i] = lags[i]
+        assert torch.equal(lagged_states(problem.values, initial_state, cleared, order), expected)
+
+
+@each_backend
+@each_kind
+def test_expanded_inputs_give_the_gradient_of_the_one_copy(generator, backend, kind):
+    problem = make_problem(generator, kind, "softmax", order=3, length=31, with_reset=True)
+    gates = problem.raw_gates[:1, :1].clone().requires_grad_()
+    values = problem.values[:, :1].clone().requires_grad_()
+    shape = problem.raw_gates.shape
+    strided = {"raw_gates": gates.expand(shape), "values": values.expand_as(problem.values)}
+    assert strided["raw_gates"].stride()[:2] == (0, 0)
+    states = problem.states(backend, **strided)
+    gradients = torch.autograd.grad(states, (gates, values), problem.cotangent)
+    copied = dataclasses.replace(problem, **{k: x.detach().contiguous() for k, x in strided.items()})
+    expected = copied.results("reference")
+    assert_close(states, expected["states"])
+    assert_close(gradients[0], expected["gradient of raw_gates"].sum((0, 1), keepdim=True))
+    assert_close(gradients[1], expected["gradient of values"].sum(1, keepdim=True))
+
+
+@each_backend
+@each_kind
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_inputs_are_left_unchanged(generator, backend, kind, layout):
+    problem = make_problem(generator, kind, "relu", order=3, length=9, with_reset=True).map(LAYOUTS[layout])
+    before = problem.map(torch.clone)
+    problem.results(backend)
+    for name in ("raw_gates", "values", "initial_state", "reset", "cotangent"):
+        assert torch.equal(getattr(problem, name), getattr(before, name)), name
+
+
+@each_kind
+def test_the_associative_scan_has_second_derivatives(generator, kind):
+    problem = make_problem(generator, kind, "softmax", order=3, length=5, blocks=2, with_reset=True)
+    inputs = [x.requires_grad_() for x in (problem.raw_gates, problem.values, problem.initial_state)]
+
+    def states(raw_gates, values, initial_state):
+        return problem.states("associative", raw_gates=raw_gates, values=values, initial_state=initial_state)
+
+    assert torch.autograd.gradgradcheck(states, inputs, fast_mode=True)
+
+
+def test_the_associative_scan_can_be_exported(generator):
+    class Layer(torch.nn.Module):
+        def forward(self, raw_gates, values, initial_state, reset):
+            return block_scan(raw_gates, values, initial_state, reset=reset, backend="associative")
+
+    problem = make_problem(generator, "block", "softmax", order=3, length=9, with_reset=True)
+    inputs = (problem.raw_gates, problem.values, problem.initial_state, problem.reset)
+    exported = torch.export.export(Layer(), inputs).module()
+    assert_close(exported(*inputs), problem.states("reference"))
+
+
+def good_call(kind: str, device: str = "cpu") -> dict:
+    rows = (3,) if kind == "block" else ()
+    shapes = {"raw_gates": (2, 5, *rows, 4, 7), "values": (2, 5, *rows, 7), "initial_state": (2, 3, 7), "reset": (2, 5)}
+    return {k: torch.zeros(shape, device=device) if k != "reset" else None for k, shape in shapes.items()}
+
+
+DENSE, SPARSE = "must have shape (B, T, M, M+1, N)", "must have shape (B, T, M+1, N)"
+EMPTY = "must have B, T, M and N of at least 1 in "
+BAD_SHAPES = [
+    *[("block", "raw_gates", shape, DENSE) for shape in ((2, 5, 4, 7), (2, 5, 3, 3, 7), (3, 4, 7))],
+    *[("block", "raw_gates", (*shape, 7), EMPTY + "(B, T, M, M+1, N)") for shape in ((0, 5, 3, 4), (2, 0, 3, 4))],
+    *[("block", "raw_gates", shape, EMPTY + "(B, T, M, M+1, N)") for shape in ((2, 5, 0, 1, 7), (2, 5, 3, 4, 0))],
+    ("block", "values", (2, 5, 7, 3), "must have shape (B, T, M, N) = (2, 5, 3, 7) to match `raw_gates`"),
+    ("block", "values", (2, 5, 7), "must have shape (B, T, M, N) = (2, 5, 3, 7) to match `raw_gates`"),
+    ("block", "initial_state", (2, 7, 3), "must have shape (B, M, N) = (2, 3, 7) to match `raw_gates`"),
+    ("block", "reset", (5, 2), "must have shape (B, T) = (2, 5) to match `raw_gates`"),
+    *[("companion", "raw_gates", shape, SPARSE) for shape in ((2, 5, 3, 4, 7), (5, 4, 7))],
+    *[
+        ("companion", "raw_gates", shape, EMPTY + "(B, T, M+1, N)")
+        for shape in ((0, 5, 4, 7), (2, 0, 4, 7), (2, 5, 1, 7), (2, 5, 4, 0))
+    ],
+    ("companion", "values", (2, 5, 3, 7), "must have shape (B, T, N) = (2, 5, 7) to match `raw_gates`"),
+    ("companion", "initial_state", (2, 7), "must have shape (B, M, N) = (2, 3, 7) to match `raw_gates`"),
+    ("companion", "reset", (2, 5, 1), "must have shape (B, T) = (2, 5) to match `raw_gates`"),
+    ("observer", "raw_gates", (2, 5, 3, 4, 7), SPARSE),
+    ("observer", "raw_gates", (2, 5, 1, 7), EMPTY + "(B, T, M+1, N)"),
+    ("observer", "values", (2, 5, 3, 7), "must have shape (B, T, N) = (2, 5, 7) to match `raw_gates`"),
+]
+
+
+@pytest.mark.parametrize(("kind", "argument", "shape", "rule"), BAD_SHAPES)
+def test_a_wrong_shape_is_refused_with_the_right_one(kind, argument, shape, rule):
+    SCANS[kind](**good_call(kind))
+    wrong = torch.zeros(shape, dtype=torch.bool if argument == "reset" else torch.float32)
+    with pytest.raises(ValueError, match=f"^{kind}_scan: {re.escape(f'`{argument}` {rule}, got {shape}.')}$"):
+        SCANS[kind](**(good_call(kind) | {argument: wrong}))
+
+
+NAMES = "['linear', 'none', 'relu', 'sigmoid', 'silu', 'softmax', 'tanh']"
+MASK = torch.zeros(2, 5, dtype=torch.bool)
+BAD_ARGUMENTS = [  # (argument, from a good tensor to the bad one, exception, message)
+    ("raw_gates", lambda x: x.tolist(), TypeError, "must be a tensor, got list."),
+    ("values", lambda x: None, TypeError, "must be a tensor, got NoneType."),
+    ("initial_state", lambda x: 0.0, TypeError, "must be a tensor, got float."),
+    ("raw_gates", lambda x: x.int(), TypeError, "must have a floating-point dtype, got torch.int32."),
+    ("values", lambda x: x.long(), TypeError, "must have a floating-point dtype, got torch.int64."),
+    ("initial_state", lambda x: x.cfloat(), TypeError, "must have a floating-point dtype, got torch.complex64."),
+    ("values", lambda x: x.double(), TypeError, "must be torch.float32 like `raw_gates`, got torch.float64."),
+    ("values", lambda x: x.to("meta"), TypeError, "must be on cpu like `raw_gates`, got meta."),
+    ("initial_state", lambda x: x.to("meta"), TypeError, "must be on cpu like `raw_gates`, got meta."),
+    ("reset", lambda x: MASK.to("meta"), TypeError, "must be on cpu like `raw_gates`, got meta."),
+    ("reset", lambda x: MASK.float(), TypeError, "must be a bool tensor, got torch.float32."),
+    ("reset", lambda x: MASK.tolist(), TypeError, "must be a bool tensor, got list."),
+    ("normalization", lambda x: "softmx", ValueError, f"must be one of {NAMES}, got 'softmx'."),
+    ("backend", lambda x: "gp", ValueError, "must be 'auto' or one of ['associative', 'cpu', 'reference'], got 'gp'."),
+]
+
+
+@each_kind
+@pytest.mark.parametrize(("argument", "spoil", "exception", "message"), BAD_ARGUMENTS)
+def test_a_bad_argument_is_refused_with_the_rule_and_what_came(kind, argument, spoil, exception, message):
+    good = good_call(kind)
+    with pytest.raises(exception, match=f"^{kind}_scan: {re.escape(f'`{argument}` {message}')}$"):
+        SCANS[kind](**(good | {argument: spoil(good.get(argument))}))
+
+
+@each_kind
+def test_auto_goes_on_where_a_named_backend_refuses(generator, kind):
+    problem = make_problem(generator, kind, "softmax", order=65, length=3, with_reset=True)
+    message = f"{kind}_scan: backend 'cpu' cannot be used: it serves M up to 64, got M = 65. Use backend='auto'."
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        problem.states("cpu")
+    assert_problem(problem, "auto", problem.results("reference"))
+    elsewhere = good_call(kind, device="meta")
+    message = f"{kind}_scan: backend 'cpu' cannot be used: it needs CPU tensors, got device meta. Use backend='auto'."
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        SCANS[kind](**elsewhere, backend="cpu")
+    assert SCANS[kind](**elsewhere).device.type == "meta"
+
+
+@each_backend
+@each_kind
+@pytest.mark.parametrize("order", [1, 3])
+@pytest.mark.parametrize("where", ["raw_gates", "values", "initial_state"])
+def test_nan_reaches_the_states_that_depend_on_it_and_no_others(generator, backend, kind, order, where):
+    problem = make_problem(generator, kind, "softmax", order=order, length=33, blocks=17, dtype=torch.float32)
+    clean = problem.states(backend)
+    b, t, n = 1, 0 if where == "initial_state" else 20, 5
+    row = (0,) if kind == "block" else ()
+    index = {"raw_gates": (b, t, *row, 1, n), "values": (b, t, *row, n), "initial_state": (b, 0, n)}[where]
+    damaged = getattr(problem, where).clone()
+    damaged[index] = torch.nan
+    states = problem.states(backend, **{where: damaged})
+
+    touched = torch.zeros(states.shape, dtype=torch.bool)
+    touched[b, t:, ..., n] = True
+    if (kind, where) in (("block", "raw_gates"), ("block", "values"), ("observer", "values")):
+        touched[b, t, 1:, n] = False  # it entered component 0 alone, and mixes into the others one step later
+    assert torch.equal(states.isnan(), touched)
+    assert torch.equal(states[~touched], clean[~touched])
+
+
+@each_backend
+@each_kind
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_does_not_pass_a_reset(generator, backend, kind, bad):
+    problem = make_problem(generator, kind, "softmax", order=3, length=12, dtype=torch.float32)
+    reset = torch.zeros(2, 12, dtype=torch.bool)
+    reset[0, 0] = reset[1, 5] = True
+    problem = dataclasses.replace(problem, reset=reset)
+    clean = problem.results(backend)
+    values, initial_state = problem.values.clone(), problem.initial_state.clone()
+    values[1, 2] = bad
+    initial_state[0] = bad
+    results = dataclasses.replace(problem, values=values, initial_state=initial_state).results(backend)
+    assert not results["states"][1, 4].isfinite().any()
+    for what in ("states", "gradient of raw_gates", "gradient of values"):
+        assert torch.equal(results[what][0], clean[what][0]), what
+        assert torch.equal(results[what][1, 5:], clean[what][1, 5:]), what
+
+
+@each_backend
+@each_kind
+def test_minus_infinity_is_a_softmax_weight_of_exactly_zero(generator, backend, kind):
+    shape = (1, 4, 1, 2, 3) if kind == "block" else (1, 4, 2, 3)
+    values = torch.randn(*shape[:-2], 3, generator=generator)
+    initial_state = torch.randn(1, 1, 3, generator=generator)
+    kept, closed = torch.full(shape, -torch.inf), torch.full(shape, -torch.inf)
+    kept[..., 0, :], closed[..., 1, :] = 0, 0
+    scan = functools.partial(SCANS[kind], values=values, initial_state=initial_state, backend=backend)
+    assert torch.equal(scan(kept).view(4, 3), initial_state.view(1, 3).expand(4, 3))
+    assert torch.equal(scan(closed).view(4, 3), values.view(4, 3))
+
+
+@each_backend
+@each_kind
+@each_normalization
+@pytest.mark.parametrize("gate", [torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_infinite_gates_mean_what_they_mean_in_the_loop(generator, backend, kind, normalization, gate, dtype):
+    # the last step, so that the loop's inf - inf and 0 * inf of later products, which depend on their order, stay out
+    problem = make_problem(generator, kind, normalization, order=3, length=3, dtype=dtype)
+    problem.raw_gates[1, -1, ..., 1, 2] = gate
+    expected, states = problem.states("reference"), problem.states(backend)
+    assert torch.equal(states.isnan(), expected.isnan())
+    assert torch.equal(states.isposinf(), expected.isposinf())
+    assert_close(states[expected.isfinite()], expected[expected.isfinite()].double())
