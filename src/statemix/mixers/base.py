@@ -1,0 +1,109 @@
+"""What every sequence mixer is: one call for a sequence, one for a step, and a state of fixed size."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Mixer(nn.Module):
+    """y, state = mixer(x, state, reset): mixes a sequence over time, from a state to a state.
+
+    A subclass sets `d_model` and `state_shape` = (M, N) and defines `mix`.
+    """
+
+    d_model: int
+    state_shape: tuple[int, int]
+
+    @property
+    def state_size(self) -> int:
+        """Numbers carried per sequence from one step to the next: M * N."""
+        return self.state_shape[0] * self.state_shape[1]
+
+    def forward(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Outputs and final state of a sequence.
+
+        Args:
+            x: (B, T, D).
+            state: what an earlier call returned, (B, M, N), float32 or wider, differentiable. Zeros if None.
+            reset: (B, T) bool. True: the state is zero before that step (packed sequences). Never if None.
+
+        Returns:
+            y (B, T, D) and the state after the last step, (B, M, N).
+
+        Raises:
+            TypeError, ValueError: a dtype or shape is wrong, or T = 0.
+        """
+        name = type(self).__name__
+        for argument, tensor in (("x", x), ("state", state), ("reset", reset)):
+            if not isinstance(tensor, Tensor) and (tensor is not None or argument == "x"):
+                raise TypeError(f"{name}: `{argument}` must be a tensor, got {type(tensor).__name__}.")
+        own = next(self.parameters()).dtype
+        if x.dtype != own and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            raise TypeError(f"{name}: `x` must be {own} like the parameters, got {x.dtype}.")
+        if x.ndim != 3 or x.shape[2] != self.d_model or 0 in x.shape:
+            raise ValueError(
+                f"{name}: `x` must have shape (B, T, D) with D = {self.d_model} and B, T of at least 1, "
+                f"got {tuple(x.shape)}."
+            )
+        if state is not None and tuple(state.shape) != (wanted := (x.shape[0], *self.state_shape)):
+            raise ValueError(f"{name}: `state` must have shape (B, M, N) = {wanted}, got {tuple(state.shape)}.")
+        if reset is not None and reset.dtype != torch.bool:
+            raise TypeError(f"{name}: `reset` must be a bool tensor, got {reset.dtype}.")
+        if reset is not None and reset.shape != x.shape[:2]:
+            raise ValueError(
+                f"{name}: `reset` must have shape (B, T) = {tuple(x.shape[:2])}, got {tuple(reset.shape)}."
+            )
+        return self.mix(x, state, reset)
+
+    def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One step of the same recurrence: x (B, D) and the state (B, M, N) to y (B, D) and the next state."""
+        y, state = self(x[:, None], state)
+        return y[:, 0], state
+
+    def mix(self, x: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`forward` on checked arguments."""
+        raise NotImplementedError
+
+
+class RawGates(nn.Module):
+    """Raw gates z_t = W x_t + b (selective), or learned numbers z that are the same at every step (not selective)."""
+
+    def __init__(self, d_model: int, shape: tuple[int, ...], selective: bool) -> None:
+        super().__init__()
+        self.shape = shape
+        self.projection = nn.Linear(d_model, torch.Size(shape).numel()) if selective else None
+        self.constant = None if selective else nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, D) -> raw gates (B, T, *shape)."""
+        if self.projection is None:
+            assert self.constant is not None
+            return self.constant.expand(*x.shape[:2], *self.shape)
+        raw_gates: Tensor = self.projection(x)
+        return raw_gates.unflatten(2, self.shape)
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32 or wider: what a scan is fed, so that the carried state is never rounded to bf16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def check_flags(owner: str, **flags: bool) -> None:
+    """Raise TypeError, in the name of `owner`, unless every flag is a bool."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{owner}: `{name}` must be True or False, got {flag!r}.")
+
+
+def check_sizes(owner: str, **sizes: int) -> None:
+    """Raise, in the name of `owner`, unless every size is an int of at least 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{owner}: `{name}` must be an int, got {size!r}.")
+        if size < 1:
+            raise ValueError(f"{owner}: `{name}` must be at least 1, got {size}.")
+
+
+def check_choice(owner: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ValueError, in the name of `owner`, unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{owner}: `{name}` must be one of {sorted(choices)}, got {value!r}.")

@@ -1,0 +1,457 @@
+"""The layers: one recurrence however it is called, resets, counts, gradients, baselines, bad input."""
+
+import copy
+import itertools
+import re
+
+import pytest
+import torch
+from conftest import assert_close
+from torch import Tensor
+
+from statemix import BDLRU, HLRU, LSTM, available_backends
+from statemix.gates import NORMALIZATIONS
+from statemix.mixers import MIXERS, Mixer, build_mixer
+
+D = 6
+SPECS = {
+    "bd_lru": {"name": "bd_lru", "num_blocks": 5, "block_size": 3},
+    "bd_lru M=1": {"name": "bd_lru", "num_blocks": 17, "block_size": 1},
+    "bd_lru linear": {"name": "bd_lru", "num_blocks": 4, "block_size": 2, "normalization": "linear"},
+    "bd_lru fixed": {"name": "bd_lru", "num_blocks": 5, "block_size": 3, "selective": False},
+    "h_lru": {"name": "h_lru", "num_channels": 5, "order": 3},
+    "h_lru M=1": {"name": "h_lru", "num_channels": 17, "order": 1},
+    "h_lru M=12": {"name": "h_lru", "num_channels": 1, "order": 12},  # more lags than steps
+    "h_lru fixed": {"name": "h_lru", "num_channels": 5, "order": 3, "selective": False},
+    "observer": {"name": "h_lru", "num_channels": 5, "order": 3, "form": "observer"},
+    "observer fixed": {"name": "h_lru", "num_channels": 5, "order": 3, "form": "observer", "selective": False},
+    "lstm": {"name": "lstm", "hidden_size": 7},
+}
+each_mixer = pytest.mark.parametrize("mixer", SPECS)
+# Largest difference over the largest entry, where the linear maps sum their products in another order.
+CLOSE = {torch.float32: 1e-6, torch.float64: 1e-14}
+each_dtype = pytest.mark.parametrize("dtype", CLOSE)
+
+
+def build(name: str, generator: torch.Generator, dtype: torch.dtype = torch.float64, **options) -> Mixer:
+    """A mixer with weights from the generator and, in every other channel, a slow decay: there carries fail."""
+    mixer = build_mixer(SPECS[name] | options, D)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / D**0.5)
+        if name == "lstm":
+            mixer.lstm.bias_ih_l0.view(4, -1)[1, ::2] = 5  # the forget gate
+        else:
+            gates = mixer.raw_gates.projection.bias if mixer.raw_gates.constant is None else mixer.raw_gates.constant
+            softmax = mixer.normalization == "softmax"
+            gates.view(mixer.raw_gates.shape)[..., -1, ::2] = -6 if softmax else 0.01
+    return mixer.to(dtype)
+
+
+def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=dtype)
+
+
+def start(mixer: Mixer, generator: torch.Generator, batch: int = 3) -> Tensor:
+    """A state to go on from."""
+    return normal(generator, batch, *mixer.state_shape, dtype=next(mixer.parameters()).dtype)
+
+
+def assert_same(actual: Tensor, expected: Tensor, what: str = "result") -> None:
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    error = ((actual - expected).abs().max() / expected.abs().max()).item()
+    assert error <= CLOSE[actual.dtype], f"{what}: relative error {error:.3g}"
+
+
+def random_reset(generator: torch.Generator, batch: int, length: int) -> Tensor:
+    """A third of the steps, with the first of row 0 and the last of the last row; row 1 has none."""
+    reset = torch.rand(batch, length, generator=generator) < 1 / 3
+    reset[0, 0] = reset[-1, -1] = True
+    reset[1] = False
+    return reset
+
+
+# ---- one recurrence
+
+
+def test_every_mixer_is_tried():
+    assert {spec["name"] for spec in SPECS.values()} == set(MIXERS)
+
+
+@each_mixer
+@each_dtype
+@pytest.mark.parametrize("with_state", [False, True])
+def test_call_equals_step_repeated(generator, mixer, dtype, with_state):
+    mixer = build(mixer, generator, dtype)
+    x = normal(generator, 3, 20, D, dtype=dtype)
+    state = start(mixer, generator) if with_state else None
+    y, final = mixer(x, state)
+    for t in range(x.shape[1]):
+        y_t, state = mixer.step(x[:, t], state)
+        assert y_t.shape == (3, D)
+        assert_same(y_t, y[:, t], f"y at {t}")
+    assert_same(state, final, "state")
+
+
+def everything(
+    mixer: Mixer, x: Tensor, state: Tensor, reset: Tensor | None, cuts: tuple[int, ...]
+) -> dict[str, Tensor]:
+    """Outputs, final state and the gradients of both in all there is, with the sequence called in pieces."""
+    x, state = x.clone().requires_grad_(), state.clone().requires_grad_()
+    ys, carried, begin = [], state, 0
+    for end in (*cuts, x.shape[1]):
+        piece = None if reset is None else reset[:, begin:end]
+        y, carried = mixer(x[:, begin:end], carried, piece)
+        ys.append(y)
+        begin = end
+    y = torch.cat(ys, dim=1)
+    weight = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape)
+    loss = (y * weight).sum() + carried.square().sum()
+    names = [name for name, _ in mixer.named_parameters()]
+    grads = torch.autograd.grad(loss, [x, state, *mixer.parameters()])
+    return {"y": y, "final": carried} | dict(zip(["x", "state", *names], grads, strict=True))
+
+
+@each_mixer
+@pytest.mark.parametrize("with_reset", [False, True])
+def test_split_at_every_point_equals_the_whole(generator, mixer, with_reset):
+    mixer = build(mixer, generator)
+    x, state = normal(generator, 3, 7, D), start(mixer, generator)
+    reset = random_reset(generator, 3, 7) if with_reset else None
+    whole = everything(mixer, x, state, reset, ())
+    for cuts in [*((cut,) for cut in range(1, 7)), (2, 3, 6)]:
+        for what, value in everything(mixer, x, state, reset, cuts).items():
+            assert_same(value, whole[what], f"{what}, cut at {cuts}")
+
+
+@each_mixer
+def test_a_state_that_is_not_passed_on_is_noticed(generator, mixer):
+    mixer = build(mixer, generator)
+    x = normal(generator, 3, 9, D)
+    whole = mixer(x)[0]
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_same(mixer(x[:, 4:])[0], whole[:, 4:])
+
+
+@each_mixer
+@each_dtype
+def test_reset_equals_separate_sequences(generator, mixer, dtype):
+    mixer = build(mixer, generator, dtype)
+    length, starts = 12, [[0, 5], [], [3, 4, 11]]  # by row: the first step, none, two in a row and the last
+    x, state = normal(generator, 3, length, D, dtype=dtype), start(mixer, generator)
+    reset = torch.zeros(3, length, dtype=torch.bool)
+    for row, times in enumerate(starts):
+        reset[row, times] = True
+    packed, apart = (tuple(v.clone().requires_grad_() for v in (x, state)) for _ in range(2))
+    y, final = mixer(*packed, reset)
+    finals = []
+    for row, times in enumerate(starts):
+        cuts = sorted({0, *times, length})
+        for begin, end in itertools.pairwise(cuts):
+            carried = None if begin in times else apart[1][row : row + 1]
+            piece, last = mixer(apart[0][row : row + 1, begin:end], carried)
+            assert_same(y[row : row + 1, begin:end], piece, f"row {row} from {begin}")
+            piece.square().sum().backward(retain_graph=True)
+        finals.append(last)
+    assert_same(final, torch.cat(finals), "final")
+    y.square().sum().backward()
+    assert_same(packed[0].grad, apart[0].grad, "gradient of x")
+    assert_same(packed[1].grad, apart[1].grad, "gradient of state")
+    assert (packed[1].grad[0] == 0).all()  # the reset at the first step overrides the state
+    assert (packed[1].grad[1:] != 0).any(dim=(1, 2)).all()
+
+
+@each_mixer
+def test_a_reset_hides_a_state_of_nan(generator, mixer):
+    mixer = build(mixer, generator)
+    x, reset = normal(generator, 2, 5, D), torch.zeros(2, 5, dtype=torch.bool)
+    reset[:, 0] = True
+    y, final = mixer(x, torch.full((2, *mixer.state_shape), torch.nan, dtype=x.dtype), reset)
+    assert torch.equal(y, mixer(x)[0])
+    assert torch.equal(final, mixer(x)[1])
+
+
+@each_mixer
+def test_inputs_stay_as_they_are(generator, mixer):
+    mixer = build(mixer, generator)
+    inputs = normal(generator, 3, 9, D), start(mixer, generator), random_reset(generator, 3, 9)
+    before = [tensor.clone() for tensor in inputs]
+    mixer(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+
+@each_mixer
+def test_memory_layout_does_not_matter(generator, mixer):
+    mixer = build(mixer, generator)
+    x, state, reset = normal(generator, 3, 9, D), start(mixer, generator), random_reset(generator, 3, 9)
+    y, final = mixer(x, state, reset)
+    layouts = {
+        "time first": lambda v: v.transpose(0, 1).contiguous().transpose(0, 1),
+        "last axis slow": lambda v: v.movedim(-1, 0).contiguous().movedim(0, -1),
+        "a slice": lambda v: torch.cat([v, v], dim=1)[:, : v.shape[1]],
+    }
+    for name, layout in layouts.items():
+        strided = [layout(v) for v in (x, state, reset)]
+        assert not strided[0].is_contiguous()
+        actual = mixer(*strided)
+        assert_same(actual[0], y, name)
+        assert_same(actual[1], final, name)
+    repeated = x[:1].expand(3, -1, -1)  # stride 0
+    assert_same(mixer(repeated, state)[0], mixer(repeated.contiguous(), state)[0], "expanded")
+
+
+# ---- sizes
+
+
+@each_mixer
+def test_shapes(generator, mixer):
+    mixer = build(mixer, generator)
+    for batch, length in ((1, 1), (2, 1), (1, 7), (3, 4)):
+        y, state = mixer(normal(generator, batch, length, D))
+        assert y.shape == (batch, length, D)
+        assert state.shape == (batch, *mixer.state_shape)
+        assert state[0].numel() == mixer.state_size
+    assert mixer.d_model == D
+
+
+COUNTS = [  # mixer, its sizes from d_model on, options, state shape, parameters
+    # N M ((M + 1)(D + 1) + 2 D)
+    (BDLRU, (5, 7, 1), {}, (1, 7), 7 * 1 * (2 * 6 + 10)),
+    (BDLRU, (8, 3, 4), {}, (4, 3), 3 * 4 * (5 * 9 + 16)),
+    (BDLRU, (1, 1, 2), {}, (2, 1), 1 * 2 * (3 * 2 + 2)),
+    (BDLRU, (8, 3, 4), {"selective": False}, (4, 3), 3 * 4 * (5 + 16)),
+    # N (M + 1)(2 D + 1)
+    (HLRU, (5, 7, 1), {}, (1, 7), 7 * 2 * 11),
+    (HLRU, (8, 3, 4), {}, (4, 3), 3 * 5 * 17),
+    (HLRU, (8, 3, 4), {"form": "observer"}, (4, 3), 3 * 5 * 17),
+    (HLRU, (8, 3, 4), {"selective": False}, (4, 3), 3 * (5 + 5 * 8)),
+    # 4 H (D + H + 2) + H D
+    (LSTM, (5, 7), {}, (2, 7), 4 * 7 * 14 + 35),
+    (LSTM, (8, 1), {}, (2, 1), 4 * 1 * 11 + 8),
+]
+
+
+@pytest.mark.parametrize(("mixer", "sizes", "options", "state_shape", "parameters"), COUNTS)
+def test_state_and_parameter_counts(mixer, sizes, options, state_shape, parameters):
+    layer = mixer(*sizes, **options)
+    assert layer.d_model == sizes[0]
+    assert layer.state_shape == state_shape
+    assert layer.state_size == state_shape[0] * state_shape[1]
+    assert sum(p.numel() for p in layer.parameters()) == parameters
+
+
+# ---- gradients
+
+
+@each_mixer
+def test_gradients_are_the_numerical_ones(generator, mixer):
+    mixer = build(mixer, generator)
+    inputs = [normal(generator, 2, 3, D), start(mixer, generator, batch=2), *mixer.state_dict().values()]
+    reset = torch.tensor([[False, False, True], [False, False, False]])
+
+    def call(x, state, *weights):
+        return torch.func.functional_call(mixer, dict(zip(mixer.state_dict(), weights, strict=True)), (x, state, reset))
+
+    leaves = [v.clone().requires_grad_() for v in inputs]
+    torch.autograd.grad(sum(out.sum() for out in call(*leaves)), leaves)  # raises if one of them is not used
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+
+
+@each_mixer
+def test_gradients_reach_the_initial_state_and_every_weight(generator, mixer):
+    mixer = build(mixer, generator)
+    state = start(mixer, generator).requires_grad_()
+    mixer(normal(generator, 3, 4, D), state)[0].square().sum().backward()
+    for name, tensor in (("state", state), *mixer.named_parameters()):
+        assert tensor.grad.isfinite().all(), name
+        assert (tensor.grad != 0).any(), name
+    assert (state.grad != 0).any(dim=(1, 2)).all()  # every row of the batch
+
+
+# ---- the layers among themselves
+
+
+@pytest.mark.parametrize("form", ["companion", "observer"])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_block_size_1_equals_order_1(generator, normalization, form):
+    block = build("bd_lru M=1", generator, normalization=normalization)
+    channel = build("h_lru M=1", generator, normalization=normalization, form=form)
+    channel.load_state_dict(block.state_dict())
+    x, state, reset = normal(generator, 3, 9, D), start(block, generator), random_reset(generator, 3, 9)
+    assert_same(channel(x, state, reset)[0], block(x, state, reset)[0])
+    assert_same(channel(x, state, reset)[1], block(x, state, reset)[1])
+
+
+@pytest.mark.parametrize("form", ["companion", "observer"])
+@pytest.mark.parametrize("order", [2, 3, 5])
+def test_h_lru_equals_bd_lru_with_its_block_written_out(generator, form, order):
+    channels = 4
+    options = {"normalization": "none"}
+    sparse = build("h_lru", generator, num_channels=channels, order=order, form=form, **options)
+    dense = build("bd_lru", generator, num_blocks=channels, block_size=order, **options)
+    with torch.no_grad():
+        sparse.raw_gates.projection.weight /= 4  # nothing normalises these: stay near stability
+        sparse.raw_gates.projection.bias /= 4
+        for ours, theirs in zip(dense.raw_gates.parameters(), sparse.raw_gates.parameters(), strict=True):
+            ours.zero_()
+            rows, gates = ours.unflatten(0, (order, order + 1, channels)), theirs.unflatten(0, (order + 1, channels))
+            rows[0, order] = gates[order]
+            for i in range(order):
+                rows[(0, i) if form == "companion" else (i, 0)] = gates[i]
+        shift = dense.raw_gates.projection.bias.unflatten(0, (order, order + 1, channels))
+        for i in range(1, order):
+            shift[(i, i - 1) if form == "companion" else (i - 1, i)] = 1
+        values = dense.values.weight.zero_().unflatten(0, (order, channels))
+        values[0] = sparse.values.weight
+        dense.output.load_state_dict(sparse.output.state_dict())
+    x, state, reset = normal(generator, 3, 9, D), start(sparse, generator), random_reset(generator, 3, 9)
+    assert_same(sparse(x, state, reset)[0], dense(x, state, reset)[0], "y")
+    assert_same(sparse(x, state, reset)[1], dense(x, state, reset)[1], "state")
+
+
+def test_the_two_forms_differ(generator):
+    companion, observer = build("h_lru", generator), build("observer", generator)
+    observer.load_state_dict(companion.state_dict())
+    x = normal(generator, 3, 9, D)
+    difference = (companion(x)[0] - observer(x)[0]).norm() / companion(x)[0].norm()
+    assert difference > 0.1
+
+
+@pytest.mark.parametrize("mixer", ["bd_lru", "h_lru", "observer"])
+def test_fixed_gates_are_the_same_at_every_step(generator, mixer):
+    fixed, selective = build(f"{mixer} fixed", generator), build(mixer, generator)
+    x = normal(generator, 3, 9, D)
+    assert torch.equal(fixed.raw_gates(x), fixed.raw_gates.constant.expand(3, 9, *fixed.raw_gates.shape))
+
+    def linearity_error(layer):
+        """Of y in x: only gates that do not depend on x leave it linear, and the same after a delay."""
+        y = layer(x)[0]
+        delayed = layer(torch.cat([torch.zeros_like(x[:, :1]), x], dim=1))[0][:, 1:]
+        return max((layer(2 * x)[0] - 2 * y).abs().max().item(), (delayed - y).abs().max().item())
+
+    assert linearity_error(fixed) < 1e-13
+    assert linearity_error(selective) > 1e-2
+    fixed(x)[0].square().sum().backward()
+    assert (fixed.raw_gates.constant.grad != 0).all()
+
+
+@pytest.mark.parametrize("mixer", [name for name in SPECS if name != "lstm"])
+@pytest.mark.parametrize("backend", [name for name in available_backends() if name != "reference"])
+def test_backends_agree_through_the_layer(generator, mixer, backend):
+    reference = build(mixer, generator, backend="reference")
+    other = build(mixer, generator, backend=backend)
+    other.load_state_dict(reference.state_dict())
+    x, state, reset = normal(generator, 3, 13, D), start(reference, generator), random_reset(generator, 3, 13)
+    expected = everything(reference, x, state, reset, ())
+    for what, value in everything(other, x, state, reset, ()).items():
+        assert_close(value, expected[what], what)
+    single = everything(other.float(), x.float(), state.float(), reset, ())
+    for what, value in single.items():
+        assert_close(value, expected[what], what)
+
+
+def test_lstm_is_the_one_of_torch(generator):
+    mixer = build("lstm", generator)
+    x, state = normal(generator, 3, 9, D), start(mixer, generator)
+    alone = torch.nn.LSTM(D, 7, batch_first=True, dtype=torch.float64)
+    alone.load_state_dict(mixer.lstm.state_dict())
+    for given in (None, state):
+        h_c = None if given is None else (given[None, :, 0].contiguous(), given[None, :, 1].contiguous())
+        hidden, (h, c) = alone(x, h_c)
+        y, final = mixer(x, given)
+        assert torch.equal(y, hidden @ mixer.output.weight.T)
+        assert torch.equal(final, torch.stack([h[0], c[0]], dim=1))
+
+
+# ---- as a module
+
+
+@each_mixer
+def test_autocast_to_bfloat16_is_close_to_float32(generator, mixer):
+    mixer = build(mixer, generator, torch.float32)
+    x, state = normal(generator, 3, 31, D, dtype=torch.float32), start(mixer, generator)
+    y, final = mixer(x, state)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, rounded_final = mixer(x, state)
+        again, _ = mixer(x, rounded_final)
+    # x, three weights, raw gates, values, states and y: eight roundings, each to a relative 2^-8
+    for actual, expected in ((rounded, y), (rounded_final, final), (again, mixer(x, final)[0])):
+        assert ((actual.float() - expected).abs().max() / expected.abs().max()).item() <= 8 * 2**-8
+    assert rounded.dtype == torch.bfloat16
+    rounded.float().square().sum().backward()
+    for name, parameter in mixer.named_parameters():
+        assert parameter.grad.dtype == torch.float32, name
+        assert parameter.grad.isfinite().all(), name
+        assert (parameter.grad != 0).any(), name
+
+
+@each_mixer
+def test_copies_and_state_dicts_are_whole(generator, mixer):
+    name, mixer = mixer, build(mixer, generator, torch.float32)
+    x = normal(generator, 3, 9, D, dtype=torch.float32)
+    y, state = mixer(x)
+    loaded = build(name, generator, torch.float32)
+    assert not torch.equal(loaded(x)[0], y)
+    loaded.load_state_dict(mixer.state_dict())
+    copied = copy.deepcopy(mixer)
+    for parameter in mixer.parameters():
+        parameter.data.zero_()  # nothing is shared
+    for twin in (loaded, copied):
+        assert torch.equal(twin(x)[0], y)
+        assert torch.equal(twin(x)[1], state)
+
+
+@each_mixer
+def test_double_makes_everything_double(generator, mixer):
+    mixer = build(mixer, generator, torch.float32)
+    x, initial = normal(generator, 3, 9, D, dtype=torch.float32), start(mixer, generator)
+    single, single_final = mixer(x, initial)
+    assert single.dtype == single_final.dtype == torch.float32
+    y, state = mixer.double()(x.double(), initial.double())
+    assert_close(single, y)
+    assert_close(single_final, state)
+
+
+# ---- bad input
+
+X = "`x` must have shape (B, T, D) with D = 6 and B, T of at least 1, got "
+# (shape of x, shape of the state, shape of reset, its dtype, exception, the message after the name); {} is M, N
+BAD_CALLS = [
+    ((5, D), None, None, None, ValueError, X + "(5, 6)."),
+    ((2, 5, D, 1), None, None, None, ValueError, X + "(2, 5, 6, 1)."),
+    ((2, 5, D + 1), None, None, None, ValueError, X + "(2, 5, 7)."),
+    ((2, 0, D), None, None, None, ValueError, X + "(2, 0, 6)."),
+    ((0, 5, D), None, None, None, ValueError, X + "(0, 5, 6)."),
+    ((2, 5, D), (2, 99, 1), None, None, ValueError, "`state` must have shape (B, M, N) = (2, {}), got (2, 99, 1)."),
+    ((2, 5, D), (3, "M", "N"), None, None, ValueError, "`state` must have shape (B, M, N) = (2, {}), got (3, {})."),
+    ((2, 5, D), ("M", "N"), None, None, ValueError, "`state` must have shape (B, M, N) = (2, {}), got ({})."),
+    ((2, 5, D), None, (2, 4), bool, ValueError, "`reset` must have shape (B, T) = (2, 5), got (2, 4)."),
+    ((2, 5, D), None, (5, 2), bool, ValueError, "`reset` must have shape (B, T) = (2, 5), got (5, 2)."),
+    ((2, 5, D), None, (2, 5, 1), bool, ValueError, "`reset` must have shape (B, T) = (2, 5), got (2, 5, 1)."),
+    ((2, 5, D), None, (2, 5), torch.uint8, TypeError, "`reset` must be a bool tensor, got torch.uint8."),
+    ((2, 5, D), None, (2, 5), torch.float32, TypeError, "`reset` must be a bool tensor, got torch.float32."),
+]
+
+
+@pytest.mark.parametrize("mixer", ["bd_lru", "h_lru", "observer", "lstm"])
+@pytest.mark.parametrize(("x", "state", "reset", "dtype", "error", "text"), BAD_CALLS, ids=lambda v: str(v)[:40])
+def test_bad_calls(generator, mixer, x, state, reset, dtype, error, text):
+    mixer = build(mixer, generator, torch.float32)
+    m, n = mixer.state_shape
+    state = None if state is None else torch.zeros([{"M": m, "N": n}.get(size, size) for size in state])
+    reset = None if reset is None else torch.zeros(reset, dtype=dtype)
+    text = f"{type(mixer).__name__}: " + text.replace("{}", f"{m}, {n}")
+    with pytest.raises(error, match=f"^{re.escape(text)}$"):
+        mixer(torch.zeros(x), state, reset)
+
+
+@pytest.mark.parametrize("mixer", ["bd_lru", "h_lru", "lstm"])
+def test_bad_steps(generator, mixer):
+    mixer = build(mixer, generator, torch.float32)
+    with pytest.raises(ValueError, match=re.escape("got (2, 1, 7).")):
+        mixer.step(torch.zeros(2, D + 1))
+    with pytest.raises(ValueError, match=re.escape("got (2, 1, 3, 6).")):
+        mixer.step(torch.zeros(2, 3, D))
+    with pytest.raises(ValueError, match=re.escape(f"`state` must have shape (B, M, N) = {(2, *mixer.state_shape)}")):
+        mixer.step(torch.zeros(2, D), torch.zeros(1, *mixer.state_shape))
