@@ -1,0 +1,205 @@
+"""SequenceModel: embedding, pre-norm residual (mixer, SwiGLU) pairs, head. Weights are safetensors, the config JSON."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from statemix.mixers import Mixer, build_mixer, complete_mixer
+from statemix.mixers.base import check_flags, check_sizes
+from statemix.specs import Spec
+
+State = tuple[Tensor, ...]  # one (B, M, N) per layer
+
+CONFIG_FILE, WEIGHTS_FILE = "model.json", "model.safetensors"
+
+
+class SwiGLU(nn.Module):
+    """y = W_2 (silu(W_1 x) * W_3 x), without biases. Source: Shazeer 2020 (arXiv 2002.05202)."""
+
+    def __init__(self, d_model: int, mlp_size: int) -> None:
+        super().__init__()
+        self.gate_and_input = nn.Linear(d_model, 2 * mlp_size, bias=False)
+        self.output = nn.Linear(mlp_size, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D)."""
+        gate, inner = self.gate_and_input(x).chunk(2, dim=-1)
+        y: Tensor = self.output(nn.functional.silu(gate) * inner)
+        return y
+
+
+class Layer(nn.Module):
+    """x + mixer(norm(x)), then x + SwiGLU(norm(x))."""
+
+    def __init__(self, d_model: int, mixer: Spec, mlp_size: int) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.mixer = build_mixer(mixer, d_model)
+        self.mlp_norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.mlp = SwiGLU(d_model, mlp_size)
+
+    def forward(self, x: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) -> (B, T, D), and the mixer's state."""
+        mixed, state = self.mixer(self.mixer_norm(x), state, reset)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+class SequenceModel(nn.Module):
+    """Token sequences to logits of the next token or of a target, with a state of constant size.
+
+    Args:
+        vocab_size: number of tokens.
+        d_model: D, width of the residual stream.
+        num_layers: number of (mixer, SwiGLU) pairs.
+        mixer: a spec such as {"name": "bd_lru", "num_blocks": 16, "block_size": 3}; names in `MIXERS`.
+        mlp_size: inner width of the SwiGLU. None: 8/3 D, rounded up to a multiple of 32.
+        tied_embedding: True: the head is the transposed embedding.
+
+    Raises:
+        TypeError, ValueError: a size is not a positive int, or the mixer spec is wrong.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        num_layers: int,
+        mixer: Spec,
+        *,
+        mlp_size: int | None = None,
+        tied_embedding: bool = False,
+    ) -> None:
+        super().__init__()
+        check_sizes("SequenceModel", vocab_size=vocab_size, d_model=d_model, num_layers=num_layers)
+        mlp_size = -(-8 * d_model // 96) * 32 if mlp_size is None else mlp_size
+        check_sizes("SequenceModel", mlp_size=mlp_size)
+        check_flags("SequenceModel", tied_embedding=tied_embedding)
+        self.config: dict[str, Any] = {
+            **{"vocab_size": vocab_size, "d_model": d_model, "num_layers": num_layers, "mixer": complete_mixer(mixer)},
+            **{"mlp_size": mlp_size, "tied_embedding": tied_embedding},
+        }
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.layers = nn.ModuleList(Layer(d_model, mixer, mlp_size) for _ in range(num_layers))
+        self.norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.head = nn.Linear(d_model, vocab_size, bias=False)
+        if tied_embedding:
+            self.head.weight = self.embedding.weight
+
+    @property
+    def mixers(self) -> list[Mixer]:
+        """The mixer of each layer, first to last."""
+        return [cast(Layer, layer).mixer for layer in self.layers]
+
+    @property
+    def state_size(self) -> int:
+        """Numbers carried per sequence, over all layers."""
+        return sum(mixer.state_size for mixer in self.mixers)
+
+    def forward(
+        self, tokens: Tensor, state: Sequence[Tensor] | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Logits and final state of token sequences.
+
+        Args:
+            tokens: (B, T) integers in [0, vocab_size).
+            state: what an earlier call returned, one (B, M, N) per layer. Zeros if None.
+            reset: (B, T) bool. True: every layer's state is zero before that step. Never if None.
+
+        Returns:
+            Logits (B, T, vocab_size) and the state after the last step.
+
+        Raises:
+            TypeError: tokens are not integers.
+            ValueError: a shape is wrong, T = 0, or the state is of another number of layers.
+            IndexError: a token is outside the vocabulary.
+        """
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"SequenceModel: `tokens` must be int64 or int32, got {tokens.dtype}.")
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            shape = tuple(tokens.shape)
+            raise ValueError(f"SequenceModel: `tokens` must have shape (B, T) with B, T of at least 1, got {shape}.")
+        if state is not None and len(state) != len(self.layers):
+            raise ValueError(
+                f"SequenceModel: `state` must have one tensor per layer = {len(self.layers)}, got {len(state)}."
+            )
+        x, states = self.embedding(tokens), []
+        for i, layer in enumerate(self.layers):
+            x, layer_state = layer(x, None if state is None else state[i], reset)
+            states.append(layer_state)
+        return self.head(self.norm(x)), tuple(states)
+
+    def step(self, tokens: Tensor, state: Sequence[Tensor] | None = None) -> tuple[Tensor, State]:
+        """One step: tokens (B,) and a state to logits (B, vocab_size) and the next state."""
+        if tokens.ndim != 1:
+            raise ValueError(f"SequenceModel.step: `tokens` must have shape (B,), got {tuple(tokens.shape)}.")
+        logits, next_state = self(tokens[:, None], state)
+        return logits[:, 0], next_state
+
+    def save(self, folder: str | Path) -> None:
+        """Write model.json and model.safetensors into an existing folder."""
+        folder = Path(folder)
+        (folder / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
+        (folder / WEIGHTS_FILE).write_bytes(save({name: w.contiguous() for name, w in self._own_weights().items()}))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "SequenceModel":
+        """The model that `save` wrote, on the CPU, in the dtype it had.
+
+        Raises:
+            ValueError: a file is missing, truncated, or of another model; the message names it.
+        """
+        path = Path(folder) / CONFIG_FILE
+        try:
+            with torch.random.fork_rng(devices=[]):  # the first weights are drawn in vain
+                model = cls(**json.loads(path.read_text()))
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"SequenceModel.load: '{path}' is not a model config: {error}") from error
+        weights = read_tensors(Path(folder) / WEIGHTS_FILE)
+        if "embedding.weight" in weights:
+            model.to(weights["embedding.weight"].dtype)
+        model.load_weights(folder)
+        return model
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Fill this model with the weights that `save` wrote into the folder.
+
+        Raises:
+            ValueError: the file is missing, truncated, or of another model; this model is then unchanged.
+        """
+        path = Path(folder) / WEIGHTS_FILE
+        weights, own = read_tensors(path), self._own_weights()
+        if not (config := Path(folder) / CONFIG_FILE).exists():
+            raise ValueError(f"SequenceModel: '{config}' is missing.")
+        for name in sorted(own.keys() | weights.keys()):
+            mine, theirs = own.get(name), weights.get(name)
+            if mine is None or theirs is None or mine.shape != theirs.shape:
+                wanted, got = (None if w is None else tuple(w.shape) for w in (mine, theirs))
+                raise ValueError(
+                    f"SequenceModel: '{path}' is of another model: `{name}` must have shape {wanted}, got {got}."
+                )
+        self.load_state_dict(weights, strict=False)  # a tied head is not in the file; all else was just checked
+
+    def _own_weights(self) -> dict[str, Tensor]:
+        """All tensors to save: a tied head is the embedding."""
+        return {
+            k: w for k, w in self.state_dict().items() if not (self.config["tied_embedding"] and k == "head.weight")
+        }
+
+    def num_parameters(self) -> int:
+        """Number of trained numbers; a tied head counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises ValueError, naming the file, if it is missing or truncated."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"'{path}' cannot be read: {error}. It is missing or was cut short.") from error

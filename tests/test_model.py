@@ -1,0 +1,378 @@
+"""SequenceModel: one function however it is called, causality, sizes, saving and loading without pickle, bad input."""
+
+import ast
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import statemix
+from statemix import SequenceModel
+
+V, D, T = 11, 12, 9
+MIXERS = {
+    "bd_lru": {"name": "bd_lru", "num_blocks": 5, "block_size": 3},
+    "bd_lru fixed": {"name": "bd_lru", "num_blocks": 5, "block_size": 3, "selective": False},
+    "h_lru": {"name": "h_lru", "num_channels": 5, "order": 3},
+    "observer": {"name": "h_lru", "num_channels": 5, "order": 3, "form": "observer", "normalization": "tanh"},
+    "lstm": {"name": "lstm", "hidden_size": 7},
+}
+SHAPES = {"bd_lru": (3, 5), "bd_lru fixed": (3, 5), "h_lru": (3, 5), "observer": (3, 5), "lstm": (2, 7)}
+each_mixer = pytest.mark.parametrize("mixer", MIXERS)
+# largest difference over the largest entry, where the linear maps sum their products in another order
+CLOSE = {torch.float32: 1e-6, torch.float64: 1e-14}
+
+
+def build(generator: torch.Generator, mixer: str = "bd_lru", *, dtype=torch.float64, **options) -> SequenceModel:
+    """A model of three layers (unless told) with every weight from the generator."""
+    model = SequenceModel(V, D, options.pop("num_layers", 3), MIXERS[mixer], **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            normal = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(normal / D**0.5 if parameter.ndim > 1 else 1 + normal / 4)
+    return model.to(dtype)
+
+
+def draw(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randint(V, shape, generator=generator)
+
+
+def assert_same(actual, expected, what: str = "result") -> None:
+    """Of logits, or of logits and states."""
+    if not isinstance(actual, Tensor):
+        assert len(actual) == len(expected)
+        for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+            assert_same(a, e, f"{what}[{i}]")
+        return
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), what
+    error = ((actual - expected).abs().max() / expected.abs().max()).item()
+    assert error <= CLOSE[actual.dtype], f"{what}: relative error {error:.3g}"
+
+
+# ---- one function
+
+
+@each_mixer
+def test_shapes(generator, mixer):
+    model = build(generator, mixer)
+    for batch, length in ((1, 1), (2, 1), (1, 5), (3, 4)):
+        logits, state = model(draw(generator, batch, length))
+        assert logits.shape == (batch, length, V)
+        assert type(state) is tuple
+        assert [tuple(s.shape) for s in state] == [(batch, *SHAPES[mixer])] * 3
+    assert model.state_size == sum(s[0].numel() for s in state)
+
+
+@each_mixer
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_call_equals_step_repeated(generator, mixer, dtype):
+    model = build(generator, mixer, dtype=dtype)
+    tokens = draw(generator, 2, 3 * T)
+    _, state = model(draw(generator, 2, 4))  # a state to go on from
+    logits, final = model(tokens, state)
+    for t in range(tokens.shape[1]):
+        logits_t, state = model.step(tokens[:, t], state)
+        assert_same(logits_t, logits[:, t], f"logits at {t}")
+    assert_same(state, final, "state")
+    assert_same(model.step(tokens[:, 0])[0], model(tokens[:, :1])[0][:, 0], "from no state")
+
+
+@each_mixer
+@pytest.mark.parametrize("with_reset", [False, True])
+def test_split_equals_the_whole(generator, mixer, with_reset):
+    model, tokens = build(generator, mixer), draw(generator, 3, T)
+    reset = torch.rand(3, T, generator=generator) < 0.3
+    reset[0, 4] = True
+    logits, final = model(tokens, reset=reset if with_reset else None)
+    for cut in range(1, T):
+        pieces, state = [], None
+        for part in (slice(cut), slice(cut, None)):
+            piece, state = model(tokens[:, part], state, reset[:, part] if with_reset else None)
+            pieces.append(piece)
+        assert_same((torch.cat(pieces, dim=1), *state), (logits, *final), f"cut at {cut}")
+
+
+@each_mixer
+def test_packed_sequences_equal_separate_ones(generator, mixer):
+    model, a, b = build(generator, mixer), draw(generator, 1, 5), draw(generator, 1, 7)
+    reset = torch.zeros(1, 12, dtype=torch.bool)
+    reset[0, [0, 5]] = True
+    _, left_over = model(draw(generator, 1, 3))
+    packed, state = model(torch.cat([a, b], dim=1), left_over, reset)
+    assert_same(packed, torch.cat([model(a)[0], model(b)[0]], dim=1))
+    assert_same(state, model(b)[1])
+
+
+@each_mixer
+def test_reset_reaches_every_layer(generator, mixer):
+    model, tokens = build(generator, mixer), draw(generator, 2, T)
+    reset = torch.zeros(2, T, dtype=torch.bool)
+    reset[:, -1] = True
+    _, alone = model(tokens[:, -1:])
+    assert_same(model(tokens, reset=reset)[1], alone)
+    for i, layer in enumerate(model.layers):
+        deaf = layer.register_forward_pre_hook(lambda _, arguments: (*arguments[:2], None))
+        with pytest.raises(AssertionError, match=rf"\[{i}\]: relative error"):
+            assert_same(model(tokens, reset=reset)[1], alone)
+        deaf.remove()
+
+
+@each_mixer
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_a_later_token_changes_no_earlier_bit(generator, mixer, dtype):
+    model, tokens = build(generator, mixer, dtype=dtype), draw(generator, 2, T)
+    logits, _ = model(tokens)
+    for t in range(T):
+        changed = tokens.clone()
+        changed[:, t] = (changed[:, t] + 1) % V
+        other, _ = model(changed)
+        assert torch.equal(other[:, :t], logits[:, :t])
+        assert (other[:, t:] != logits[:, t:]).any(dim=2).all()  # while it changes every later one
+
+
+@each_mixer
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_weight_gets_a_gradient(generator, mixer, tied):
+    model = build(generator, mixer, tied_embedding=tied)
+    model(draw(generator, 4, 2 * T))[0].logsumexp(2).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert (parameter.grad != 0).any(), name
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize(("d_model", "mlp_size"), [(128, 352), (768, 2048), (64, 192), (12, 32), (1, 32), (96, 256)])
+def test_the_mlp_has_8_thirds_of_the_width_in_steps_of_32(d_model, mlp_size):
+    with torch.device("meta"):
+        model = SequenceModel(V, d_model, 1, MIXERS["bd_lru"])
+    assert model.config["mlp_size"] == mlp_size
+    assert model.layers[0].mlp.output.weight.shape == (d_model, mlp_size)
+
+
+PAPER = [  # mixer, parameters but for embedding and head
+    ({"name": "bd_lru", "block_size": 1, "num_blocks": 2112}, 134_549_760),
+    ({"name": "bd_lru", "block_size": 2, "num_blocks": 844}, 134_486_112),
+    ({"name": "bd_lru", "block_size": 4, "num_blocks": 302}, 134_645_280),
+    ({"name": "bd_lru", "block_size": 8, "num_blocks": 96}, 134_582_016),
+    ({"name": "bd_lru", "block_size": 16, "num_blocks": 28}, 135_180_288),
+    ({"name": "h_lru", "order": 16, "num_channels": 242}, 132_520_920),
+]
+
+
+@pytest.mark.parametrize(("mixer", "parameters"), PAPER)
+def test_language_models_of_the_paper_have_its_parameter_counts(mixer, parameters):
+    vocab = 50_280 * 768
+    for tied in (False, True):
+        with torch.device("meta"):
+            model = SequenceModel(50_280, 768, 12, mixer, mlp_size=2048, tied_embedding=tied)
+        outside = {"embedding.weight", "head.weight"}
+        assert sum(p.numel() for name, p in model.named_parameters() if name not in outside) == parameters
+        assert model.num_parameters() == parameters + (vocab if tied else 2 * vocab)
+        assert model.state_size == 12 * mixer.get("block_size", 16) * mixer.get("num_blocks", 242)
+
+
+def test_a_tied_head_is_the_embedding(generator):
+    tied, untied = build(generator, tied_embedding=True), build(generator)
+    assert tied.head.weight is tied.embedding.weight
+    assert untied.head.weight is not untied.embedding.weight
+    assert untied.num_parameters() - tied.num_parameters() == V * D
+    for twin in (copy.deepcopy(tied), tied.float()):
+        assert twin.head.weight is twin.embedding.weight
+
+
+# ---- save and load
+
+
+@each_mixer
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_was_saved_is_loaded(generator, tmp_path, mixer, tied):
+    options = {"dtype": torch.float32, "tied_embedding": tied}
+    model, tokens = build(generator, mixer, **options), draw(generator, 2, T)
+    model.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+    loaded = SequenceModel.load(tmp_path)
+    assert loaded.config == model.config == json.loads((tmp_path / "model.json").read_text())
+    assert (loaded.head.weight is loaded.embedding.weight) == tied
+    assert loaded.num_parameters() == model.num_parameters()
+    assert torch.equal(loaded(tokens)[0], model(tokens)[0])
+    again = build(generator, mixer, **options)
+    again.load_weights(str(tmp_path))
+    assert torch.equal(again(tokens)[0], model(tokens)[0])
+
+
+def test_a_double_model_is_loaded_as_one(generator, tmp_path):
+    model, tokens = build(generator, dtype=torch.float64), draw(generator, 2, T)
+    model.save(tmp_path)
+    loaded = SequenceModel.load(tmp_path)
+    assert loaded.head.weight.dtype == torch.float64
+    assert torch.equal(loaded(tokens)[0], model(tokens)[0])
+
+
+def test_a_tied_head_is_stored_once(generator, tmp_path):
+    build(generator, tied_embedding=True).save(tmp_path)
+    tied = (tmp_path / "model.safetensors").stat().st_size
+    build(generator, tied_embedding=False).save(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size - tied > V * D * 8  # and its name
+
+
+def assert_refused(model: SequenceModel, folder: Path, text: str) -> None:
+    """Loading raises the message (which is of the form `... path ... text`), and the model stays as it was."""
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(ValueError, match=re.escape(f"'{folder / 'model.safetensors'}' {text}")):
+        model.load_weights(folder)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_cut_or_missing_weights_are_refused(generator, tmp_path):
+    model = build(generator)
+    assert_refused(model, tmp_path / "nowhere", "cannot be read: ")
+    model.save(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    for size in (0, 4, 8, 200, len(whole) // 2, len(whole) - 1):
+        weights.write_bytes(whole[:size])
+        assert_refused(build(generator), tmp_path, "cannot be read: ")
+        with pytest.raises(ValueError, match=re.escape(f"'{weights}' cannot be read: ")):
+            SequenceModel.load(tmp_path)
+    weights.unlink()
+    with pytest.raises(ValueError, match=re.escape(f"'{weights}' cannot be read: ")):
+        SequenceModel.load(tmp_path)
+
+
+GATES = "layers.0.mixer.raw_gates"
+OTHERS = [  # the model that loads, the one that was saved, what is wrong first by name
+    ({}, {"mixer": "lstm"}, "`layers.0.mixer.lstm.bias_hh_l0` must have shape None, got (28,)."),
+    ({}, {"mixer": "bd_lru fixed"}, f"`{GATES}.constant` must have shape None, got (3, 4, 5)."),
+    ({}, {"mixer": "h_lru"}, f"`{GATES}.projection.bias` must have shape (60,), got (20,)."),
+    ({}, {"mlp_size": 64}, "`layers.0.mlp.gate_and_input.weight` must have shape (64, 12), got (128, 12)."),
+    ({}, {"num_layers": 2}, "`layers.2.mixer.output.weight` must have shape (12, 15), got None."),
+    ({"num_layers": 2}, {}, "`layers.2.mixer.output.weight` must have shape None, got (12, 15)."),
+    ({}, {"tied_embedding": True}, "`head.weight` must have shape (11, 12), got None."),
+    ({"tied_embedding": True}, {}, "`head.weight` must have shape None, got (11, 12)."),
+]
+
+
+@pytest.mark.parametrize(("mine", "theirs", "text"), OTHERS, ids=lambda v: str(v)[:40])
+def test_weights_of_another_model_are_refused(generator, tmp_path, mine, theirs, text):
+    build(generator, **theirs).save(tmp_path)
+    assert_refused(build(generator, **mine), tmp_path, f"is of another model: {text}")
+
+
+def config_with(**changes) -> str:
+    sizes = {"vocab_size": V, "d_model": D, "num_layers": 1, "mixer": MIXERS["bd_lru"]}
+    return json.dumps(sizes | changes)
+
+
+BAD_CONFIGS = [
+    (None, "No such file"),
+    ("", ""),
+    ("{", ""),
+    ("[]", ""),
+    ("null", ""),
+    ('{"vocab_size": 7}', "'d_model'"),
+    (config_with(dropout=0.1), "'dropout'"),
+    (config_with(vocab_size="11"), "`vocab_size` must be an int, got '11'"),
+    (config_with(num_layers=0), "`num_layers` must be at least 1, got 0"),
+    (config_with(mixer={"name": "bd_lru", "num_blocks": 5}), "'bd_lru' needs the option `block_size`"),
+    (config_with(mixer={**MIXERS["bd_lru"], "widht": 5}), "`widht` is not an option of 'bd_lru'"),
+    (config_with(mixer={"name": "mamba3"}), "`name` must be one of "),
+    (config_with(mixer="bd_lru"), "mixer"),
+    (config_with(mixer=None), "mixer"),
+]
+
+
+@pytest.mark.parametrize(("text", "cause"), BAD_CONFIGS)
+def test_bad_configs_are_refused(generator, tmp_path, text, cause):
+    build(generator).save(tmp_path)
+    path = tmp_path / "model.json"
+    path.unlink() if text is None else path.write_text(text)
+    start, cause = re.escape(f"SequenceModel.load: '{path}' is not a model config: "), re.escape(cause)
+    with pytest.raises(ValueError, match=f"^{start}.*{cause}"):
+        SequenceModel.load(tmp_path)
+
+
+def unsafe_uses(source: str) -> list[str]:
+    """Names in Python source that read or write pickles: the modules, and torch's and accelerate's own."""
+    modules = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "_pickle"}
+    calls = {"torch.load", "torch.save", "torch.serialization", "load_state", "save_state", "allow_pickle"}
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=aliases):
+                names += [alias.name for alias in aliases]
+            case ast.ImportFrom(module=module, names=aliases):
+                names += [str(module), *(f"{module}.{alias.name}" for alias in aliases)]
+            case ast.Attribute(value=value, attr=attribute):
+                names += [attribute, f"{ast.unparse(value)}.{attribute}"]
+            case ast.Name(id=name) | ast.keyword(arg=str(name)):
+                names.append(name)
+            case ast.Constant(value=str(text)) if text in modules:  # import_module("pickle")
+                names.append(text)
+    return [name for name in names if name in calls or name.split(".")[0] in modules]
+
+
+def test_no_pickle_anywhere():
+    sources = sorted(Path(statemix.__file__).parent.rglob("*.py"))
+    assert Path(statemix.__file__).with_name("checkpoint.py") in sources
+    assert {path.name: found for path in sources if (found := unsafe_uses(path.read_text()))} == {}
+
+
+PICKLES = ["import pickle", "from pickle import dumps", "import torch; torch.load('x')", "from torch import save"]
+PICKLES += ["torch.serialization.load(f)", "np.load(f, allow_pickle=True)", "import_module('pickle')"]
+PICKLES += ["accelerator.save_state(path)", "import dill as p", "f = torch.save"]
+
+
+@pytest.mark.parametrize("source", PICKLES)
+def test_pickle_would_be_found(source):
+    assert unsafe_uses(source) != []
+
+
+# ---- bad input
+
+SIZES = {"vocab_size": V, "d_model": D, "num_layers": 2, "mixer": MIXERS["bd_lru"]}
+BAD_SIZES = [
+    (0, ValueError, "must be at least 1, got 0."),
+    (-2, ValueError, "must be at least 1, got -2."),
+    (8.5, TypeError, "must be an int, got 8.5."),
+    (True, TypeError, "must be an int, got True."),
+    ("8", TypeError, "must be an int, got '8'."),
+]
+
+
+@pytest.mark.parametrize("size", ["vocab_size", "d_model", "num_layers", "mlp_size"])
+@pytest.mark.parametrize(("value", "error", "text"), BAD_SIZES)
+def test_bad_sizes(size, value, error, text):
+    with pytest.raises(error, match=f"^{re.escape(f'SequenceModel: `{size}` {text}')}$"):
+        SequenceModel(**SIZES | {size: value})
+
+
+def test_bad_calls(generator):
+    model, tokens = build(generator), draw(generator, 2, 4)
+    for shape in ((4,), (2, 4, 1), (), (2, 0), (0, 4)):
+        text = f"SequenceModel: `tokens` must have shape (B, T) with B, T of at least 1, got {shape}."
+        with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+            model(torch.zeros(shape, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"^SequenceModel.step: `tokens` must have shape \(B,\), got \(2, 4\)"):
+        model.step(tokens)
+    with pytest.raises(TypeError, match=r"`tokens` must be int64 or int32, got torch.float32"):
+        model(tokens.float())
+    _, state = model(tokens)
+    for wrong in (state[:2], (*state, state[0]), ()):
+        text = f"SequenceModel: `state` must have one tensor per layer = 3, got {len(wrong)}."
+        with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+            model(tokens, wrong)
+    with pytest.raises(ValueError, match=re.escape("`state` must have shape (B, M, N) = (1, 3, 5), got (2, 3, 5).")):
+        model(tokens[:1], state)
+    with pytest.raises(ValueError, match=re.escape("`reset` must have shape (B, T) = (2, 4), got (2, 3).")):
+        model(tokens, None, torch.zeros(2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="B, T of at least 1"):
+        model(tokens[:, :0])
+    for outside in (V, -1):
+        with pytest.raises(IndexError, match="index out of range"):
+            model(torch.full((1, 1), outside))
