@@ -1,0 +1,140 @@
+"""Permutation composition: the state-tracking task over finite groups."""
+
+import functools
+import itertools
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from statemix.tasks.base import Batch, Tokens, draw, to_batch
+
+Table = np.ndarray[tuple[int, int], np.dtype[np.int16]]
+
+MAX_GROUP_SIZE = 5040  # S7: a table of 50 MB
+INPUTS = ("all", "transpositions")
+
+
+@dataclass(frozen=True)
+class PermutationComposition:
+    """Tokens x_1..x_L are uniform in a group G; the target at position t is x_1 o x_2 o ... o x_t.
+
+    S3, L = 5. Elements of S3 in lexicographic order: 0 = 012, 1 = 021, 2 = 102, 3 = 120, 4 = 201, 5 = 210.
+
+        tokens    2   4   4   0   1
+        targets   2   5   1   1   0        2 o 4 = 5, 5 o 4 = 1, 1 o 0 = 1, 1 o 1 = 0
+
+    Args:
+        group: S<n> (all permutations), A<n> (the even ones), Z<n> (addition modulo n), or a product such as A4xZ5. In a
+            product the element (a, b) has the number a * |second| + b.
+        seq_len: L, in tokens.
+        generators: "all", or "transpositions": inputs restricted to the transpositions of S<n>, which generate it.
+
+    Raises:
+        TypeError, ValueError: the group is not of that form or has more than 5040 elements, L < 1, or `generators`
+            does not fit the group.
+
+    Source: state tracking as in Dubinin et al. 2026 (arXiv 2602.12021).
+    """
+
+    group: str = "S3"
+    seq_len: int = 16
+    generators: str = "all"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seq_len, int) or isinstance(self.seq_len, bool):
+            raise TypeError(f"permutation: `seq_len` must be an int, got {self.seq_len!r}.")
+        if self.seq_len < 1:
+            raise ValueError(f"permutation: `seq_len` must be at least 1, got {self.seq_len}.")
+        if self.generators not in INPUTS:
+            raise ValueError(f"permutation: `generators` must be one of {sorted(INPUTS)}, got {self.generators!r}.")
+        _factors(self.group)
+        if self.generators == "transpositions":
+            _transpositions(self.group)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of elements of the group: both tokens and targets."""
+        return len(group_table(self.group))
+
+    def sample(self, split: str, batch_size: int, *, seed: int = 0, index: int = 0) -> Batch:
+        """Batch number `index` of a split's stream: a pure function of its arguments. Splits never overlap.
+
+        Raises:
+            ValueError: the split is unknown, a number is out of range, or the task has no sequence for the split.
+        """
+        inputs = np.arange(self.vocab_size) if self.generators == "all" else _transpositions(self.group)
+
+        def generate(rng: np.random.Generator, count: int) -> Tokens:
+            return inputs[rng.integers(len(inputs), size=(count, self.seq_len))]
+
+        tokens = draw(split, batch_size, seed, index, generate)
+        return to_batch(tokens, self.oracle(tokens))
+
+    def oracle(self, tokens: Tokens) -> Tokens:
+        """The targets (B, L) of tokens (B, L), from the multiplication table."""
+        table = group_table(self.group)
+        targets = np.empty_like(tokens)
+        targets[:, 0] = tokens[:, 0]
+        for t in range(1, tokens.shape[1]):
+            targets[:, t] = table[targets[:, t - 1], tokens[:, t]]
+        return targets
+
+
+@functools.lru_cache(maxsize=8)
+def group_table(group: str) -> Table:
+    """table[a, b] = a o b, where (a o b)[i] = a[b[i]] for permutations, and a + b modulo n in Z_n."""
+    table: Table = np.zeros((1, 1), dtype=np.int16)
+    for kind, n in _factors(group):
+        factor = _factor_table(kind, n)
+        size = len(table) * len(factor)
+        pairs = table[:, None, :, None].astype(np.int64) * len(factor) + factor[None, :, None, :]
+        table = pairs.reshape(size, size).astype(np.int16)
+    table.flags.writeable = False  # it is shared by all callers
+    return table
+
+
+def _factors(group: str) -> list[tuple[str, int]]:
+    """ "A4xZ5" -> [("A", 4), ("Z", 5)]."""
+    if not isinstance(group, str) or not re.fullmatch(r"[SAZ][1-9]\d*(x[SAZ][1-9]\d*)*", group):
+        raise ValueError(f"permutation: `group` must be S<n>, A<n>, Z<n> or a product such as A4xZ5, got {group!r}.")
+    factors = [(part[0], int(part[1:])) for part in group.split("x")]
+    size = 1
+    for kind, n in factors:
+        # |S_n|, |A_n|, |Z_n|; 8! is beyond the limit already, and 10000! would take a while
+        size *= n if kind == "Z" else math.factorial(min(n, 8)) // (2 if kind == "A" and n > 1 else 1)
+    if size > MAX_GROUP_SIZE:
+        raise ValueError(f"permutation: `group` must have at most {MAX_GROUP_SIZE} elements, got {group!r}.")
+    return factors
+
+
+def _factor_table(kind: str, n: int) -> Table:
+    if kind == "Z":
+        return (np.add.outer(np.arange(n), np.arange(n)) % n).astype(np.int16)
+    elements = _permutations(kind, n)
+    digits = n ** np.arange(n)[::-1]  # a permutation as a number in base n: lexicographic order is numeric order
+    codes = elements @ digits
+    table = np.empty((len(elements), len(elements)), dtype=np.int16)
+    for number, a in enumerate(elements):
+        table[number] = np.searchsorted(codes, a[elements] @ digits)
+    return table
+
+
+def _permutations(kind: str, n: int) -> Tokens:
+    """The elements of S_n or A_n in lexicographic order, (size, n)."""
+    elements = np.array(list(itertools.permutations(range(n))), dtype=np.int64)
+    if kind == "S":
+        return elements
+    i, j = np.triu_indices(n, 1)
+    inversions = (elements[:, i] > elements[:, j]).sum(1)
+    return elements[inversions % 2 == 0]
+
+
+def _transpositions(group: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Numbers of the elements of S_n that swap two points."""
+    (kind, n), *rest = _factors(group)
+    if kind != "S" or n < 2 or rest:
+        raise ValueError(f"permutation: generators='transpositions' needs a group S<n> with n >= 2, got {group!r}.")
+    moved = (_permutations("S", n) != np.arange(n)).sum(1)
+    return np.flatnonzero(moved == 2)

@@ -1,0 +1,381 @@
+"""Tasks: the groups, the targets, the streams and their splits, bad input, and the score."""
+
+import hashlib
+import itertools
+import os
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from statemix.tasks import IGNORE_INDEX, SPLITS, PermutationComposition, Score, build_task
+from statemix.tasks.base import sequence_hash
+from statemix.tasks.permutation import group_table
+
+GROUPS = {"S1": 1, "S2": 2, "S3": 6, "S4": 24, "A1": 1, "A2": 1, "A3": 3, "A4": 12, "A5": 60, "Z1": 1, "Z2": 2}
+GROUPS |= {"Z7": 7, "Z60": 60, "A4xZ5": 60, "S3xS3": 36, "Z2xS3xZ3": 36}
+each_group = pytest.mark.parametrize("group", GROUPS)
+each_split = pytest.mark.parametrize("split", SPLITS)
+
+# ---- groups
+
+
+@each_group
+def test_group_axioms(group):
+    table, n = group_table(group).astype(int), GROUPS[group]
+    assert table.shape == (n, n)
+    assert PermutationComposition(group).vocab_size == n
+    everything = np.arange(n)
+    assert (table[0] == everything).all()  # 0 is the identity
+    assert (table[:, 0] == everything).all()
+    assert (np.sort(table, axis=0) == everything[:, None]).all()  # a Latin square
+    assert (np.sort(table, axis=1) == everything).all()
+    inverse = table.argmin(axis=1)
+    assert (table[everything, inverse] == 0).all()
+    assert (table[inverse, everything] == 0).all()
+    a, b, c = np.ogrid[:n, :n, :n]
+    assert (table[table[a, b], c] == table[a, table[b, c]]).all()
+
+
+def test_the_table_of_s3_is_the_one_of_the_spec():
+    rows = [[0, 1, 2, 3, 4, 5], [1, 0, 4, 5, 2, 3], [2, 3, 0, 1, 5, 4]]
+    rows += [[3, 2, 5, 4, 0, 1], [4, 5, 1, 0, 3, 2], [5, 4, 3, 2, 1, 0]]
+    assert group_table("S3").tolist() == rows
+
+
+def compose(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    """a o b: first b, then a."""
+    return tuple(a[i] for i in b)
+
+
+def is_even(permutation: tuple[int, ...]) -> bool:
+    """By the number of cycles."""
+    unseen, cycles = set(range(len(permutation))), 0
+    while unseen:
+        i, cycles = min(unseen), cycles + 1
+        while i in unseen:
+            unseen.remove(i)
+            i = permutation[i]
+    return (len(permutation) - cycles) % 2 == 0
+
+
+def elements(group: str) -> list[tuple[int, ...]]:
+    """The permutations of S<n> or A<n> in lexicographic order."""
+    found = sorted(itertools.permutations(range(int(group[1:]))))
+    return found if group[0] == "S" else [p for p in found if is_even(p)]
+
+
+@pytest.mark.parametrize("group", ["S1", "S2", "S3", "S4", "S5", "A1", "A2", "A3", "A4", "A5"])
+def test_permutation_groups_compose_permutations_in_lexicographic_order(group):
+    permutations = elements(group)
+    number = {p: i for i, p in enumerate(permutations)}
+    expected = [[number[compose(a, b)] for b in permutations] for a in permutations]
+    assert group_table(group).tolist() == expected
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 60])
+def test_cyclic_groups_add(n):
+    assert group_table(f"Z{n}").tolist() == [[(a + b) % n for b in range(n)] for a in range(n)]
+
+
+@pytest.mark.parametrize(("group", "first", "second"), [("A4xZ5", "A4", "Z5"), ("S3xS3", "S3", "S3")])
+def test_products_are_taken_by_component(group, first, second):
+    table, left, right = (group_table(g).astype(int) for g in (group, first, second))
+    size = len(right)
+    for a, b in itertools.product(range(len(table)), repeat=2):
+        assert table[a, b] == left[a // size, b // size] * size + right[a % size, b % size]
+
+
+def test_the_largest_groups():
+    PermutationComposition("S7")
+    assert PermutationComposition("Z5040").vocab_size == 5040
+    permutations, table = elements("S6"), group_table("S6")
+    for a, b in ((123, 543), (543, 123), (719, 1), (360, 360)):
+        assert permutations[table[a, b]] == compose(permutations[a], permutations[b])
+
+
+# ---- targets
+
+
+def slow_targets(group: str, tokens: np.ndarray) -> list[list[int]]:
+    """x_1 o ... o x_t by products of permutations, or sums, from the definition."""
+    if group[0] == "Z":
+        return [[sum(row[: t + 1]) % int(group[1:]) for t in range(len(row))] for row in tokens.tolist()]
+    permutations = elements(group)
+    targets = []
+    for row in tokens.tolist():
+        state, targets_of_row = permutations[0], []
+        for token in row:
+            state = compose(state, permutations[token])
+            targets_of_row.append(permutations.index(state))
+        targets.append(targets_of_row)
+    return targets
+
+
+@each_split
+@pytest.mark.parametrize("group", ["S3", "S4", "S5", "A4", "A5", "Z2", "Z7"])
+def test_targets_equal_a_slow_loop(group, split):
+    task = PermutationComposition(group, seq_len=23)
+    tokens, targets = task.sample(split, 20, seed=3)
+    assert tokens.shape == targets.shape == (20, 23)
+    assert tokens.dtype == targets.dtype == torch.int64
+    assert targets.tolist() == slow_targets(group, tokens.numpy())
+
+
+@pytest.mark.parametrize("group", ["S3", "A4xZ5", "Z60"])
+@pytest.mark.parametrize("seq_len", [12, 64])
+def test_the_oracle_scores_1(group, seq_len):
+    task = PermutationComposition(group, seq_len)
+    tokens, targets = task.sample("test", 50, seed=9)
+    answers = torch.from_numpy(task.oracle(tokens.numpy()))
+    score = Score.of(answers, targets)
+    assert score.token_accuracy == score.sequence_accuracy == 1
+    assert score.accuracy_by_position == [1] * seq_len
+    answers[7, 3] = (answers[7, 3] + 1) % task.vocab_size
+    assert Score.of(answers, targets).sequence_accuracy == 49 / 50
+
+
+def test_the_example_of_the_docstring():
+    text = PermutationComposition.__doc__
+    named = {int(number): name for number, name in re.findall(r"(\d) = (\d{3})\b", text)}
+    assert named == {i: "".join(map(str, p)) for i, p in enumerate(elements("S3"))}
+    rows = dict(re.findall(r"^\s*(tokens|targets) +((?:\d +)*\d)\b", text, flags=re.MULTILINE))
+    tokens, targets = ([int(token) for token in rows[key].split()][:5] for key in ("tokens", "targets"))
+    task = PermutationComposition("S3", seq_len=len(tokens))
+    assert task.oracle(np.array([tokens])).tolist() == [targets]
+    products = [tuple(map(int, p)) for p in re.findall(r"(\d) o (\d) = (\d)", text)]
+    assert products == list(zip(targets, tokens[1:], targets[1:], strict=False))
+
+
+# ---- streams
+
+
+def digest(batches) -> str:
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for batch in batches for tensor in batch)).hexdigest()
+
+
+STREAM = """
+from statemix.tasks import PermutationComposition
+from test_tasks import digest
+task = PermutationComposition("S4", 20)
+print(digest(task.sample(split, 33, seed=5, index=2) for split in ("train", "valid", "test")))
+"""
+
+
+def test_another_process_draws_the_same_bytes():
+    task = PermutationComposition("S4", 20)
+    here = digest(task.sample(split, 33, seed=5, index=2) for split in ("train", "valid", "test"))
+    assert here == digest(task.sample(split, 33, seed=5, index=2) for split in ("train", "valid", "test"))
+    environment = os.environ | {"PYTHONHASHSEED": "12345", "PYTHONPATH": os.path.dirname(__file__)}
+    there = subprocess.run([sys.executable, "-c", STREAM], env=environment, capture_output=True, text=True, check=True)
+    assert there.stdout.strip() == here
+
+
+PINNED = {  # (split, seed, index): the first two sequences of S3, L = 8
+    ("train", 0, 0): [[0, 1, 4, 0, 4, 2, 0, 4], [1, 4, 5, 5, 3, 2, 5, 0]],
+    ("valid", 0, 0): [[2, 1, 4, 4, 4, 1, 1, 3], [2, 2, 5, 2, 3, 3, 5, 4]],
+    ("test", 0, 0): [[5, 5, 5, 2, 1, 4, 3, 4], [4, 1, 1, 0, 4, 3, 2, 3]],
+    ("train", 1, 0): [[0, 3, 4, 4, 1, 3, 0, 3], [3, 0, 2, 2, 4, 0, 5, 2]],
+    ("train", 0, 1): [[4, 3, 2, 0, 2, 1, 5, 5], [1, 2, 4, 3, 2, 4, 0, 5]],
+    ("test", 7, 3): [[4, 3, 1, 5, 0, 2, 2, 4], [5, 2, 2, 3, 1, 1, 4, 5]],
+}
+
+
+def test_the_stream_stays_as_it_is():
+    # a change here changes the data of every published number: it needs a reason, and new numbers
+    task = PermutationComposition("S3", 8)
+    for (split, seed, index), rows in PINNED.items():
+        assert task.sample(split, 2, seed=seed, index=index).tokens.tolist() == rows
+
+
+@each_split
+def test_seeds_and_indices_are_separate_streams(split):
+    task = PermutationComposition("S5", 10)
+    # 2^32 and 2^33: a seed sequence splits numbers into words of 32 bits
+    numbers = (0, 1, 2, 3, 4, 1000, 2**32, 2**33)
+    seen = {}
+    for seed, index in itertools.product(numbers, repeat=2):
+        tokens = tuple(task.sample(split, 4, seed=seed, index=index).tokens.flatten().tolist())
+        assert tokens not in seen, f"(seed, index) {(seed, index)} draws what {seen[tokens]} draws"
+        seen[tokens] = seed, index
+
+
+def test_a_longer_sequence_or_another_group_is_another_stream():
+    tokens = PermutationComposition("S3", 9).sample("train", 50).tokens
+    other = PermutationComposition("S3", 10).sample("train", 50).tokens
+    assert not torch.equal(tokens, other[:, :9])
+    # a batch is not a part of a larger one, but every sequence of it belongs to the split all the same
+    assert len(PermutationComposition("S3", 9).sample("train", 1).tokens) == 1
+
+
+# ---- splits
+
+
+def drawn(split: str, seeds: range) -> set[tuple[int, ...]]:
+    """Sequences of Z2 with 10 tokens: there are 1024, so that all can be seen."""
+    task = PermutationComposition("Z2", 10)
+    batches = [task.sample(split, 2000, seed=seed, index=index).tokens for seed in seeds for index in range(2)]
+    return set(map(tuple, torch.cat(batches).tolist()))
+
+
+def overlaps(sets: dict[str, set]) -> list[tuple[str, str]]:
+    return [(a, b) for a, b in itertools.combinations(sets, 2) if sets[a] & sets[b]]
+
+
+def test_splits_are_disjoint_and_together_everything():
+    sets = {split: drawn(split, range(10 * i, 10 * i + 6)) for i, split in enumerate(SPLITS)}
+    assert overlaps(sets) == []
+    assert set().union(*sets.values()) == set(itertools.product((0, 1), repeat=10))
+    shares = {split: len(found) / 1024 for split, found in sets.items()}
+    assert shares == pytest.approx({"train": 6 / 8, "valid": 1 / 8, "test": 1 / 8}, abs=0.03)
+    # other seeds reach the same sequences
+    assert drawn("valid", range(100, 103)) == sets["valid"]
+
+
+def test_a_planted_overlap_is_noticed(monkeypatch):
+    monkeypatch.setitem(SPLITS, "train", (1, 2, 3, 4, 5, 6, 7))
+    sets = {split: drawn(split, range(3)) for split in SPLITS}
+    assert overlaps(sets) == [("train", "test")]
+
+
+def chi_square(counts: np.ndarray) -> float:
+    """Of equal shares, in standard deviations above its mean."""
+    expected, freedom = counts.sum() / counts.size, counts.size - 1
+    return (((counts - expected) ** 2).sum() / expected - freedom) / (2 * freedom) ** 0.5
+
+
+@each_split
+def test_every_split_is_uniform(split):
+    tokens, targets = (x.numpy() for x in PermutationComposition("S3", 16).sample(split, 20_000, seed=1))
+    for values in (tokens, targets):
+        assert chi_square(np.bincount(values.ravel(), minlength=6)) < 8
+        for t in range(16):  # every position, and every neighbouring pair
+            assert chi_square(np.bincount(values[:, t], minlength=6)) < 8
+            assert chi_square(np.bincount(values[:, t] * 6 + values[:, t - 1], minlength=36)) < 8
+    biased = np.where(tokens[:, 0] == 5, tokens[:, 1], tokens[:, 0])
+    assert chi_square(np.bincount(biased, minlength=6)) > 50
+
+
+TOO_SMALL = [  # group, inputs, every sequence there is
+    ("Z2", "all", [[0], [1]]),
+    ("Z1", "all", [[0] * 8]),
+    ("S1", "all", [[0] * 50]),
+    ("S2", "transpositions", [[1] * 8]),
+]
+
+
+@pytest.mark.parametrize(("group", "generators", "sequences"), TOO_SMALL)
+def test_a_split_without_a_sequence_is_an_error(group, generators, sequences):
+    task = PermutationComposition(group, len(sequences[0]), generators)
+    owner = [int(code) % 8 for code in sequence_hash(np.array(sequences))]
+    for split, buckets in SPLITS.items():
+        wanted = [sequence for sequence, bucket in zip(sequences, owner, strict=True) if bucket in buckets]
+        if wanted:
+            assert {tuple(row) for row in task.sample(split, 40).tokens.tolist()} == set(map(tuple, wanted))
+        else:
+            text = f"sample: no sequence of length {task.seq_len} belongs to split '{split}': the task has too few "
+            text += "sequences. Ask for longer ones or a larger vocabulary."
+            with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+                task.sample(split, 4)
+
+
+@pytest.mark.parametrize(("group", "count"), [("S3", 3), ("S4", 6), ("S5", 10)])
+def test_transpositions(group, count):
+    task = PermutationComposition(group, 20, generators="transpositions")
+    swaps = [i for i, p in enumerate(elements(group)) if sum(a != b for a, b in enumerate(p)) == 2]
+    assert len(swaps) == count
+    tokens, targets = task.sample("train", 2000)
+    assert sorted(set(tokens.flatten().tolist())) == swaps
+    assert chi_square(np.bincount(tokens.flatten(), minlength=task.vocab_size)[swaps]) < 8
+    assert targets.tolist()[:5] == slow_targets(group, tokens[:5].numpy())
+    assert set(targets[:, -2:].flatten().tolist()) == set(range(task.vocab_size))  # they generate the group
+    assert task.vocab_size == len(elements(group))
+
+
+def test_12800_sequences_of_s5_take_under_2_seconds():
+    task = PermutationComposition("S5", 128)
+    begin = time.process_time()  # of all threads, and of no other process
+    tokens, _ = task.sample("train", 12_800)
+    assert time.process_time() - begin < 2
+    assert tokens.shape == (12_800, 128)
+
+
+# ---- bad input
+
+FORM = "permutation: `group` must be S<n>, A<n>, Z<n> or a product such as A4xZ5, got "
+SIZE = "permutation: `group` must have at most 5040 elements, got "
+SWAPS = "permutation: generators='transpositions' needs a group S<n> with n >= 2, got "
+BAD_GROUPS = ["S0", "S", "X3", "S3x", "3", "", "s3", "S3xX2", "S3 x S3", "xS3", "S3xxS3", "S03", "S-3", "S3.0", "S3\n"]
+FROM = "permutation: `generators` must be one of ['all', 'transpositions'], got "
+TRANSPOSITIONS = {"generators": "transpositions"}
+LENGTH = "permutation: `seq_len` must be "
+BAD_TASKS = [
+    *(({"group": v}, ValueError, f"{FORM}{v!r}.") for v in [*BAD_GROUPS, 3, None, ["S3"], ("S", 3)]),
+    *(({"group": v}, ValueError, f"{SIZE}{v!r}.") for v in ["S8", "S9", "A8", "Z5041", "S100000", "S5xS5"]),
+    *(({"seq_len": v}, ValueError, f"{LENGTH}at least 1, got {v}.") for v in (0, -4)),
+    *(({"seq_len": v}, TypeError, f"{LENGTH}an int, got {v!r}.") for v in (1.5, 16.0, True, "16", None)),
+    *(({"generators": v}, ValueError, f"{FROM}{v!r}.") for v in ("swaps", "", None, ["all"])),
+    *(
+        ({"group": v, "generators": "transpositions"}, ValueError, f"{SWAPS}{v!r}.")
+        for v in ("A4", "Z3", "S1", "S3xZ2")
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "text"), BAD_TASKS, ids=lambda v: str(v)[:50])
+def test_bad_tasks(options, error, text):
+    with pytest.raises(error, match=f"^{re.escape(text)}$"):
+        PermutationComposition(**options)
+    with pytest.raises(error, match=f"^{re.escape(text)}$"):
+        build_task({"name": "permutation", **options})
+
+
+BAD_SAMPLES = [
+    (("dev", 4), {}, "sample: `split` must be one of ['test', 'train', 'valid'], got 'dev'."),
+    ((None, 4), {}, "sample: `split` must be one of ['test', 'train', 'valid'], got None."),
+    (("train", 0), {}, "sample: `batch_size` must be at least 1 and below 2^64, got 0."),
+    (("train", -1), {}, "sample: `batch_size` must be at least 1 and below 2^64, got -1."),
+    (("train", 4), {"seed": -1}, "sample: `seed` must be at least 0 and below 2^64, got -1."),
+    (("train", 4), {"index": -1}, "sample: `index` must be at least 0 and below 2^64, got -1."),
+]
+
+
+@pytest.mark.parametrize(("arguments", "options", "text"), BAD_SAMPLES)
+def test_bad_samples(arguments, options, text):
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        PermutationComposition().sample(*arguments, **options)
+
+
+# ---- the score
+
+X = IGNORE_INDEX
+TARGETS = torch.tensor([[1, 2, 3, X], [4, X, 1, X], [0, 0, 0, X], [2, 2, 2, X]])
+PREDICTIONS = torch.tensor([[1, 2, 3, 0], [4, 9, 1, X], [0, 1, 0, X], [1, 1, 1, X]])
+
+
+def test_a_score_by_hand():
+    score = Score.of(PREDICTIONS, TARGETS)
+    # by position: 3 of 4, 1 of 3, 3 of 4, and nothing; rows 0 and 1 are all right
+    assert score.right.tolist() == [3, 1, 3, 0]
+    assert score.scored.tolist() == [4, 3, 4, 0]
+    assert score.token_accuracy == pytest.approx(7 / 11, rel=1e-6)
+    assert score.sequence_accuracy == 2 / 4
+    assert score.accuracy_by_position == [3 / 4, 1 / 3, 3 / 4, None]
+
+
+def test_scores_add_up_to_the_score_of_all():
+    whole = Score.of(PREDICTIONS, TARGETS)
+    for cut in (1, 2, 3):
+        parts = [Score.of(PREDICTIONS[rows], TARGETS[rows]) for rows in (slice(cut), slice(cut, None))]
+        total = parts[0] + parts[1]
+        assert torch.equal(total.right, whole.right)
+        assert torch.equal(total.scored, whole.scored)
+        assert total.token_accuracy == whole.token_accuracy
+        assert total.sequence_accuracy == whole.sequence_accuracy
+        assert total.accuracy_by_position == whole.accuracy_by_position
+        # unequal parts: a mean of means would be another number
+        assert total.token_accuracy != (parts[0].token_accuracy + parts[1].token_accuracy) / 2
