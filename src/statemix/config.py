@@ -1,0 +1,203 @@
+"""TrainConfig: everything that determines a training run, as nested dataclasses with a strict JSON form."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, get_args, get_origin, get_type_hints
+
+import torch
+
+from statemix.mixers import build_mixer, complete_mixer
+from statemix.tasks import build_task, complete_task
+
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Width and depth of a SequenceModel.
+
+    Args:
+        d_model: D, width of the residual stream.
+        num_layers: number of (mixer, SwiGLU) pairs.
+        mlp_size: inner width of the SwiGLU. None: 8/3 D, rounded up to a multiple of 32.
+        tied_embedding: the head is the transposed embedding.
+    """
+
+    d_model: int = 64
+    num_layers: int = 1
+    mlp_size: int | None = None
+    tied_embedding: bool = False
+
+    def __post_init__(self) -> None:
+        _check_types(self, "model.")
+        for name in ("d_model", "num_layers", "mlp_size"):
+            size = getattr(self, name)
+            _require(f"model.{name}", size, size is None or size >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up, then a cosine to `final_lr`.
+
+    Args:
+        lr: peak learning rate, above 0.
+        final_lr: learning rate at the last step, in [0, lr].
+        warmup: share of the steps that warm up, in [0, 1].
+        betas: decay rates of the two moments, in [0, 1).
+        weight_decay: of matrices (not of biases, norms or embeddings), at least 0.
+        clip: largest gradient norm, above 0.
+    """
+
+    lr: float = 3e-3
+    final_lr: float = 1e-5
+    warmup: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_types(self, "optimizer.")
+        _require("optimizer.lr", self.lr, 0 < self.lr < math.inf, "above 0 and finite")
+        _require("optimizer.final_lr", self.final_lr, 0 <= self.final_lr <= self.lr, f"in [0, lr] = [0, {self.lr}]")
+        _require("optimizer.warmup", self.warmup, 0 <= self.warmup <= 1, "in [0, 1]")
+        _require("optimizer.betas", self.betas, len(self.betas) == 2, "two numbers")
+        _require("optimizer.betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "in [0, 1)")
+        _require("optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
+        _require("optimizer.clip", self.clip, self.clip > 0, "above 0")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. Two runs of one config on one machine with as many threads are equal bit for bit.
+
+    Args:
+        task: spec of a task: its name in `TASKS` and its options.
+        mixer: spec of a mixer: its name in `MIXERS` and its options.
+        model: width and depth.
+        optimizer: AdamW and its schedule.
+        steps: optimizer steps.
+        batch_size: sequences per step, over all processes.
+        seed: of the initial weights and the training stream. Validation and test data are the same for every seed.
+        eval_every: steps between validations; each also writes a checkpoint.
+        eval_sequences: sequences validated on each time, and tested on at each length at the end.
+        test_lengths: sequence lengths of the final test, in tokens. Empty: the task's own.
+        log_every: steps between lines of metrics.jsonl.
+        mixed_precision: "no", "bf16" or "fp16", through accelerate.
+
+    Raises:
+        TypeError, ValueError: a value is of the wrong type or out of range; the message names the field.
+    """
+
+    task: dict[str, Any] = field(default_factory=lambda: {"name": "permutation", "group": "S3", "seq_len": 16})
+    mixer: dict[str, Any] = field(default_factory=lambda: {"name": "bd_lru", "num_blocks": 16, "block_size": 3})
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    steps: int = 600
+    batch_size: int = 128
+    seed: int = 0
+    eval_every: int = 100
+    eval_sequences: int = 1024
+    test_lengths: tuple[int, ...] = ()
+    log_every: int = 10
+    mixed_precision: str = "no"
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("steps", "batch_size", "eval_every", "eval_sequences", "log_every"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        _require("seed", self.seed, self.seed >= 0, "at least 0")
+        _require("test_lengths", self.test_lengths, all(n >= 1 for n in self.test_lengths), "all at least 1")
+        allowed = self.mixed_precision in PRECISIONS
+        _require("mixed_precision", self.mixed_precision, allowed, f"one of {sorted(PRECISIONS)}")
+        # specs are stored with their defaults, so that equal runs have equal configs, also after a default changes
+        object.__setattr__(self, "task", complete_task(self.task))
+        object.__setattr__(self, "mixer", complete_mixer(self.mixer))
+        build_task(self.task)
+        with torch.device("meta"):  # checks the options; no memory, no random numbers drawn
+            build_mixer(self.mixer, d_model=1)
+
+    def to_json(self) -> str:
+        """JSON text that `from_json` reads back to an equal config."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The config of a JSON text. A missing key has its default; an unknown one is a ValueError."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"TrainConfig: not JSON: {error}") from error
+        return _from_mapping(cls, data, "")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """The config in a JSON file. Raises ValueError, naming the file, if there is none or it is wrong."""
+        try:
+            return cls.from_json(Path(path).read_text())
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"TrainConfig: cannot read '{path}': {error}") from error
+
+
+def first_difference(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> str | None:
+    """The first key, dotted, whose values differ, as "key=theirs ... mine"; None if the mappings are equal."""
+    for key in dict.fromkeys((*mine, *theirs)):
+        a, b = mine.get(key), theirs.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            if (inner := first_difference(a, b, f"{prefix}{key}.")) is not None:
+                return inner
+        elif a != b:
+            return f"was made with {prefix}{key}={b!r}, the config asks for {a!r}"
+    return None
+
+
+def _require(name: str, value: object, ok: bool, rule: str) -> None:
+    if not ok:
+        raise ValueError(f"TrainConfig: `{name}` must be {rule}, got {value!r}.")
+
+
+def _check_types(config: Any, prefix: str = "") -> None:
+    """Raise TypeError, naming the field, unless every value of a config is of its field's type."""
+    for key, hint in get_type_hints(type(config)).items():
+        value = getattr(config, key)
+        parts = value if isinstance(value, tuple) else (value,)
+        kinds = get_args(hint) if get_origin(hint) is tuple else (hint,)
+        ok = isinstance(value, tuple) == (get_origin(hint) is tuple)
+        if not ok or not all(_is(part, kinds[0]) for part in parts):
+            wanted = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+            raise TypeError(f"TrainConfig: `{prefix}{key}` must be of type {wanted}, got {value!r}.")
+
+
+def _is(value: object, hint: Any) -> bool:
+    """Whether a value is of a type; an int will do for a float, and a bool is no number."""
+    if hint is float:
+        hint = int | float
+    if get_origin(hint) is dict:
+        hint = Mapping
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _number(value: object, hint: Any) -> object:
+    """JSON writes a whole float as an int: make it a float again where the field is one."""
+    return float(value) if hint is float and isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _from_mapping(cls: type, data: object, prefix: str) -> Any:
+    """An instance of dataclass `cls` from parsed JSON, nested dataclasses too: they check their values themselves."""
+    if not isinstance(data, dict):
+        raise TypeError(f"TrainConfig: `{prefix.rstrip('.') or 'the config'}` must be an object, got {data!r}.")
+    hints = get_type_hints(cls)
+    unknown = sorted(data.keys() - hints.keys())
+    if unknown:
+        raise ValueError(f"TrainConfig: unknown key `{prefix}{unknown[0]}`; there are {sorted(hints)}.")
+    values = {}
+    for key, value in data.items():
+        if dataclasses.is_dataclass(hints[key]):
+            value = _from_mapping(hints[key], value, f"{prefix}{key}.")
+        elif get_origin(hints[key]) is tuple and isinstance(value, list):  # JSON has no tuples
+            value = tuple(_number(part, get_args(hints[key])[0]) for part in value)
+        values[key] = _number(value, hints[key])
+    return cls(**values)

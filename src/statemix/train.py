@@ -1,0 +1,293 @@
+"""train(config): the training loop, its progress bar, and the final test."""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from statemix.checkpoint import CONFIG_FILE, CURVES_FILE, RESULT_FILE, RunFolder, load_optimizer
+from statemix.config import OptimizerConfig, TrainConfig, first_difference
+from statemix.model import SequenceModel
+from statemix.report import plot_curves
+from statemix.tasks import IGNORE_INDEX, Batch, Score, Task, build_task
+
+RESUME = ("auto", "never")
+
+
+class Result(NamedTuple):
+    """What training ends with. `summary` is also in out/result.json, `metrics` in out/metrics.jsonl.
+
+    summary: parameters, mixer_parameters and state_size (numbers), best_step, train_tokens_per_s (median over the log),
+    threads, and test: for each length, what `evaluate` returns for the best checkpoint.
+    """
+
+    out: Path
+    summary: dict[str, Any]
+    metrics: list[dict[str, Any]]
+
+
+def train(
+    config: TrainConfig, out: str | Path = "runs/default", *, resume: str = "auto", progress: bool = True
+) -> Result:
+    """Train a SequenceModel, keep the checkpoint with the lowest validation loss, and test that one once.
+
+    A run that was killed goes on from its last checkpoint when called again with the same config and folder, and ends
+    with the same weights and metrics as one that was never stopped, bit for bit on one process of as many threads.
+
+    Args:
+        config: what to train.
+        out: folder of the run; see checkpoint.py for what is in it.
+        resume: "auto": go on from the last checkpoint in `out`, if there is one. "never": delete that run, start again.
+        progress: show a progress bar on standard error, or lines where that is not a terminal.
+
+    Returns:
+        The result; that of the finished run if there is nothing left to do.
+
+    Raises:
+        ValueError: `out` cannot be used, or holds a run with another config, or a damaged one.
+        RuntimeError: the loss is no longer finite, or the disk is full; earlier checkpoints are intact.
+    """
+    if resume not in RESUME:
+        raise ValueError(f"train: `resume` must be one of {sorted(RESUME)}, got {resume!r}.")
+    folder = RunFolder(out)
+    try:
+        return _train(config, folder, resume, progress)
+    except OSError as error:
+        last = folder.checkpoint("last")
+        kept = (
+            f"The last checkpoint is '{last}'; the run resumes from there." if last else "There is no checkpoint yet."
+        )
+        raise RuntimeError(f"train: cannot write to '{out}': {error}. {kept}") from error
+
+
+def _train(config: TrainConfig, folder: RunFolder, resume: str, progress: bool) -> Result:
+    task = build_task(config.task)
+    with torch.random.fork_rng():  # the caller's random state is not ours to change
+        torch.manual_seed(config.seed)
+        model = build_model(config, task)
+    optimizer = _optimizer(model, config.optimizer)
+    accelerator = _accelerator(config.mixed_precision)
+
+    last = None if resume == "never" else folder.checkpoint("last")
+    step, best_loss = 0, math.inf
+    if last is not None:
+        state = folder.progress(last)
+        step, best_loss = state["step"], state["best_loss"]
+        difference = first_difference(json.loads(config.to_json()), state["config"])
+        if difference is not None:
+            raise ValueError(
+                f"train: checkpoint '{last}' {difference}. Use --resume=never, another folder, or change the config."
+            )
+        summary, metrics = folder.read_json(RESULT_FILE), folder.metrics()
+        if summary is not None:
+            return Result(folder.path, summary, metrics)
+        for which in ("best", "last"):  # a damaged best one is better found now than after training
+            model.load_weights(folder.checkpoint(which) or last)
+        load_optimizer(optimizer, last)
+    elif accelerator.is_main_process:
+        if resume == "auto":
+            folder.check_remains()
+        folder.clear()  # of a run that is not wanted, or that had no checkpoint yet
+    accelerator.wait_for_everyone()
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if accelerator.is_main_process:
+        folder.write(CONFIG_FILE, config.to_json().encode())
+        folder.forget_metrics_after(step)
+        folder.delete_unused()
+
+    with _Bar(config.steps, step, enabled=progress and accelerator.is_main_process) as bar:
+        clock, clock_step = time.perf_counter(), step
+        while step < config.steps:
+            batch = task.sample("train", config.batch_size, seed=config.seed, index=step)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config.optimizer, step, config.steps)
+            tokens, targets = _share(batch, accelerator)
+            logits, _ = wrapped(tokens)
+            loss = _cross_entropy(logits, targets)
+            accelerator.backward(loss)
+            grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.optimizer.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+
+            if step % config.log_every == 0 or step == config.steps:
+                score = Score.of(logits.argmax(-1), targets)
+                line = {"step": step, "loss": loss.item(), "token_accuracy": score.token_accuracy}
+                line |= {"grad_norm": float(grad_norm), "lr": optimizer.param_groups[0]["lr"]}
+                _require_finite(line, ("loss", "grad_norm"), config, folder)
+                now = time.perf_counter()
+                line["tokens_per_s"] = (step - clock_step) * batch.tokens.numel() / (now - clock)
+                clock, clock_step = now, step
+                if accelerator.is_main_process:
+                    folder.append_metrics(line)
+                bar.update(line)
+            if step % config.eval_every == 0 or step == config.steps:
+                valid = evaluate(wrapped, task, "valid", config.eval_sequences, config.batch_size, accelerator.device)
+                if accelerator.is_main_process:
+                    line = {"step": step} | {f"valid_{key}": value for key, value in valid.items()}
+                    _require_finite(line, ("valid_loss",), config, folder)
+                    best = valid["loss"] < best_loss
+                    best_loss = min(best_loss, valid["loss"])
+                    folder.append_metrics(line)
+                    bar.update(line)
+                    state = {"step": step, "best_loss": best_loss, "config": dataclasses.asdict(config)}
+                    folder.save_checkpoint(accelerator.unwrap_model(wrapped), optimizer, state, best)
+                clock, clock_step = time.perf_counter(), step
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _test(config, task, folder, accelerator.device)
+    accelerator.wait_for_everyone()
+    return Result(folder.path, folder.read_json(RESULT_FILE), folder.metrics())
+
+
+def build_model(config: TrainConfig, task: Task) -> SequenceModel:
+    """The untrained model of a config, initialised from torch's global random state."""
+    return SequenceModel(task.vocab_size, mixer=config.mixer, **dataclasses.asdict(config.model))
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Of step 0 .. steps - 1: lr (step + 1) / warm-up steps, then a cosine from lr to final_lr."""
+    warmup = round(config.warmup * steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module, task: Task, split: str, sequences: int, batch_size: int, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """Loss in nats per scored token, token accuracy, sequence accuracy and accuracy by position on fresh sequences."""
+    model.eval()
+    total_loss, score = 0.0, None
+    for index, start in enumerate(range(0, sequences, batch_size)):
+        batch = task.sample(split, min(batch_size, sequences - start), index=index)
+        targets = batch.targets.to(device)
+        logits, _ = model(batch.tokens.to(device))
+        part = Score.of(logits.argmax(-1), targets)
+        score = part if score is None else score + part
+        total_loss += _cross_entropy(logits, targets).item() * int(part.scored.sum())
+    model.train()
+    assert score is not None
+    return {
+        "loss": total_loss / int(score.scored.sum()),
+        "token_accuracy": score.token_accuracy,
+        "sequence_accuracy": score.sequence_accuracy,
+        "accuracy_by_position": score.accuracy_by_position,
+    }
+
+
+def _test(config: TrainConfig, task: Task, folder: RunFolder, device: torch.device) -> None:
+    """Score the best checkpoint on the test split, plot the curves, and write result.json last: it marks the end."""
+    best = folder.checkpoint("best")
+    assert best is not None
+    model = SequenceModel.load(best).to(device)
+    metrics = folder.metrics()
+    test = {}
+    for length in config.test_lengths or (task.seq_len,):
+        longer = dataclasses.replace(task, seq_len=length)
+        # no more tokens at once than in a training step
+        batch_size = max(1, config.batch_size * task.seq_len // length)
+        test[str(length)] = evaluate(model, longer, "test", config.eval_sequences, batch_size, device)
+    speeds = [line["tokens_per_s"] for line in metrics if "tokens_per_s" in line]
+    plot_curves({config.mixer["name"]: metrics}, folder.path / CURVES_FILE)
+    summary = {
+        "parameters": model.num_parameters(),
+        "mixer_parameters": sum(p.numel() for mixer in model.mixers for p in mixer.parameters()),
+        "state_size": model.state_size,
+        "best_step": int(best.name.removeprefix("step-")),
+        "train_tokens_per_s": sorted(speeds)[len(speeds) // 2],
+        "threads": torch.get_num_threads(),
+        "test": test,
+    }
+    folder.write_json(RESULT_FILE, summary)
+
+
+def _accelerator(mixed_precision: str) -> Accelerator:
+    gpu = torch.cuda.is_available()
+    if mixed_precision == "fp16" and not gpu:
+        raise ValueError("train: `mixed_precision` must be 'no' or 'bf16' without a GPU, got 'fp16'.")
+    AcceleratorState._reset_state()  # or the precision of an earlier run of this process would stay
+    return Accelerator(mixed_precision=mixed_precision, cpu=not gpu)
+
+
+def _require_finite(line: dict[str, Any], names: tuple[str, ...], config: TrainConfig, folder: RunFolder) -> None:
+    """Raise RuntimeError unless the named numbers of a line of metrics are finite: the run has diverged."""
+    if all(math.isfinite(line[name]) for name in names):
+        return
+    numbers = ", ".join(f"{name} is {line[name]}" for name in names)
+    last = folder.checkpoint("last")
+    kept = f"The last checkpoint is '{last}'" if last else "There is no checkpoint yet"
+    raise RuntimeError(
+        f"train: at step {line['step']} {numbers}, with optimizer.lr={config.optimizer.lr} and "
+        f"mixer.normalization={config.mixer.get('normalization')}. Lower the first, or take a bounded one. {kept}."
+    )
+
+
+def _optimizer(model: SequenceModel, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW; only matrices decay: not biases, norms, embeddings or constant gates."""
+    decayed = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    decayed |= {id(p) for m in model.modules() if isinstance(m, torch.nn.LSTM) for p in m.parameters() if p.ndim == 2}
+    decayed -= {id(model.embedding.weight)}
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) in decayed], "weight_decay": config.weight_decay},
+        {"params": [p for p in model.parameters() if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+
+
+def _share(batch: Batch, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+    """This process's rows of the global batch, on its device."""
+    rows = slice(accelerator.process_index, None, accelerator.num_processes)
+    return batch.tokens[rows].to(accelerator.device), batch.targets[rows].to(accelerator.device)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over scored targets, in nats, summed in float32."""
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+
+
+class _Bar:
+    """A rich progress bar on a terminal; a line per validation elsewhere."""
+
+    def __init__(self, steps: int, done: int, enabled: bool) -> None:
+        self.console = Console(stderr=True, quiet=not enabled)
+        self.text, self.valid = "", ""
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not enabled or not sys.stderr.isatty(),
+        )
+        self.id = self.progress.add_task("training", total=steps, completed=done)
+
+    def __enter__(self) -> "_Bar":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def update(self, line: dict[str, Any]) -> None:
+        """Show a line of metrics.jsonl."""
+        if "loss" in line:
+            self.text = f"loss {line['loss']:.3f}  acc {line['token_accuracy']:.3f}  {line['tokens_per_s']:,.0f} tok/s"
+        else:
+            self.valid = f"  valid {line['valid_loss']:.3f} acc {line['valid_token_accuracy']:.3f}"
+            if self.progress.disable:
+                self.console.print(f"step {line['step']:>6}  {self.text}{self.valid}", highlight=False)
+        self.progress.update(self.id, completed=line["step"], description=self.text + self.valid)

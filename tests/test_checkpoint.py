@@ -1,0 +1,486 @@
+"""checkpoint.py: a run that is killed or meets a full disk at any moment ends as one that was never stopped."""
+
+import builtins
+import contextlib
+import errno
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from statemix import SequenceModel, TrainConfig, train
+from statemix.config import ModelConfig, OptimizerConfig
+from statemix.tasks import PermutationComposition
+
+TRAIN = importlib.import_module("statemix.train")  # as an attribute, statemix.train is the function
+
+# A process forked from this server has torch imported, and none of the threads or open files of the tests.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["statemix", "pytest", "torch._dynamo"])  # dynamo: imported by the first optimizer
+
+CHANGES = {"open", "write", "mkdir", "rename", "replace", "unlink", "rmdir"}
+NEEDING_SPACE = {"open", "write", "mkdir", "rename", "replace", "fsync"}
+DELETIONS = {"unlink", "rmdir"}
+
+
+def small_config(**changes) -> TrainConfig:
+    """1,200 parameters, and a checkpoint at each of three steps."""
+    small = {
+        "task": {"name": "permutation", "group": "S3", "seq_len": 5},
+        "mixer": {"name": "bd_lru", "num_blocks": 2, "block_size": 3},
+        "model": ModelConfig(d_model=8),
+        "optimizer": OptimizerConfig(lr=0.1, final_lr=0.1, warmup=0.0),
+        **{"steps": 3, "batch_size": 8, "eval_every": 1, "eval_sequences": 16, "log_every": 1},
+    }
+    return TrainConfig(**(small | changes))
+
+
+class Stopped(Exception):
+    """Ends a run before it has begun the step asked for."""
+
+
+def run(out: Path, config: TrainConfig, resume: str = "auto", stop_before: int | None = None):
+    """train() on one thread, with a stand-in for the picture, which takes longer than all the rest."""
+    sample = PermutationComposition.sample
+
+    def stopping_sample(self, split, batch_size, *, seed=0, index=0):
+        if split == "train" and index == stop_before:
+            raise Stopped
+        return sample(self, split, batch_size, seed=seed, index=index)
+
+    threads = torch.get_num_threads()
+    with (
+        mock.patch.object(TRAIN, "plot_curves", lambda runs, path, **_: Path(path).write_bytes(b"a picture")),
+        mock.patch.object(PermutationComposition, "sample", stopping_sample),
+    ):
+        torch.set_num_threads(1)
+        try:
+            return train(config, out, resume=resume, progress=False)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def snapshot(out: Path) -> dict[str, bytes | None]:
+    """Every path below `out`, and its content if it is a file."""
+    return {str(p.relative_to(out)): p.read_bytes() if p.is_file() else None for p in sorted(out.rglob("*"))}
+
+
+def differing(out: Path, reference: Path) -> list[str]:
+    """The files of `reference` that are not the same in `out`. Measured speeds do not count."""
+
+    def content(folder):
+        files = snapshot(folder)
+        lines = [json.loads(line) for line in files["metrics.jsonl"].splitlines()]
+        files["metrics.jsonl"] = [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+        files["result.json"] = json.loads(files["result.json"]) | {"train_tokens_per_s": None}
+        return files
+
+    ours, theirs = content(out), content(reference)
+    return [name for name in theirs if name not in ours or ours[name] != theirs[name]]
+
+
+def extra(out: Path, reference: Path) -> list[str]:
+    return sorted(snapshot(out).keys() - snapshot(reference).keys())
+
+
+@contextlib.contextmanager
+def disk(out: Path, kinds: set[str], at: int = 0, failure=None):
+    """Instead of change number `at` to the files below `out`, and of every later one, `failure` is called.
+
+    Of a write, half of the data are on the disk by then. Only changes of these `kinds` count. Yields the list of them.
+    """
+    changes: list[str] = []
+
+    def change(kind, path):
+        if kind in kinds:
+            changes.append(f"{kind} {Path(path).name}")
+            if 0 < at <= len(changes):
+                failure()
+
+    def changing(kind, real):
+        def call(path, *args, **options):
+            target = args[0] if kind in ("rename", "replace") else path
+            # shutil.rmtree gives names relative to an open folder
+            if options.get("dir_fd") is not None or str(target).startswith(str(out)):
+                change(kind, target)
+            return real(path, *args, **options)
+
+        return call
+
+    def opening(real):
+        def call(path, mode="r", *args, **options):
+            if mode[0] == "r" or not str(path).startswith(str(out)):
+                return real(path, mode, *args, **options)
+            change("open", path)
+            file = real(path, mode, *args, **options)
+            whole = file.write
+
+            def write(data):
+                whole(data[: len(data) // 2])
+                file.flush()
+                change("write", path)
+                return whole(data[len(data) // 2 :])
+
+            file.write = write
+            return file
+
+        return call
+
+    def syncing(real):
+        def call(descriptor):
+            change("fsync", "a file")
+            real(descriptor)
+
+        return call
+
+    with contextlib.ExitStack() as patches:
+        for module in (io, builtins):
+            patches.enter_context(mock.patch.object(module, "open", opening(module.open)))
+        for kind in ("mkdir", "rename", "replace", "unlink", "rmdir"):
+            patches.enter_context(mock.patch.object(os, kind, changing(kind, getattr(os, kind))))
+        patches.enter_context(mock.patch.object(os, "fsync", syncing(os.fsync)))
+        yield changes
+
+
+def kill_myself():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def disk_is_full():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def disk_is_broken():
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def run_killed_at(at: int, out: Path, config: TrainConfig) -> None:
+    with disk(out, CHANGES, at, kill_myself):
+        run(out, config)
+
+
+def start(function, *arguments):
+    """function(*arguments) in a new process."""
+    process = PROCESSES.Process(target=function, args=arguments, daemon=True)  # ended with the tests
+    process.start()
+    return process
+
+
+def exit_code(process) -> int:
+    process.join(60)
+    process.kill()  # of use only if it hangs
+    process.join()
+    code = process.exitcode
+    process.close()
+    return code
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """The second checkpoint validates worse than the first, the third best: they are kept and deleted in every way."""
+    for seed in range(100):
+        metrics = run(tmp_path_factory.mktemp("seed"), small_config(seed=seed)).metrics
+        first, second, third = (line["valid_loss"] for line in metrics if "valid_loss" in line)
+        if second > first + 0.01 > third + 0.02:
+            return small_config(seed=seed)
+    pytest.fail("there is no such seed")
+
+
+@pytest.fixture(scope="module")
+def reference(config, tmp_path_factory):
+    """A run that was never stopped."""
+    out = tmp_path_factory.mktemp("reference") / "run"
+    run(out, config)
+    assert {path.name for path in out.iterdir()} == {
+        *("config.json", "metrics.jsonl", "checkpoints.json", "result.json", "curves.png", "step-3"),
+    }
+    return out
+
+
+@pytest.fixture(scope="module")
+def half_way(config, tmp_path_factory):
+    """A run stopped after step 2 of 3: the last checkpoint is step-2, the best is step-1."""
+    out = tmp_path_factory.mktemp("half_way") / "run"
+    with contextlib.suppress(Stopped):
+        run(out, config, stop_before=2)
+    assert json.loads((out / "checkpoints.json").read_text()) == {"last": "step-2", "best": "step-1"}
+    return out
+
+
+@pytest.fixture(scope="module")
+def killed(config, reference, tmp_path_factory):
+    """For every change a run makes to its files: (what differs, what is left over) when it was killed there."""
+    folder = tmp_path_factory.mktemp("killed")
+    with disk(folder / "run", CHANGES) as changes:
+        run(folder / "run", config)
+    outs = [folder / f"{at}: {what}" for at, what in enumerate(changes, start=1)]
+    for at in range(0, len(outs), 2):  # two processes at a time
+        processes = [start(run_killed_at, 1 + outs.index(out), out, config) for out in outs[at : at + 2]]
+        assert {exit_code(process) for process in processes} == {-signal.SIGKILL}
+    outcomes = {}
+    for out in outs:
+        try:
+            run(out, config)
+            outcomes[out.name] = differing(out, reference), extra(out, reference)
+        except Exception as error:  # told by the tests, with the moment
+            outcomes[out.name] = [repr(error)], []
+    return outcomes
+
+
+def test_the_kills_hit_every_kind_of_moment(killed):
+    moments = [moment.partition(": ")[2] for moment in killed]
+    assert {
+        "write model.safetensors",  # half of it, in the partial folder
+        *("rename step-2", "replace checkpoints.json"),  # the checkpoint is there, but does not count yet
+        *("rmdir step-1", "rmdir step-2"),  # checkpoints.json is new, the old checkpoints are there
+        *("write metrics.jsonl", "write curves.png", "replace result.json"),
+    } <= set(moments)
+    assert any(re.fullmatch(r"write \.checkpoints\.json.+", moment) for moment in moments)
+
+
+def test_a_run_killed_at_any_change_ends_as_one_never_stopped(killed):
+    assert {moment: names for moment, (names, _) in killed.items() if names} == {}
+
+
+def test_a_run_killed_at_any_change_leaves_no_other_file(killed):
+    assert {moment: names for moment, (_, names) in killed.items() if names} == {}
+
+
+def test_a_run_killed_many_times_ends_as_one_never_stopped(config, reference, tmp_path):
+    out, moments = tmp_path / "run", random.Random(0)
+    codes = [exit_code(start(run_killed_at, moments.randrange(15, 40), out, config)) for _ in range(8)]
+    assert codes[:3] == [-signal.SIGKILL] * 3
+    assert set(codes) <= {-signal.SIGKILL, 0}
+    run(out, config)
+    assert differing(out, reference) == []
+
+
+LONG = {"steps": 24, "eval_every": 4, "optimizer": OptimizerConfig(lr=0.03)}
+
+
+def run_slowly(out: Path) -> None:
+    """A run that takes a while, and never reaches its end."""
+    sample = PermutationComposition.sample
+
+    def slow_sample(self, split, *args, **options):
+        time.sleep(3600 if split == "test" else 0.01)
+        return sample(self, split, *args, **options)
+
+    with mock.patch.object(PermutationComposition, "sample", slow_sample):
+        run(out, small_config(**LONG))
+
+
+def test_a_run_killed_from_outside_again_and_again_ends_as_one_never_stopped(tmp_path):
+    out, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    delay = random.Random(0)
+    for lines in (1, 6, 6, 17, 30):  # there are 24 of training steps and 6 of validations
+        process, deadline = start(run_slowly, out), time.monotonic() + 60
+        while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= lines):
+            assert process.is_alive()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(delay.uniform(0, 0.03))
+        process.kill()
+        assert exit_code(process) == -signal.SIGKILL
+        assert not (out / "result.json").exists()
+    run(out, small_config(**LONG))
+    run(tmp_path / "reference", small_config(**LONG))
+    assert differing(out, tmp_path / "reference") == []
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    path = out / "checkpoints.json"
+    return out / json.loads(path.read_text())["last"] if path.exists() else None
+
+
+def test_a_full_disk_at_any_change_loses_nothing(config, reference, tmp_path):
+    with disk(tmp_path / "run", NEEDING_SPACE) as changes:
+        run(tmp_path / "run", config)
+    assert {"write model.safetensors", "mkdir .step-2.partial", "write metrics.jsonl", "fsync a file"} <= set(changes)
+    problems = {}
+    for at, what in enumerate(changes, start=1):
+        out = tmp_path / str(at)
+        # before config.json is there, `out` itself is what cannot be used
+        begun = at > next(i for i, change in enumerate(changes, start=1) if change == "replace config.json")
+        with (
+            disk(out, NEEDING_SPACE, at, disk_is_full),
+            pytest.raises(RuntimeError if begun else (RuntimeError, ValueError), match="No space left on device") as e,
+        ):
+            run(out, config)
+        message, last = str(e.value), last_checkpoint(out)
+        if str(out) not in message:
+            problems[f"{at}: {what}"] = f"does not name the folder: {message}"
+        if begun and (f"The last checkpoint is '{last}'" if last else "There is no checkpoint yet") not in message:
+            problems[f"{at}: {what}"] = f"does not name {last}: {message}"
+        if last is not None:
+            SequenceModel.load(last)
+        run(out, config)
+        if differing(out, reference) or extra(out, reference):
+            problems[f"{at}: {what}"] = f"differ: {differing(out, reference)}, left over: {extra(out, reference)}"
+    assert problems == {}
+
+
+def run_with_small_files(limit: int, answer: Path, out: Path, config: TrainConfig) -> None:
+    """Write what the RuntimeError of a run says that may write no file above `limit` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        run(out, config)
+    except RuntimeError as error:
+        answer.write_text(str(error))
+
+
+def test_a_write_that_the_system_refuses_in_the_middle_loses_nothing(config, half_way, reference, tmp_path):
+    out, answer = tmp_path / "run", tmp_path / "answer"
+    shutil.copytree(half_way, out)
+    limit = (out / "step-2" / "model.safetensors").stat().st_size - 1
+    assert limit > (out / "config.json").stat().st_size
+    assert exit_code(start(run_with_small_files, limit, answer, out, config)) == 0
+    assert re.fullmatch(
+        rf"train: cannot write to '{re.escape(str(out))}': .*File too large.*\. "
+        rf"The last checkpoint is '{re.escape(str(out))}/step-2'; the run resumes from there\.",
+        answer.read_text(),
+    )
+    assert (out / ".step-3.partial" / "model.safetensors").stat().st_size == limit  # it did stop in the middle
+    run(out, config)
+    assert differing(out, reference) == []
+    assert extra(out, reference) == []
+
+
+def cut(share):
+    return lambda path: path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def holding(text):
+    return lambda path: path.write_text(text)
+
+
+def without_step(path):
+    state = json.loads(path.read_text())
+    del state["step"]
+    path.write_text(json.dumps(state))
+
+
+def of_another_model(path):
+    shutil.copy(path.parent / "model.safetensors", path)
+
+
+LAST = "step-2"
+DAMAGES = {
+    "weights cut": (f"{LAST}/model.safetensors", cut(0.5)),
+    "weights cut by a byte": (f"{LAST}/model.safetensors", cut(0.9999)),
+    "weights empty": (f"{LAST}/model.safetensors", cut(0)),
+    "weights missing": (f"{LAST}/model.safetensors", Path.unlink),
+    "optimizer cut": (f"{LAST}/optimizer.safetensors", cut(0.5)),
+    "optimizer empty": (f"{LAST}/optimizer.safetensors", cut(0)),
+    "optimizer missing": (f"{LAST}/optimizer.safetensors", Path.unlink),
+    "optimizer of another kind": (f"{LAST}/optimizer.safetensors", of_another_model),
+    "model.json missing": (f"{LAST}/model.json", Path.unlink),
+    "train.json cut": (f"{LAST}/train.json", cut(0.5)),
+    "train.json empty": (f"{LAST}/train.json", cut(0)),
+    "train.json missing": (f"{LAST}/train.json", Path.unlink),
+    "train.json a list": (f"{LAST}/train.json", holding("[]")),
+    "train.json an object": (f"{LAST}/train.json", holding("{}")),
+    "train.json without the step": (f"{LAST}/train.json", without_step),
+    "checkpoint missing": (LAST, shutil.rmtree),
+    "checkpoints.json cut": ("checkpoints.json", cut(0.5)),
+    "checkpoints.json empty": ("checkpoints.json", cut(0)),
+    "checkpoints.json a list": ("checkpoints.json", holding("[]")),
+    "checkpoints.json an object": ("checkpoints.json", holding("{}")),
+    "checkpoints.json with a number": ("checkpoints.json", holding('{"last": 2, "best": 1}')),
+    "checkpoints.json no text": ("checkpoints.json", lambda path: path.write_bytes(b"\xff\x00")),
+    "metrics.jsonl with a damaged line": ("metrics.jsonl", lambda path: path.write_text("{\n" + path.read_text())),
+    "result.json cut": ("result.json", holding('{"parameters": 12')),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named_and_nothing_is_changed(config, half_way, tmp_path, damage):
+    name, spoil = DAMAGES[damage]
+    out = tmp_path / "run"
+    shutil.copytree(half_way, out)
+    spoil(out / name)
+    before = snapshot(out)
+    # of a damaged train.json, to name the checkpoint is enough
+    with pytest.raises(ValueError, match=re.escape(str(out / name.removesuffix("/train.json")))):
+        run(out, config)
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("damage", ["weights cut", "checkpoints.json cut", "train.json a list", "checkpoint missing"])
+def test_a_damaged_run_starts_again_when_told_to(config, half_way, reference, tmp_path, damage):
+    name, spoil = DAMAGES[damage]
+    out = tmp_path / "run"
+    shutil.copytree(half_way, out)
+    spoil(out / name)
+    run(out, config, resume="never")
+    assert differing(out, reference) == []
+    assert extra(out, reference) == []
+
+
+def test_a_half_deleted_run_is_not_taken_for_a_finished_one(config, reference, tmp_path):
+    """resume="never" deletes the old run first; wherever that fails, the new run must be trained to its end."""
+    other = small_config(seed=config.seed + 1)
+    run(tmp_path / "other", other)
+    shutil.copytree(reference, tmp_path / "run")
+    with disk(tmp_path / "run", DELETIONS) as deletions:
+        run(tmp_path / "run", other, resume="never")
+    wrong = {}
+    for at, what in enumerate(deletions, start=1):
+        out = tmp_path / str(at)
+        shutil.copytree(reference, out)
+        with disk(out, DELETIONS, at, disk_is_broken), pytest.raises(RuntimeError, match="Input/output error"):
+            run(out, other, resume="never")
+        expected = tmp_path / "other"
+        try:
+            with contextlib.suppress(Stopped):
+                run(out, other, stop_before=2)
+            run(out, other)
+        except ValueError:  # the old run still counts, and says so; then it must be whole
+            with pytest.raises(ValueError, match="was made with seed="):
+                run(out, other)
+            run(out, config)
+            expected = reference
+        if names := differing(out, expected):
+            wrong[f"{at}: {what}"] = names
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("lost", ["checkpoints.json", "metrics.jsonl"])
+def test_a_lost_file_deletes_nothing(config, half_way, tmp_path, lost):
+    out = tmp_path / "run"
+    shutil.copytree(half_way, out)
+    (out / lost).unlink()
+    before = snapshot(out)
+    with pytest.raises(ValueError, match=r"no checkpoints\.json|metrics\.jsonl' is damaged: 'missing'"):
+        run(out, config)
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json", "step-7/thesis.txt"])
+def test_a_folder_that_never_held_a_run_keeps_files_with_our_names(config, tmp_path, name):
+    out = tmp_path / "run"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"'{out}' has '{name.partition('/')[0]}' and no checkpoints\.json"):
+        run(out, config)
+    assert (out / name).read_text() == "mine"
+
+
+def test_a_damaged_best_checkpoint_is_found_before_training_goes_on(config, half_way, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(half_way, out)
+    cut(0.5)(out / "step-1" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"step-1/model\.safetensors' cannot be read"):
+        run(out, config)

@@ -1,0 +1,261 @@
+"""config.py and specs.py: a config equals its JSON, and a wrong one is told by field, rule and value."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+
+from statemix.config import ModelConfig, OptimizerConfig, TrainConfig, first_difference
+
+NOT_DEFAULT = [
+    TrainConfig(),
+    TrainConfig(task={"name": "permutation", "group": "A4xZ5", "seq_len": 9}, seed=7, steps=1),
+    TrainConfig(task={"name": "permutation", "group": "S4", "generators": "transpositions"}, test_lengths=(8, 64)),
+    TrainConfig(mixer={"name": "h_lru", "num_channels": 5, "order": 3, "form": "observer", "selective": False}),
+    TrainConfig(mixer={"name": "lstm", "hidden_size": 4}, batch_size=3, eval_every=5, eval_sequences=9, log_every=2),
+    TrainConfig(model=ModelConfig(d_model=3, num_layers=4, mlp_size=17, tied_embedding=True), mixed_precision="bf16"),
+    TrainConfig(optimizer=OptimizerConfig(0.1, 1e-9, 1.0, (0.0, 0.5), 0.0, 1e300)),
+]
+
+
+@pytest.mark.parametrize("config", NOT_DEFAULT, ids=range(len(NOT_DEFAULT)))
+def test_json_round_trip(config, tmp_path):
+    assert TrainConfig.from_json(config.to_json()) == config
+    path = tmp_path / "config.json"
+    path.write_text(config.to_json())
+    assert TrainConfig.load(path) == TrainConfig.load(str(path)) == config
+
+
+def test_the_round_trip_covers_every_field():
+    """The configs above are of use only if each field is changed in one of them."""
+    default = dataclasses.asdict(TrainConfig())
+    changed = {
+        key for config in NOT_DEFAULT for key, value in dataclasses.asdict(config).items() if value != default[key]
+    }
+    assert changed == set(default)
+    assert all(a != b for i, a in enumerate(NOT_DEFAULT) for b in NOT_DEFAULT[:i])
+
+
+def test_a_missing_key_has_its_default_and_whole_numbers_serve_as_floats():
+    assert TrainConfig.from_json("{}") == TrainConfig()
+    config = TrainConfig.from_json('{"optimizer": {"lr": 1, "betas": [0, 0.5]}, "test_lengths": [8]}')
+    assert config == TrainConfig(optimizer=OptimizerConfig(lr=1.0, betas=(0.0, 0.5)), test_lengths=(8,))
+    assert isinstance(config.optimizer.lr, float)
+
+
+def test_specs_are_stored_with_their_defaults():
+    config = TrainConfig(task={"name": "permutation"}, mixer={"name": "h_lru", "num_channels": 4, "order": 2})
+    assert config.task == {"name": "permutation", "group": "S3", "seq_len": 16, "generators": "all"}
+    assert config.mixer == {
+        **{"name": "h_lru", "num_channels": 4, "order": 2, "normalization": "softmax"},
+        **{"selective": True, "form": "companion", "backend": "auto"},
+    }
+    written = TrainConfig(
+        task={"name": "permutation", "group": "S3"},
+        mixer={"name": "h_lru", "num_channels": 4, "order": 2, "form": "companion"},
+    )
+    assert written == config
+
+
+def test_a_config_keeps_no_hold_of_the_callers_specs():
+    spec = {"name": "lstm", "hidden_size": 4}
+    config = TrainConfig(mixer=spec)
+    spec["hidden_size"] = 5
+    assert config.mixer["hidden_size"] == 4
+    with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign to field 'steps'"):
+        config.steps = 3
+
+
+def test_a_config_leaves_the_callers_random_state_as_it_was():
+    """It builds a mixer to check the options, and a mixer draws its first weights."""
+    before = torch.get_rng_state()
+    TrainConfig()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# what is changed in the JSON of the default config -> the message
+WRONG_JSON = {
+    # unknown keys, at every level
+    "step": (1, ValueError, r"unknown key `step`; there are \['batch_size', .*'steps', 'task', 'test_lengths'\]"),
+    "model.width": (1, ValueError, r"unknown key `model\.width`; there are \['d_model', .*'tied_embedding'\]"),
+    "optimizer.beta": (1, ValueError, r"unknown key `optimizer\.beta`; there are \['betas', .*'weight_decay'\]"),
+    "mixer.blocks": (1, ValueError, r"mixer: `blocks` is not an option of 'bd_lru', which has \['backend', .*\]"),
+    "mixer.d_model": (1, ValueError, r"mixer: `d_model` is not an option of 'bd_lru'"),
+    "task.length": (1, ValueError, r"task: `length` is not an option of 'permutation', which has \['generators', .*\]"),
+    # wrong types
+    "steps": ("10", TypeError, r"`steps` must be of type int, got '10'"),
+    "seed": (1.5, TypeError, r"`seed` must be of type int, got 1\.5"),
+    "batch_size": (True, TypeError, r"`batch_size` must be of type int, got True"),
+    "eval_every": (None, TypeError, r"`eval_every` must be of type int, got None"),
+    "mixed_precision": (16, TypeError, r"`mixed_precision` must be of type str, got 16"),
+    "model": ([64], TypeError, r"`model` must be an object, got \[64\]"),
+    "model.d_model": ("64", TypeError, r"`model\.d_model` must be of type int, got '64'"),
+    "model.mlp_size": (0.5, TypeError, r"`model\.mlp_size` must be of type int \| None, got 0\.5"),
+    "model.tied_embedding": (1, TypeError, r"`model\.tied_embedding` must be of type bool, got 1"),
+    "optimizer": (None, TypeError, r"`optimizer` must be an object, got None"),
+    "optimizer.lr": ("3e-3", TypeError, r"`optimizer\.lr` must be of type float, got '3e-3'"),
+    "optimizer.clip": (False, TypeError, r"`optimizer\.clip` must be of type float, got False"),
+    "optimizer.betas": (0.9, TypeError, r"`optimizer\.betas` must be of type tuple\[float, float\], got 0\.9"),
+    "optimizer.betas ": (
+        [0.9, "x"],
+        TypeError,
+        r"`optimizer\.betas` must be of type tuple\[float, float\], got \(0\.9, 'x'\)",
+    ),
+    "test_lengths": (8, TypeError, r"`test_lengths` must be of type tuple\[int, ...\], got 8"),
+    "test_lengths ": ([8, 8.5], TypeError, r"`test_lengths` must be of type tuple\[int, ...\], got \(8, 8\.5\)"),
+    "mixer": ("bd_lru", TypeError, r"`mixer` must be of type dict.*, got 'bd_lru'"),
+    "task": (["permutation"], TypeError, r"`task` must be of type dict.*, got \['permutation'\]"),
+    "mixer.block_size": ("3", TypeError, r"BDLRU: `block_size` must be an int, got '3'"),
+    "mixer.selective": ("no", TypeError, r"BDLRU: `selective` must be (a bool|True or False), got 'no'"),
+    "task.seq_len": (4.0, TypeError, r"permutation: `seq_len` must be an int, got 4\.0"),
+}
+
+
+@pytest.mark.parametrize("key", WRONG_JSON, ids=str.strip)
+def test_a_wrong_json_value_is_named(key, tmp_path):
+    value, error, message = WRONG_JSON[key]
+    data = json.loads(TrainConfig().to_json())
+    *outer, last = key.strip().split(".")
+    target = data
+    for part in outer:
+        target = target[part]
+    target[last] = value
+    with pytest.raises(error, match=message):
+        TrainConfig.from_json(json.dumps(data))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=rf"^TrainConfig: cannot read '{re.escape(str(path))}': .*{message}"):
+        TrainConfig.load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("", ValueError, r"^TrainConfig: not JSON: Expecting value: line 1"),
+        ('{"steps": 3', ValueError, r"^TrainConfig: not JSON: Expecting ',' delimiter"),
+        ("[1, 2]", TypeError, r"^TrainConfig: `the config` must be an object, got \[1, 2\]"),
+        ("null", TypeError, r"^TrainConfig: `the config` must be an object, got None"),
+    ],
+)
+def test_text_that_is_no_config(text, error, message):
+    with pytest.raises(error, match=message):
+        TrainConfig.from_json(text)
+
+
+def test_load_names_a_file_that_is_missing_or_no_text(tmp_path):
+    path = tmp_path / "config.json"
+    with pytest.raises(ValueError, match=rf"cannot read '{re.escape(str(path))}': .*No such file"):
+        TrainConfig.load(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=rf"cannot read '{re.escape(str(path))}': .*can't decode byte"):
+        TrainConfig.load(path)
+    with pytest.raises(ValueError, match=rf"cannot read '{re.escape(str(tmp_path))}': .*directory"):
+        TrainConfig.load(tmp_path)
+
+
+BD_LRU = {"name": "bd_lru", "num_blocks": 2, "block_size": 3}
+WRONG_VALUES = [
+    *((name, 0, r"at least 1") for name in ("steps", "batch_size", "eval_every", "eval_sequences", "log_every")),
+    ("seed", -1, r"at least 0"),
+    ("test_lengths", (8, 0), r"all at least 1"),
+    ("mixed_precision", "fp17", r"one of \['bf16', 'fp16', 'no'\]"),
+    ("mixer", {}, r"mixer: `name` must be one of \['bd_lru', 'h_lru', 'lstm'\], got None"),
+    ("mixer", {"name": "gru"}, r"mixer: `name` must be one of \['bd_lru', 'h_lru', 'lstm'\], got 'gru'"),
+    ("mixer", {"name": ["lstm"]}, r"mixer: `name` must be one of .*, got \['lstm'\]"),
+    ("mixer", {"name": "bd_lru", "num_blocks": 2}, r"mixer: 'bd_lru' needs the option `block_size`"),
+    ("mixer", {"name": "lstm"}, r"mixer: 'lstm' needs the option `hidden_size`"),
+    ("mixer", BD_LRU | {"block_size": 0}, r"BDLRU: `block_size` must be at least 1, got 0"),
+    ("mixer", BD_LRU | {"normalization": "max"}, r"BDLRU: `normalization` must be one of \['linear', .*\], got 'max'"),
+    ("mixer", BD_LRU | {"backend": "tpu"}, r"BDLRU: `backend` must be one of \[.*'auto', 'cpu', .*\], got 'tpu'"),
+    ("task", {}, r"task: `name` must be one of \['permutation'\], got None"),
+    ("task", {"name": "parity"}, r"task: `name` must be one of \['permutation'\], got 'parity'"),
+    ("task", {"name": "permutation", "group": "Q8"}, r"permutation: `group` must be S<n>, .*, got 'Q8'"),
+    ("task", {"name": "permutation", "group": "S8"}, r"permutation: `group` must have at most 5040 elements, got 'S8'"),
+    ("task", {"name": "permutation", "seq_len": 0}, r"permutation: `seq_len` must be at least 1, got 0"),
+    (
+        "task",
+        {"name": "permutation", "generators": "some"},
+        r"permutation: `generators` must be one of \[.*\], got 'some'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), [("d_model", 0), ("num_layers", 0), ("mlp_size", -1)])
+def test_a_model_value_out_of_range_is_named(name, value):
+    with pytest.raises(ValueError, match=rf"^TrainConfig: `model\.{name}` must be at least 1, got {value}\.$"):
+        ModelConfig(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value", "rule"), WRONG_VALUES, ids=lambda value: str(value)[:40])
+def test_a_value_out_of_range_is_named(name, value, rule):
+    full = rule if "must" in rule or "needs" in rule else rf"^TrainConfig: `{name}` must be {rule}, got .*\.$"
+    with pytest.raises(ValueError, match=full):
+        TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("lr", 0.0, r"above 0 and finite, got 0\.0"),
+        ("lr", float("nan"), r"above 0 and finite, got nan"),
+        ("lr", float("inf"), r"above 0 and finite, got inf"),
+        ("final_lr", -1.0, r"in \[0, lr\] = \[0, 0\.003\], got -1\.0"),
+        ("final_lr", 0.004, r"in \[0, lr\] = \[0, 0\.003\], got 0\.004"),
+        ("warmup", 1.1, r"in \[0, 1\], got 1\.1"),
+        ("warmup", -0.1, r"in \[0, 1\], got -0\.1"),
+        ("betas", (0.9,), r"two numbers, got \(0\.9,\)"),
+        ("betas", (0.9, 1.0), r"in \[0, 1\), got \(0\.9, 1\.0\)"),
+        ("betas", (-0.1, 0.9), r"in \[0, 1\), got \(-0\.1, 0\.9\)"),
+        ("weight_decay", -0.1, r"at least 0, got -0\.1"),
+        ("clip", 0.0, r"above 0, got 0\.0"),
+    ],
+)
+def test_an_optimizer_value_out_of_range_is_named(name, value, rule):
+    with pytest.raises(ValueError, match=rf"^TrainConfig: `optimizer\.{name}` must be {rule}\.$"):
+        OptimizerConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", "10"),
+        ("steps", 2.5),
+        ("batch_size", None),
+        ("seed", "a"),
+        ("test_lengths", 8),
+        ("test_lengths", (8.5,)),
+    ],
+)
+def test_a_python_value_of_a_wrong_type_is_named(name, value):
+    with pytest.raises(TypeError, match=rf"^TrainConfig: `{name}.*got "):
+        TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["mixer", "task", "model", "optimizer"])
+def test_a_nested_python_value_of_a_wrong_type_is_named(name):
+    with pytest.raises(TypeError, match=rf"{name}.* got 'x'"):
+        TrainConfig(**{name: "x"})
+
+
+def test_first_difference():
+    mine = {"steps": 3, "mixer": {"name": "bd_lru", "block_size": 3}, "seed": 0}
+    assert first_difference(mine, json.loads(json.dumps(mine))) is None
+    theirs = mine | {"mixer": {"name": "bd_lru", "block_size": 4}, "seed": 1}
+    assert first_difference(mine, theirs) == "was made with mixer.block_size=4, the config asks for 3"
+    theirs["steps"] = 5
+    assert first_difference(mine, theirs) == "was made with steps=5, the config asks for 3"
+    assert first_difference({"mixer": {"name": "lstm"}}, {"mixer": {"name": "gru"}}) == (
+        "was made with mixer.name='gru', the config asks for 'lstm'"
+    )
+    # a key that only one of them has, on either side
+    assert first_difference({"a": 1}, {}) == "was made with a=None, the config asks for 1"
+    assert first_difference({}, {"b": {"c": 2}}) == "was made with b={'c': 2}, the config asks for None"
+
+
+def test_first_difference_of_configs_is_none_only_for_equal_ones():
+    for i, a in enumerate(NOT_DEFAULT):
+        for j, b in enumerate(NOT_DEFAULT):
+            difference = first_difference(json.loads(a.to_json()), json.loads(b.to_json()))
+            assert (difference is None) == (i == j), (i, j)

@@ -1,0 +1,417 @@
+"""train.py: what a run learns, writes and returns, and how it refuses what it cannot do."""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import random
+import re
+import shutil
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_checkpoint import CHANGES, TRAIN, Stopped, differing, disk, extra, run, small_config, snapshot
+
+from statemix import SequenceModel, TrainConfig, train
+from statemix.config import ModelConfig, OptimizerConfig
+from statemix.tasks import PermutationComposition, build_task
+from statemix.train import build_model, evaluate, learning_rate
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 10 steps, validated at 4, 8 and 10, best at 4, tested at two lengths; not to be changed."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    return run(out, ten_steps())
+
+
+def ten_steps(**changes) -> TrainConfig:
+    """The learning rate grows to an absurd one, so that each validation is far worse than the one before."""
+    small = {"steps": 10, "eval_every": 4, "log_every": 3, "test_lengths": (5, 12)}
+    return small_config(**small | {"optimizer": OptimizerConfig(lr=30.0, warmup=1.0)} | changes)
+
+
+@pytest.fixture
+def spied(monkeypatch):
+    """The calls of task.sample from here on: (split, seq_len, tokens)."""
+    calls, sample = [], PermutationComposition.sample
+
+    def spy(self, split, *args, **options):
+        batch = sample(self, split, *args, **options)
+        calls.append((split, self.seq_len, batch.tokens))
+        return batch
+
+    monkeypatch.setattr(PermutationComposition, "sample", spy)
+    return calls
+
+
+def test_a_small_run_learns_and_generalises_to_twice_the_length(tmp_path):
+    config = TrainConfig(
+        task={"name": "permutation", "group": "Z2", "seq_len": 8},
+        mixer={"name": "bd_lru", "num_blocks": 4, "block_size": 2, "normalization": "tanh"},
+        model=ModelConfig(d_model=16),
+        optimizer=OptimizerConfig(lr=1e-2),
+        **{"steps": 150, "batch_size": 32, "eval_every": 50, "eval_sequences": 128, "test_lengths": (8, 16)},
+    )
+    result = run(tmp_path / "run", config)
+    losses = [line["loss"] for line in result.metrics if "loss" in line]
+    assert losses[0] > 0.6  # log 2 = 0.69 is guessing
+    assert losses[-1] < 0.1
+    assert result.summary["test"]["8"]["token_accuracy"] > 0.98
+    assert result.summary["test"]["16"]["token_accuracy"] > 0.9
+
+
+def test_metrics_have_the_expected_lines(finished):
+    lines = [json.loads(line) for line in (finished.out / "metrics.jsonl").read_text().splitlines()]
+    assert lines == finished.metrics
+    training = ["step", "loss", "token_accuracy", "grad_norm", "lr", "tokens_per_s"]
+    validation = [
+        "step",
+        *(f"valid_{k}" for k in ("loss", "token_accuracy", "sequence_accuracy", "accuracy_by_position")),
+    ]
+    assert [(line["step"], list(line)) for line in lines] == [
+        *((3, training), (4, validation), (6, training), (8, validation)),
+        *((9, training), (10, training), (10, validation)),
+    ]
+    for line in lines:
+        assert all(0 <= line[key] <= 1 for key in line if "accuracy" in key and "position" not in key)
+        assert len(line.get("valid_accuracy_by_position", range(5))) == 5
+        if "lr" in line:
+            assert line["lr"] == learning_rate(ten_steps().optimizer, line["step"] - 1, 10)
+            assert line["tokens_per_s"] > 0
+
+
+def test_the_best_checkpoint_is_the_one_with_the_lowest_validation_loss(finished):
+    losses = {line["step"]: line["valid_loss"] for line in finished.metrics if "valid_loss" in line}
+    best = min(losses, key=losses.get)
+    assert best == 4  # were it the last, the test could not tell the two apart
+    assert finished.summary["best_step"] == best
+    assert json.loads((finished.out / "checkpoints.json").read_text()) == {"last": "step-10", "best": f"step-{best}"}
+    assert {path.name for path in finished.out.iterdir() if path.is_dir()} == {"step-10", f"step-{best}"}
+    model = SequenceModel.load(finished.out / f"step-{best}")
+    valid = evaluate(model, build_task(ten_steps().task), "valid", 16, 8)
+    line = next(line for line in finished.metrics if line["step"] == best and "valid_loss" in line)
+    assert line == {"step": best} | {f"valid_{key}": value for key, value in valid.items()}
+
+
+def test_the_result_holds_the_scores_of_the_best_checkpoint(finished):
+    summary = json.loads((finished.out / "result.json").read_text())
+    assert summary == finished.summary
+    model = SequenceModel.load(finished.out / f"step-{summary['best_step']}")
+    assert summary["parameters"] == sum(p.numel() for p in model.parameters())
+    assert summary["mixer_parameters"] == 2 * 3 * (4 * 9 + 2 * 8)  # N M ((M + 1)(D + 1) + 2 D)
+    assert (summary["state_size"], summary["threads"]) == (6, 1)
+    speeds = sorted(line["tokens_per_s"] for line in finished.metrics if "tokens_per_s" in line)
+    assert summary["train_tokens_per_s"] == speeds[2]
+    assert list(summary["test"]) == ["5", "12"]
+    for length, batch_size in ((5, 8), (12, 3)):  # no more than 8 * 5 tokens at once
+        scores = scores_in_numpy(model, length, sequences=16, batch_size=batch_size)
+        for key, score in summary["test"][str(length)].items():
+            assert score == pytest.approx(scores.pop(key), rel=1e-5), key
+        assert scores == {}
+
+
+def scores_in_numpy(model, length, sequences, batch_size):
+    """What `evaluate` should return on the test split, from one sequence at a time."""
+    task = PermutationComposition("S3", length)
+    sizes = [min(batch_size, sequences - start) for start in range(0, sequences, batch_size)]
+    batches = [task.sample("test", size, index=i) for i, size in enumerate(sizes)]
+    right, losses = [], []
+    for tokens, targets in ((x, y) for batch in batches for x, y in zip(*batch, strict=True)):
+        with torch.no_grad():
+            logits = model(tokens[None])[0][0].double().numpy()
+        right.append(logits.argmax(-1) == targets.numpy())
+        shifted = logits - logits.max(-1, keepdims=True)
+        log_probabilities = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+        losses.append(-log_probabilities[np.arange(length), targets])
+    assert len(right) == sequences
+    return {
+        "loss": np.mean(losses),
+        "token_accuracy": np.mean(right),
+        "sequence_accuracy": np.mean(np.all(right, axis=1)),
+        "accuracy_by_position": np.mean(right, axis=0).tolist(),
+    }
+
+
+def test_the_test_split_is_drawn_only_after_training(spied, tmp_path):
+    run(tmp_path / "run", ten_steps())
+    splits = [split for split, _, _ in spied]
+    assert splits.count("train") == 10
+    first_test = splits.index("test")
+    assert set(splits[:first_test]) == {"train", "valid"}
+    assert set(splits[first_test:]) == {"test"}
+    assert {length for split, length, _ in spied if split != "test"} == {5}
+
+
+def test_the_seed_changes_weights_and_training_data_but_not_validation_and_test(spied, tmp_path):
+    drawn, weights = [], []
+    for seed in (0, 1):
+        spied.clear()
+        run(tmp_path / str(seed), ten_steps(seed=seed, steps=4))
+        drawn.append({split: torch.cat([x.flatten() for s, _, x in spied if s == split]) for split, _, _ in spied})
+        torch.manual_seed(seed)
+        weights.append(build_model(ten_steps(seed=seed), build_task(ten_steps().task)).head.weight)
+    assert torch.equal(drawn[0]["valid"], drawn[1]["valid"])
+    assert torch.equal(drawn[0]["test"], drawn[1]["test"])
+    assert not torch.equal(drawn[0]["train"], drawn[1]["train"])
+    assert not torch.equal(*weights)
+
+
+def test_every_training_batch_is_new(spied, tmp_path):
+    run(tmp_path / "run", ten_steps())
+    batches = [tokens for split, _, tokens in spied if split == "train"]
+    assert all(not torch.equal(a, b) for i, a in enumerate(batches) for b in batches[:i])
+
+
+def test_two_runs_are_equal_whatever_the_callers_random_state_and_leave_it_as_it_was(finished, tmp_path):
+    config = ten_steps()
+    torch.manual_seed(99)
+    np.random.seed(99)  # noqa: NPY002 - the global state is what is tested
+    random.seed(99)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    run(tmp_path / "run", config)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
+    assert random.getstate() == before[2]
+    assert differing(tmp_path / "run", finished.out) == []
+
+
+@pytest.mark.parametrize("step", [1, 5, 9])
+def test_a_run_stopped_by_an_exception_goes_on_from_its_checkpoint(finished, spied, tmp_path, step):
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", ten_steps(), stop_before=step)
+    spied.clear()
+    run(tmp_path / "run", ten_steps())
+    assert [split for split, _, _ in spied].count("train") == 10 - step // 4 * 4
+    assert differing(tmp_path / "run", finished.out) == []
+    assert extra(tmp_path / "run", finished.out) == []
+
+
+def test_a_finished_run_is_returned_and_nothing_is_done(finished, spied):
+    before = {path: path.stat().st_mtime_ns for path in finished.out.rglob("*")}
+    again = run(finished.out, ten_steps())
+    assert again == finished
+    assert spied == []
+    assert {path: path.stat().st_mtime_ns for path in finished.out.rglob("*")} == before
+
+
+def test_learning_rate_by_hand():
+    config = OptimizerConfig(lr=1.0, final_lr=0.2, warmup=0.25)
+    # 12 steps: 3 of warm-up, then a cosine from step 3 (lr) to step 11 (final_lr), half way at 7
+    rates = [learning_rate(config, step, 12) for step in range(12)]
+    assert rates[:4] == [1 / 3, 2 / 3, 1.0, 1.0]
+    assert rates[5] == pytest.approx(0.2 + 0.4 * (1 + math.sqrt(0.5)))
+    assert rates[7] == pytest.approx(0.6)
+    assert rates[11] == pytest.approx(0.2)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "rates"),
+    [
+        (0.0, 1, [1.0]),
+        (1.0, 1, [1.0]),
+        (1.0, 4, [0.25, 0.5, 0.75, 1.0]),
+        (0.0, 2, [1.0, 0.0]),
+        (0.0, 3, [1.0, 0.5, 0.0]),
+    ],
+)
+def test_learning_rate_at_the_edges(warmup, steps, rates):
+    config = OptimizerConfig(lr=1.0, final_lr=0.0, warmup=warmup)
+    assert [learning_rate(config, step, steps) for step in range(steps)] == pytest.approx(rates)
+
+
+def first_moments(tmp_path, clip):
+    """Norm of AdamW's first moment after one step, (1 - beta_1) times that of the clipped gradient, and grad_norm."""
+    config = small_config(steps=1, optimizer=OptimizerConfig(betas=(0.75, 0.9), clip=clip))
+    result = run(tmp_path / str(clip), config)
+    tensors = load_file(result.out / "step-1" / "optimizer.safetensors")
+    moments = torch.cat([value.flatten() for name, value in tensors.items() if name.endswith(".exp_avg")])
+    assert len(moments) == result.summary["parameters"]
+    return moments.norm().item() / 0.25, result.metrics[0]["grad_norm"]
+
+
+def test_gradients_are_clipped_and_their_norm_is_logged_before(tmp_path):
+    clipped, norm = first_moments(tmp_path, clip=0.01)
+    assert norm > 0.1
+    assert clipped == pytest.approx(0.01, rel=1e-3)
+    assert first_moments(tmp_path, clip=100.0) == pytest.approx((norm, norm), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "tied"),
+    [
+        ({"name": "bd_lru", "num_blocks": 2, "block_size": 3}, False),
+        ({"name": "bd_lru", "num_blocks": 2, "block_size": 3, "selective": False}, True),
+        ({"name": "h_lru", "num_channels": 2, "order": 3, "selective": False}, False),
+        ({"name": "lstm", "hidden_size": 3}, False),
+    ],
+)
+def test_weight_decay_is_of_matrices_only(tmp_path, mixer, tied):
+    weights = []
+    for decay in (0.0, 0.5):
+        optimizer = OptimizerConfig(lr=0.1, warmup=0.0, weight_decay=decay)
+        config = small_config(steps=1, mixer=mixer, model=ModelConfig(8, tied_embedding=tied), optimizer=optimizer)
+        weights.append(SequenceModel.load(run(tmp_path / str(decay), config).out / "step-1").state_dict())
+    torch.manual_seed(config.seed)
+    start = build_model(config, build_task(config.task)).state_dict()
+    without, with_decay = weights
+    for name, value in start.items():
+        plain = any(word in name for word in ("norm", "embedding", "bias", "constant")) or (
+            tied and name == "head.weight"
+        )
+        expected = without[name] - (0 if plain else 0.1 * 0.5 * value)  # AdamW: p - lr decay p - lr update
+        assert torch.allclose(with_decay[name], expected, rtol=0, atol=1e-6), name
+        assert plain == torch.equal(with_decay[name], without[name]), name
+
+
+def test_bf16_after_a_run_in_float32(finished, tmp_path):
+    config = ten_steps(mixed_precision="bf16")
+    result = run(tmp_path / "run", config)
+    assert math.isfinite(result.summary["test"]["5"]["loss"])
+    weights = load_file(result.out / "step-10" / "model.safetensors")
+    exact = load_file(finished.out / "step-10" / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+    assert not torch.equal(weights["head.weight"], exact["head.weight"])
+    with pytest.raises(Stopped):
+        run(tmp_path / "stopped", config, stop_before=6)
+    run(tmp_path / "stopped", config)
+    assert differing(tmp_path / "stopped", tmp_path / "run") == []
+    assert differing(run(tmp_path / "exact", ten_steps()).out, finished.out) == []
+
+
+def test_fp16_is_refused_where_there_is_no_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match=r"^train: `mixed_precision` must be .*'fp16'"):
+        run(tmp_path / "run", ten_steps(mixed_precision="fp16"))
+
+
+# what `out` and `resume` may not be
+
+
+def test_out_must_be_a_folder(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("mine")
+    with pytest.raises(ValueError, match=rf"^train: `out` must be a folder, but '{path}' is a file\.$"):
+        run(path, ten_steps())
+    for below in (path / "run", path / "a" / "run"):
+        with pytest.raises(ValueError, match=rf"^train: `out` must be a folder .*'{below}'.*Not a directory"):
+            run(below, ten_steps())
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("out", ["/proc/statemix/run", "/sys/statemix", "a" * 300], ids=["proc", "sys", "long"])
+def test_out_that_cannot_be_made(out, tmp_path):
+    with pytest.raises(ValueError, match=rf"^train: `out` must be a folder that can be written to, but '.*{out}'"):
+        run(tmp_path / out, ten_steps())
+
+
+def permission_denied():
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def test_out_that_may_not_be_written_to(tmp_path):
+    """The tests may run as root, whom no permission stops; so the answers of the system are made up."""
+    refused = rf"^train: `out` must be a folder that can be written to, but '{tmp_path}"
+    for out in (tmp_path, tmp_path / "run"):
+        with (
+            mock.patch("os.access", return_value=False),
+            disk(tmp_path, CHANGES, 1, permission_denied),
+            pytest.raises(ValueError, match=refused),
+        ):
+            run(out, ten_steps())
+    assert list(tmp_path.iterdir()) == []
+    denied = rf"^train: cannot write to '{tmp_path}/run': .*Permission denied.*There is no checkpoint yet"
+    with disk(tmp_path, {"replace"}, 2, permission_denied), pytest.raises(RuntimeError, match=denied):
+        run(tmp_path / "run", ten_steps())
+
+
+def test_resume_must_be_known(tmp_path):
+    with pytest.raises(ValueError, match=r"^train: `resume` must be one of \['auto', 'never'\], got 'always'\.$"):
+        run(tmp_path / "run", ten_steps(), resume="always")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_config_is_named_and_kept(finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished.out, out)
+    before = snapshot(out)
+    four = dataclasses.replace(ten_steps(), mixer={"name": "bd_lru", "num_blocks": 2, "block_size": 4})
+    made_with = r"was made with mixer\.block_size=3, the config asks for 4\. Use --resume=never, "
+    with pytest.raises(ValueError, match=rf"^train: checkpoint '{re.escape(str(out))}/step-10' {made_with}"):
+        run(out, four)
+    with pytest.raises(ValueError, match=r"was made with test_lengths=\[5, 12\], the config asks for \[\]\. Use --res"):
+        run(out, ten_steps(test_lengths=()))
+    assert snapshot(out) == before
+
+
+def test_a_config_that_cannot_be_trained_deletes_nothing(finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished.out, out)
+    before = snapshot(out)
+    with pytest.raises(ValueError, match=r"d_model` must be at least 1, got 0"):
+        run(out, ten_steps(model=ModelConfig(d_model=0)), resume="never")
+    assert snapshot(out) == before
+
+
+FOREIGN = [
+    "notes.txt",
+    "step-notes.txt",
+    "step-by-step/notes.txt",
+    ".step-x.partial/notes.txt",
+    "mine/step-3/notes.txt",
+]
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_files_survive(finished, tmp_path, name, resume):
+    out = tmp_path / "run"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("mine")
+    if resume == "never":
+        shutil.copytree(finished.out, out, dirs_exist_ok=True)
+    run(out, ten_steps(), resume=resume)
+    assert (out / name).read_text() == "mine"
+
+
+def test_resume_never_starts_again(finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished.out, out)
+    (out / "metrics.jsonl").write_text("damaged\n")
+    run(out, ten_steps(seed=1), resume="never")
+    run(tmp_path / "new", ten_steps(seed=1))
+    assert differing(out, tmp_path / "new") == []
+    assert extra(out, tmp_path / "new") == []
+
+
+@pytest.mark.parametrize(("log_every", "eval_every"), [(1, 4), (1, 5), (7, 2), (100, 100)])
+def test_a_loss_that_is_not_finite_is_an_error_and_the_earlier_checkpoint_is_good(tmp_path, log_every, eval_every):
+    """Step 5 makes weights that are NaN, from a loss and a gradient that are finite."""
+    config = ten_steps(log_every=log_every, eval_every=eval_every)
+    rate = mock.Mock(side_effect=lambda _, step, steps: math.nan if step >= 4 else 0.01)
+    last = r"The last checkpoint is '?.*/run/step-4\b" if eval_every in (2, 4) else ""
+    with (
+        mock.patch.object(TRAIN, "learning_rate", rate),
+        pytest.raises(RuntimeError, match=rf"^train: at step \d+ .*(nan|inf).*optimizer\.lr=30\.0.*{last}"),
+    ):
+        run(tmp_path / "run", config)
+    assert not (tmp_path / "run" / "result.json").exists()
+    for path in (tmp_path / "run").glob("step-*"):
+        assert int(path.name.removeprefix("step-")) <= 4
+        assert all(weight.isfinite().all() for weight in SequenceModel.load(path).state_dict().values())
+
+
+def test_progress_is_shown_on_standard_error_or_not_at_all(finished, tmp_path, capsys):
+    with mock.patch.object(TRAIN, "plot_curves"):
+        train(ten_steps(), tmp_path / "run", progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert [line.split()[1] for line in shown.err.splitlines()] == ["4", "8", "10"]
+    run(tmp_path / "quiet", ten_steps())
+    assert capsys.readouterr() == ("", "")
