@@ -1,3 +1,22 @@
 """Linear recurrent networks with rich state mixing: BD-LRU and H-LRU, their scans, tasks and training."""
 
+from statemix.config import TrainConfig
+from statemix.mixers import BDLRU, HLRU, LSTM
+from statemix.model import SequenceModel
+from statemix.scan import available_backends, block_scan, companion_scan, observer_scan
+from statemix.train import train
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "BDLRU",
+    "HLRU",
+    "LSTM",
+    "SequenceModel",
+    "TrainConfig",
+    "available_backends",
+    "block_scan",
+    "companion_scan",
+    "observer_scan",
+    "train",
+]

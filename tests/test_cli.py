@@ -1,0 +1,293 @@
+"""cli.py: what each command prints, its exit status, and that a wrong call says what is wrong with it."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from test_checkpoint import NEEDING_SPACE, TRAIN, differing, disk, disk_is_full
+
+import statemix
+from statemix import TrainConfig, cli
+from statemix.config import ModelConfig, OptimizerConfig
+from statemix.mixers import MIXERS
+from statemix.tasks import TASKS, PermutationComposition
+
+SMALL = [
+    *("--task.seq-len", "5", "--mixer.num-blocks", "2", "--mixer.block-size", "3", "--model.d-model", "8"),
+    *("--steps", "4", "--batch-size", "8", "--eval-every", "2", "--eval-sequences", "16", "--log-every", "1"),
+]
+SMALL_CONFIG = TrainConfig(
+    task={"name": "permutation", "seq_len": 5},
+    mixer={"name": "bd_lru", "num_blocks": 2, "block_size": 3},
+    model=ModelConfig(d_model=8),
+    **{"steps": 4, "batch_size": 8, "eval_every": 2, "eval_sequences": 16, "log_every": 1},
+)
+PROGRAM = Path(sys.executable).with_name("statemix")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Each test in an empty folder, without the picture, which takes longer than all the rest."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TRAIN, "plot_curves", lambda runs, path, **_: Path(path).write_bytes(b"a picture"))
+
+
+def plain(text: str) -> str:
+    """Text without the frames and line breaks of tyro's boxes."""
+    return re.sub(r"[\s│╭╮╰╯─]+", " ", text)
+
+
+def config_of(out: str) -> TrainConfig:
+    return TrainConfig.load(Path(out) / "config.json")
+
+
+def call(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a command."""
+    status = cli.main(arguments)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def flags() -> list[str]:
+    names = []
+    for field in dataclasses.fields(TrainConfig):
+        nested = getattr(TrainConfig(), field.name)
+        if dataclasses.is_dataclass(nested):
+            names += [f"{field.name}.{inner.name}" for inner in dataclasses.fields(nested)]
+        else:
+            names.append(field.name)
+    return [f"--{name.replace('_', '-')}" for name in names]
+
+
+def test_help_names_every_field_option_and_name(capsys):
+    status, text, errors = call(capsys, "train", "--help")
+    assert (status, errors) == (0, "")
+    assert len(flags()) == 20
+    options = [f"--task.{name}" for name in ("group", "seq-len", "generators")]
+    options += [f"--mixer.{name}" for name in ("num-blocks", "block-size", "normalization", "selective", "backend")]
+    for flag in [*flags(), *options, "--config", "--out", "--resume"]:
+        assert re.search(rf"{re.escape(flag)}[ ,]", text), flag
+    for name in (*MIXERS, *TASKS):
+        assert name in text
+    for default in (
+        "(default: 600)",
+        "(default: 0.003)",
+        "(default: 0.9 0.95)",
+        "(default: runs/default)",
+        "(default: S3)",
+    ):
+        assert default in plain(text)
+    assert list(Path().iterdir()) == []
+
+
+def test_help_is_of_the_chosen_mixer(capsys):
+    _, text, _ = call(capsys, "train", "--mixer", "lstm", "--help")
+    assert "--mixer.hidden-size INT" in text
+    assert "--mixer.block-size" not in text
+
+
+def test_usage(capsys):
+    for arguments, expected in (((), 2), (("--help",), 0), (("-h",), 0)):
+        status, text, _ = call(capsys, *arguments)
+        assert status == expected
+        assert "usage: statemix COMMAND" in text
+        assert re.search(r"^  train .*\n  info ", text, re.MULTILINE)
+
+
+WRONG_CALLS = [
+    ("tran", r"COMMAND must be one of \['info', 'train'\], got 'tran'"),
+    ("--steps 5", r"COMMAND must be one of \['info', 'train'\], got '--steps'"),
+    ("info now", r"info: takes no arguments, got \['now'\]"),
+    ("train --stepz 5", r"Unrecognized options: --stepz"),
+    ("train 5", r"Unrecognized options: 5"),
+    ("train --mixer.hidden-size 4", r"Unrecognized options: --mixer\.hidden-size"),
+    ("train --steps", r"Missing value for argument '--steps'"),
+    ("train --steps ten", r"--steps: invalid literal for int\(\) with base 10: 'ten'"),
+    ("train --steps 2.5", r"--steps: invalid literal for int\(\) with base 10: '2\.5'"),
+    ("train --optimizer.lr fast", r"--optimizer\.lr: could not convert string to float: 'fast'"),
+    ("train --optimizer.betas 0.9", r"--optimizer\.betas"),
+    ("train --resume maybe", r"invalid choice 'maybe' for argument '--resume'. Expected one of \('auto', 'never'\)"),
+    ("train --steps 0", r"`steps` must be at least 1, got 0"),
+    ("train --seed -1", r"`seed` must be at least 0, got -1"),
+    ("train --test-lengths 4 0", r"`test_lengths` must be all at least 1, got \(4, 0\)"),
+    ("train --mixed-precision fp17", r"`mixed_precision` must be one of \['bf16', 'fp16', 'no'\], got 'fp17'"),
+    ("train --optimizer.lr -1", r"`optimizer\.lr` must be above 0 and finite, got -1\.0"),
+    ("train --optimizer.betas 0.9 1.5", r"`optimizer\.betas` must be in \[0, 1\), got \(0\.9, 1\.5\)"),
+    ("train --model.d-model 0", r"`(model\.)?d_model` must be at least 1, got 0"),
+    ("train --mixer gru", r"`--mixer` must be one of \['bd_lru', 'h_lru', 'lstm'\], got 'gru'"),
+    ("train --mixer --steps 5", r"`--mixer` must be one of \['bd_lru', 'h_lru', 'lstm'\], got '--steps'"),
+    ("train --mixer", r"`--mixer` needs a value"),
+    ("train --mixer lstm", r"--mixer\.hidden-size INT .*\(required\)"),
+    ("train --mixer h_lru --mixer.order 2", r"--mixer\.num-channels INT .*\(required\)"),
+    ("train --mixer.block-size 0", r"`block_size` must be at least 1, got 0"),
+    ("train --mixer.normalization max", r"`normalization` must be one of \['linear', .*'tanh'\], got 'max'"),
+    ("train --task=parity", r"`--task` must be one of \['permutation'\], got 'parity'"),
+    ("train --task.group Q8", r"`group` must be S<n>, A<n>, Z<n> or a product such as A4xZ5, got 'Q8'"),
+    ("train --task.seq-len 0", r"`seq_len` must be at least 1, got 0"),
+    ("train --config", r"`--config` needs a value"),
+    ("train --config none.json", r"cannot read 'none\.json': .*No such file"),
+    ("train --out /dev/null", r"`out` must be a folder, but '/dev/null' is a file"),
+    (f"train --out {'a' * 300}", r"`out` must be a folder .*File name too long"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_CALLS, ids=[arguments[:40] for arguments, _ in WRONG_CALLS])
+def test_a_wrong_call_says_what_is_wrong_and_does_nothing(capsys, arguments, message):
+    status, text, errors = call(capsys, *arguments.split())
+    assert status == 2
+    assert re.search(message, plain(errors)), errors
+    assert text == ""
+    assert "Traceback" not in errors
+    assert list(Path().iterdir()) == []
+
+
+def test_a_wrong_config_file_is_named_with_the_key(capsys):
+    for content, message in (
+        ('{"stepz": 3}', r"cannot read 'wrong\.json': TrainConfig: unknown key `stepz`"),
+        ('{"steps": "3"}', r"cannot read 'wrong\.json': TrainConfig: `steps` must be of type int, got '3'"),
+        ('{"steps": 3', r"cannot read 'wrong\.json': TrainConfig: not JSON"),
+    ):
+        Path("wrong.json").write_text(content)
+        status, _, errors = call(capsys, "train", "--config", "wrong.json")
+        assert status == 2
+        assert re.search(message, errors)
+
+
+def test_train_prints_the_result_and_the_folder(capsys):
+    status, text, errors = call(capsys, "train", *SMALL, "--out", "run", "--test-lengths", "5", "9")
+    assert status == 0
+    summary = json.loads(Path("run/result.json").read_text())
+    for length in ("5", "9"):
+        scores = summary["test"][length]
+        assert f"{scores['token_accuracy']:.3f} / {scores['sequence_accuracy']:.3f}" in text
+    assert "length 5" in text
+    assert "bd_lru" in text
+    assert f"and the best weights in step-{summary['best_step']}." in text
+    assert "The run is in run: " in text
+    assert [line.split()[1] for line in errors.splitlines()] == ["2", "4"]
+    assert config_of("run") == dataclasses.replace(SMALL_CONFIG, test_lengths=(5, 9))
+
+
+EVERY_FLAG = """--task=permutation --task.group A4xZ5 --task.seq-len 6 --task.generators all
+    --mixer h_lru --mixer.num-channels 5 --mixer.order 2 --mixer.normalization tanh --mixer.no-selective
+    --mixer.form observer --mixer.backend reference
+    --model.d-model 4 --model.num-layers 2 --model.mlp-size 5 --model.tied-embedding
+    --optimizer.lr 0.5 --optimizer.final-lr 0.25 --optimizer.warmup 0.5 --optimizer.betas 0.5 0.75
+    --optimizer.weight-decay 0.0 --optimizer.clip 2
+    --steps 7 --batch-size 6 --seed 5 --eval-every 4 --eval-sequences 3 --test-lengths 2 1 --log-every 9
+    --mixed-precision bf16"""
+
+
+def test_every_flag_sets_its_field(capsys):
+    given = mock.Mock(return_value=mock.Mock(summary={"best_step": 0}))
+    with mock.patch.object(cli, "train", given), mock.patch.object(cli, "results_table", return_value=""):
+        assert call(capsys, "train", *EVERY_FLAG.split(), "--out", "there", "--resume=never")[0] == 0
+    given.assert_called_once()
+    assert given.call_args.args == (
+        TrainConfig(
+            task={"name": "permutation", "group": "A4xZ5", "seq_len": 6},
+            mixer={
+                **{"name": "h_lru", "num_channels": 5, "order": 2, "normalization": "tanh", "selective": False},
+                **{"form": "observer", "backend": "reference"},
+            },
+            model=ModelConfig(4, 2, 5, True),
+            optimizer=OptimizerConfig(0.5, 0.25, 0.5, (0.5, 0.75), 0.0, 2.0),
+            **{"steps": 7, "batch_size": 6, "seed": 5, "eval_every": 4, "eval_sequences": 3, "log_every": 9},
+            **{"test_lengths": (2, 1), "mixed_precision": "bf16"},
+        ),
+        "there",
+    )
+    assert given.call_args.kwargs == {"resume": "never"}
+    assert set(flags()) <= set(EVERY_FLAG.replace("=", " ").split())
+
+
+def test_config_of_an_earlier_run_gives_the_same_config_and_flags_change_it(capsys):
+    assert call(capsys, "train", *SMALL, "--out", "first", "--seed", "3", "--mixer.normalization", "tanh")[0] == 0
+    assert call(capsys, "train", "--config", "first/config.json", "--out", "second")[0] == 0
+    assert differing(Path("second"), Path("first")) == []
+    assert call(capsys, "train", "--config=first/config.json", "--out=third", "--steps=2")[0] == 0
+    assert config_of("third") == dataclasses.replace(config_of("first"), steps=2)
+    lstm = ["--mixer", "lstm", "--mixer.hidden-size", "4"]
+    assert call(capsys, "train", "--config", "first/config.json", *lstm, "--out", "fourth")[0] == 0
+    expected = dataclasses.replace(config_of("first"), mixer={"name": "lstm", "hidden_size": 4})
+    assert config_of("fourth") == expected
+
+
+def test_the_same_command_goes_on_and_then_returns_the_result(capsys):
+    sample = PermutationComposition.sample
+
+    def interrupted(self, split, *args, **options):
+        if split == "train" and options["index"] == 3:
+            raise KeyboardInterrupt
+        return sample(self, split, *args, **options)
+
+    with mock.patch.object(PermutationComposition, "sample", interrupted):
+        status, text, errors = call(capsys, "train", *SMALL, "--out", "run")
+    assert (status, text) == (130, "")
+    assert errors.splitlines()[-1] == "stopped: the same command goes on from the last checkpoint."
+    assert json.loads(Path("run/checkpoints.json").read_text())["last"] == "step-2"
+
+    status, text, errors = call(capsys, "train", *SMALL, "--out", "run")
+    assert status == 0
+    assert [line.split()[1] for line in errors.splitlines()] == ["4"]
+    assert call(capsys, "train", *SMALL, "--out", "whole")[0] == 0
+    assert differing(Path("run"), Path("whole")) == []
+    assert call(capsys, "train", *SMALL, "--out", "run") == (0, text, "")
+
+    status, _, errors = call(capsys, "train", *SMALL, "--steps", "5", "--out", "run")
+    assert status == 2
+    assert re.search(
+        r"checkpoint 'run/step-4' was made with steps=4, the config asks for 5\. Use --resume=never", errors
+    )
+    assert call(capsys, "train", *SMALL, "--steps", "5", "--out", "run", "--resume", "never")[0] == 0
+    assert config_of("run").steps == 5
+
+
+def test_a_run_that_fails_has_exit_status_1(capsys):
+    with disk(Path("run"), NEEDING_SPACE, 30, disk_is_full):
+        status, text, errors = call(capsys, "train", *SMALL, "--out", "run")
+    assert (status, text) == (1, "")
+    assert re.search(r"^error: train: cannot write to 'run': .*No space left on device", errors, re.MULTILINE)
+    assert "Traceback" not in errors
+
+
+def test_info(capsys):
+    status, text, errors = call(capsys, "info")
+    assert (status, errors) == (0, "")
+    assert text.startswith(f"statemix {statemix.__version__}, torch ")
+    for name in ("cpu", "associative", "reference"):
+        assert re.search(rf"^  {name} +\S", text, re.MULTILINE), name
+    assert f"mixers: {', '.join(MIXERS)}\n" in text
+    assert f"tasks: {', '.join(TASKS)}\n" in text
+
+
+def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The installed command, with warnings as errors."""
+    environment = os.environ | {"PYTHONWARNINGS": "error"} | environment
+    return subprocess.run([PROGRAM, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_the_installed_command_trains():
+    done = program("train", *SMALL, "--out", "run", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert "The run is in run" in done.stdout
+    assert [line.split()[1] for line in done.stderr.splitlines()] == ["2", "4"]
+    assert config_of("run") == SMALL_CONFIG
+    assert json.loads(Path("run/result.json").read_text())["threads"] == 1
+    assert {path.name for path in Path("run").iterdir() if path.is_file()} == {
+        *("config.json", "metrics.jsonl", "checkpoints.json", "result.json", "curves.png"),
+    }
+
+
+def test_the_installed_command_tells_why_a_backend_is_missing():
+    done = program("info", STATEMIX_INSTRUCTION_SET="z80")
+    assert (done.returncode, done.stderr) == (0, "")
+    line = next(line for line in done.stdout.splitlines() if line.startswith("  cpu "))
+    assert re.fullmatch(r"  cpu +NOT AVAILABLE: STATEMIX_INSTRUCTION_SET must be one of \[.*\] .*, got 'z80'\.", line)
+    assert "  associative  " in done.stdout

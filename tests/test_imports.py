@@ -1,0 +1,151 @@
+"""Imports go one way (DESIGN.md): read from the sources with ast, and held here for every file there is."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "statemix"
+SCAN = "statemix.scan"
+
+# What a module may import of statemix: an entry stands for itself and all below it.
+# A module goes by its longest prefix here; what has none may import anything but ONLY_BY.
+ALLOWED = {
+    "statemix.gates": (),
+    "statemix.specs": (),
+    # gpu lazily, through importlib: it imports triton
+    SCAN: ("statemix.gates", f"{SCAN}.reference", f"{SCAN}.associative", f"{SCAN}.cpu"),
+    f"{SCAN}.reference": ("statemix.gates",),
+    f"{SCAN}.associative": ("statemix.gates",),
+    f"{SCAN}.cpu": ("statemix.gates",),
+    f"{SCAN}.gpu": ("statemix.gates",),
+    "statemix.tasks": ("statemix.tasks", "statemix.specs"),
+    "statemix.analysis": ("statemix.gates",),
+    "statemix.mixers": ("statemix.mixers", "statemix.gates", SCAN, "statemix.specs"),
+    "statemix.model": ("statemix.mixers", "statemix.gates", SCAN, "statemix.specs"),
+}
+# These import torch, numpy and the standard library besides.
+PLAIN = ("statemix.gates", "statemix.specs", "statemix.tasks", "statemix.analysis")
+PLAIN_SCANS = (SCAN, f"{SCAN}.reference", f"{SCAN}.associative", f"{SCAN}.cpu")
+# What only the named modules may import, and they only what is named.
+ONLY_BY = {
+    "triton": (f"{SCAN}.gpu",),
+    "statemix.cli": ("statemix.__main__",),
+    "statemix.sweep": ("statemix.cli",),
+    "tests": (),
+    "conftest": (),
+    "experiments": (),
+}
+
+
+def is_below(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def imported(source: str, module: str, is_package: bool) -> Iterator[str]:
+    """Every name imported anywhere in the source, also in functions and through importlib; "a.b" for a's b."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = module.split(".")
+            base = parents[: len(parents) - node.level + is_package] if node.level else []
+            yield from (".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
+            yield ast.unparse(node.args[0]).removeprefix("f").strip("'\"")  # a backend: statemix.scan.{backend}
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    """The imported names that the rules forbid to the module."""
+    rule = max((prefix for prefix in ALLOWED if is_below(module, prefix)), key=len, default=None)
+    plain = module in PLAIN_SCANS or any(is_below(module, prefix) for prefix in PLAIN)
+    wrong = []
+    for name in imported(source, module, is_package):
+        inside = is_below(name, "statemix")
+        lazy = module == SCAN and name == f"{SCAN}.{{backend}}"
+        entries = ALLOWED[rule] if rule else ("statemix",)
+        allowed = lazy or any(is_below(name, entry) for entry in entries)
+        owned = [target for target, owners in ONLY_BY.items() if is_below(name, target) and module not in owners]
+        foreign = name.split(".")[0] not in {"torch", "numpy", *sys.stdlib_module_names}
+        if owned or (inside and not allowed) or (plain and not inside and foreign):
+            wrong.append(name)
+    return wrong
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_what_it_may(path):
+    is_package = path.name == "__init__.py"
+    module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    assert violations(path.read_text(), module, is_package) == []
+
+
+def test_the_files_are_found():
+    found = {str(path.relative_to(PACKAGE)) for path in FILES}
+    assert found >= {"__init__.py", "gates.py", "scan/__init__.py", "scan/reference.py", "scan/cpu.py"}
+
+
+PLANTED = [  # (module, source, the names that are wrong)
+    ("statemix.gates", "import torch, math\nimport numpy as np\nfrom torch.nn import functional", []),
+    ("statemix.gates", "import statemix", ["statemix"]),
+    ("statemix.gates", "from statemix.scan import cpu", ["statemix.scan.cpu"]),
+    ("statemix.gates", "def f():\n    import scipy.linalg", ["scipy.linalg"]),
+    (f"{SCAN}.reference", "from statemix.gates import normalize", []),
+    (f"{SCAN}.reference", "from . import cpu", [f"{SCAN}.cpu"]),
+    (f"{SCAN}.associative", "from .reference import block_scan", [f"{SCAN}.reference.block_scan"]),
+    (f"{SCAN}.associative", "import statemix.scan", [SCAN]),
+    (f"{SCAN}.associative", "import triton", ["triton"]),
+    (f"{SCAN}.cpu", "import ctypes\nfrom statemix import gates", []),
+    (f"{SCAN}.cpu", "import statemix.scan.associative", [f"{SCAN}.associative"]),
+    (f"{SCAN}.cpu", "from statemix.scan import reference", [f"{SCAN}.reference"]),
+    (f"{SCAN}.cpu", "from ..mixers import BDLRU", ["statemix.mixers.BDLRU"]),
+    (f"{SCAN}.gpu", "import triton\nfrom triton import language", []),
+    (f"{SCAN}.gpu", "from statemix.scan.cpu import block_scan", [f"{SCAN}.cpu.block_scan"]),
+    (SCAN, "import importlib\nimportlib.import_module(f'statemix.scan.{backend}')", []),
+    (SCAN, "from statemix.scan import associative, cpu, reference", []),
+    (SCAN, "def f():\n    from statemix.scan import gpu", [f"{SCAN}.gpu"]),
+    (SCAN, "from ..mixers import BDLRU", ["statemix.mixers.BDLRU"]),
+    ("statemix.tasks", "from statemix.tasks.base import Batch\nfrom .permutation import Task", []),
+    ("statemix.tasks.copying", "from .base import Batch\nfrom . import base", []),
+    ("statemix.tasks.copying", "from ..model import SequenceModel", ["statemix.model.SequenceModel"]),
+    ("statemix.tasks.copying", "from statemix import SequenceModel", ["statemix.SequenceModel"]),
+    ("statemix.tasks.copying", "import statemix.train, datasets", ["statemix.train", "datasets"]),
+    ("statemix.tasks.copying", "__import__('statemix.mixers')", ["statemix.mixers"]),
+    ("statemix.mixers.lstm", "from statemix.scan import block_scan\nfrom .base import Mixer", []),
+    ("statemix.mixers.lstm", "from statemix.model import SequenceModel", ["statemix.model.SequenceModel"]),
+    ("statemix.mixers.lstm", "if TYPE_CHECKING:\n    from ..tasks import TASKS", ["statemix.tasks.TASKS"]),
+    ("statemix.mixers.lstm", "from statemix.train import train", ["statemix.train.train"]),
+    ("statemix.model", "from statemix.mixers import build_mixer\nimport safetensors", []),
+    ("statemix.model", "from statemix import tasks", ["statemix.tasks"]),
+    ("statemix.model", "import statemix.train", ["statemix.train"]),
+    ("statemix.train", "import statemix.model, statemix.tasks, accelerate", []),
+    ("statemix.train", "from tests.conftest import assert_close", ["tests.conftest.assert_close"]),
+    ("statemix.train", "import experiments.quickstart as quick", ["experiments.quickstart"]),
+    ("statemix.train", "import statemix.cli, triton", ["statemix.cli", "triton"]),
+    ("statemix", "from statemix import model\nfrom .cli import main", ["statemix.cli.main"]),
+]
+
+
+@pytest.mark.parametrize(("module", "source", "wrong"), PLANTED)
+def test_the_checker_catches_a_planted_import(module, source, wrong):
+    assert violations(source, module, is_package=module in ("statemix", SCAN, "statemix.tasks")) == wrong
+
+
+@pytest.mark.parametrize(("module", "seen"), [("statemix", set()), ("torch, matplotlib", {"matplotlib"})])
+def test_importing_statemix_asks_for_no_optional_package(module, seen):
+    """Not even in vain, so that it holds on a machine which lacks them; and the second case shows that it can fail."""
+    code = f"""
+import sys
+asked = set()
+sys.addaudithook(lambda event, what: event == "import" and asked.add(what[0].split(".")[0]))
+import {module}
+asked &= {{"triton", "transformers", "matplotlib", "ray", "datasets", "tokenizers"}}
+assert asked == {seen!r}, asked
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
