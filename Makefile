@@ -1,0 +1,34 @@
+# make quickstart   install into .venv, then train and compare four small models
+# make test         install into .venv, then lint, type checks and tests
+# make format       let ruff rewrite the sources
+
+# TORCH pins the version developed with. Where a CPU build is wanted and the default is another, give pip the index of
+# CPU builds as PyTorch's installation page says.
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := src tests experiments
+
+.PHONY: quickstart test format clean
+quickstart: .venv/installed
+	$(BIN)/python experiments/quickstart.py
+
+test: .venv/installed
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+format: .venv/installed
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean:
+	rm -rf .venv build
+
+# The install is editable: Python sources take effect at once, the kernels when make sees that csrc/ has changed.
+.venv/installed: pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q -e ".[dev]"
+	touch $@
