@@ -1,6 +1,6 @@
 """Mixing beats width: four small models learn to compose permutations of three things (S3). Run by `make quickstart`.
 
-    python experiments/quickstart.py                 one seed, about 2 minutes on 2 cores
+    python experiments/quickstart.py                 one seed, under 3 minutes on 2 cores
     python experiments/quickstart.py --seeds 0 1     the table of the README
 
 The runs are in runs/quickstart. What is finished there is not done again.
