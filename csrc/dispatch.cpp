@@ -1,9 +1,19 @@
 // The C entry points, and the choice of instruction set at run time.
-#include "scan.h"
+#include "interface.h"
+#include "threads.h"
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 
 namespace statemix {
 
-#define STATEMIX_DECLARE(name) extern const Scan forward_##name, backward_##name;
+std::atomic<bool> forked{false};
+#if defined(__unix__) || defined(__APPLE__)
+[[maybe_unused]] static const int kAtFork = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
+#define STATEMIX_DECLARE(name) extern const Kernels kernels_##name;
 STATEMIX_DECLARE(baseline)
 #if defined(STATEMIX_X86)
 STATEMIX_DECLARE(avx2)
@@ -13,33 +23,33 @@ STATEMIX_DECLARE(avx512)
 struct InstructionSet {
   const char* name;
   bool supported;
-  const Scan& forward;  // references: the constants of another file may not be initialised yet
-  const Scan& backward;
+  const Kernels& kernels;  // a reference: the constants of another file may not be initialised yet
 };
 
 static const InstructionSet kInstructionSets[] = {
-    {"baseline", true, forward_baseline, backward_baseline},
+    {"baseline", true, kernels_baseline},
 #if defined(STATEMIX_X86)
-    {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), forward_avx2, backward_avx2},
+    {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), kernels_avx2},
     {"avx512",
      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512bw"),
-     forward_avx512, backward_avx512},
+     kernels_avx512},
 #endif
 };
 constexpr int kCount = sizeof kInstructionSets / sizeof *kInstructionSets;
 
 }  // namespace statemix
 
-using statemix::kInstructionSets;
+using namespace statemix;
 
 #define STATEMIX_EXPORT extern "C" __attribute__((visibility("default")))
 
 // The name of instruction set `index`, slowest first; null past the end.
-STATEMIX_EXPORT const char* statemix_instruction_set(int index) {
-  return index < statemix::kCount ? kInstructionSets[index].name : nullptr;
-}
+STATEMIX_EXPORT const char* statemix_instruction_set(int index) { return index < kCount ? kInstructionSets[index].name : nullptr; }
 STATEMIX_EXPORT int statemix_supported(int index) { return kInstructionSets[index].supported; }
-STATEMIX_EXPORT int statemix_max_order() { return statemix::kMaxOrder; }
-STATEMIX_EXPORT void statemix_forward(int index, const statemix::Problem* p) { kInstructionSets[index].forward(*p); }
-STATEMIX_EXPORT void statemix_backward(int index, const statemix::Problem* p) { kInstructionSets[index].backward(*p); }
+STATEMIX_EXPORT int statemix_interface() { return kInterface; }
+STATEMIX_EXPORT void statemix_scan_forward(int index, const Scan* p) { kInstructionSets[index].kernels.scan_forward(*p); }
+STATEMIX_EXPORT void statemix_scan_backward(int index, const Scan* p) { kInstructionSets[index].kernels.scan_backward(*p); }
+STATEMIX_EXPORT void statemix_layer_forward(int index, const Layer* p) { kInstructionSets[index].kernels.layer_forward(*p); }
+STATEMIX_EXPORT void statemix_layer_backward(int index, const Layer* p) { kInstructionSets[index].kernels.layer_backward(*p); }
+STATEMIX_EXPORT void statemix_layer_step(int index, const Layer* p) { kInstructionSets[index].kernels.layer_step(*p); }

@@ -13,6 +13,7 @@
 #define STATEMIX_VECTOR_BYTES 16
 #endif
 #define STATEMIX_INLINE inline __attribute__((always_inline))
+#define STATEMIX_NOINLINE __attribute__((noinline))  // or every caller would compile its own copy
 
 namespace statemix {
 namespace {
@@ -53,35 +54,21 @@ constexpr int width = STATEMIX_VECTOR_BYTES / sizeof(T);
 
 template <class T>
 STATEMIX_INLINE V<T> splat(T x) {
-  return V<T>{} + x;
+  return x - V<T>{};  // unlike x + 0, which turns -0 into 0, no work but the broadcast
 }
 
-// The first `lanes` lanes at p. The whole vector is the usual case; a part is kept out of line, or it would force every
-// vector through memory.
 template <class T>
-__attribute__((noinline)) V<T> load_part(const T* p, int lanes) {
-  V<T> x = {};
-  std::memcpy(&x, p, lanes * sizeof(T));
-  return x;
-}
-template <class T>
-__attribute__((noinline)) void store_part(T* p, V<T> x, int lanes) {
-  std::memcpy(p, &x, lanes * sizeof(T));
-}
-template <class T>
-STATEMIX_INLINE V<T> load(const T* p, int lanes) {
-  if (__builtin_expect(lanes != width<T>, 0)) return load_part(p, lanes);
+STATEMIX_INLINE V<T> load(const T* p) {
   V<T> x;
   std::memcpy(&x, p, sizeof x);
   return x;
 }
 template <class T>
-STATEMIX_INLINE void store(T* p, V<T> x, int lanes) {
-  if (__builtin_expect(lanes != width<T>, 0)) return store_part(p, x, lanes);
+STATEMIX_INLINE void store(T* p, V<T> x) {
   std::memcpy(p, &x, sizeof x);
 }
 
-// A comparison with NaN is false: the order of the operands below is what lets NaN through.
+// A comparison with NaN is false: the order of the operands below is what lets NaN through, `larger` that in b.
 template <class T>
 STATEMIX_INLINE V<T> absolute(V<T> x) {
   using I = typename Lanes<T>::I;
@@ -138,9 +125,21 @@ STATEMIX_INLINE V<double> Exponential<double>::scaled(V<double> x) const {
 
 template <class T>
 STATEMIX_INLINE V<T> exp_of_negative(V<T> x) {  // x <= 0
-  const V<T> lowest = splat<T>(Lanes<T>::lowest);
-  return Exponential<T>(x < lowest ? lowest : x).value();
+  return Exponential<T>(larger<T>(splat<T>(Lanes<T>::lowest), x)).value();
 }
+
+// 1 / x for x in [1, 2^64), within one unit in the last place
+template <class T>
+STATEMIX_INLINE V<T> reciprocal(V<T> x) {
+  return T(1) / x;
+}
+#if defined(__AVX512F__)  // a division takes as long as ten other instructions
+template <>
+STATEMIX_INLINE V<float> reciprocal<float>(V<float> x) {
+  const V<float> y = (V<float>)_mm512_maskz_rcp14_ps(-1, (__m512)x);
+  return y + y * (1.f - x * y);
+}
+#endif
 
 template <class T>
 STATEMIX_INLINE V<T> tanh(V<T> x) {

@@ -97,12 +97,12 @@ def test_usage(capsys):
         status, text, _ = call(capsys, *arguments)
         assert status == expected
         assert "usage: statemix COMMAND" in text
-        assert re.search(r"^  train .*\n  info ", text, re.MULTILINE)
+        assert re.search(r"^  train .*\n  bench .*\n  info ", text, re.MULTILINE)
 
 
 WRONG_CALLS = [
-    ("tran", r"COMMAND must be one of \['info', 'train'\], got 'tran'"),
-    ("--steps 5", r"COMMAND must be one of \['info', 'train'\], got '--steps'"),
+    ("tran", r"COMMAND must be one of \['bench', 'info', 'train'\], got 'tran'"),
+    ("--steps 5", r"COMMAND must be one of \['bench', 'info', 'train'\], got '--steps'"),
     ("info now", r"info: takes no arguments, got \['now'\]"),
     ("train --stepz 5", r"Unrecognized options: --stepz"),
     ("train 5", r"Unrecognized options: 5"),

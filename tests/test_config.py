@@ -50,7 +50,7 @@ def test_specs_are_stored_with_their_defaults():
     assert config.task == {"name": "permutation", "group": "S3", "seq_len": 16, "generators": "all"}
     assert config.mixer == {
         **{"name": "h_lru", "num_channels": 4, "order": 2, "normalization": "softmax"},
-        **{"selective": True, "form": "companion", "backend": "auto"},
+        **{"selective": True, "form": "companion", "backend": "auto", "recompute": None},
     }
     written = TrainConfig(
         task={"name": "permutation", "group": "S3"},

@@ -266,23 +266,26 @@ assert (cpu.instruction_set() if "cpu" in available_backends() else None) == {se
     assert process.returncode == 0, process.stderr
 
 
-def test_the_problem_of_python_is_the_struct_of_the_header():
-    header = re.sub(r"//[^\n]*", "", (SOURCES / "scan.h").read_text())
-    (body,) = re.findall(r"struct Problem \{(.*?)\};", header, re.DOTALL)
+@pytest.mark.parametrize(("struct", "count"), [("Scan", 23), ("Layer", 28)])
+def test_the_problem_of_python_is_the_struct_of_the_header(struct, count):
+    header = re.sub(r"//[^\n]*", "", (SOURCES / "interface.h").read_text())
+    (body,) = re.findall(rf"struct {struct} \{{(.*?)\}};", header, re.DOTALL)
     fields = []
     for declaration in body.split(";")[:-1]:
-        ctype, names = re.fullmatch(r"\s*((?:const )?\w+\*?)\s+(.*)", declaration, re.DOTALL).groups()
-        fields += [(name.strip(), "void*" if ctype.endswith("*") else ctype) for name in names.split(",")]
-    ctypes_of = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "void*": ctypes.c_void_p}
-    assert [(name, ctypes_of[ctype]) for name, ctype in fields] == cpu._Problem._fields_
-    assert len(fields) == 21
+        ctype, names = re.fullmatch(r"\s*(?:const )?(\w+)\s*(.*)", declaration, re.DOTALL).groups()
+        for name in names.split(","):
+            fields.append((name.strip(" *\n"), "pointer" if "*" in name else ctype))
+        assert ctype.startswith("int") or "*" in names.split(",")[-1]
+    ctypes_of = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "pointer": ctypes.c_void_p}
+    assert [(name, ctypes_of[ctype]) for name, ctype in fields] == getattr(cpu, f"_{struct}")._fields_
+    assert len(fields) == count
 
 
 @pytest.mark.parametrize(
     ("enum", "numbers"), [("Kind", cpu._KINDS), ("Normalization", cpu._NORMALIZATIONS)], ids=["kind", "normalization"]
 )
 def test_the_names_of_python_have_the_numbers_of_the_header(enum, numbers):
-    (body,) = re.findall(rf"enum {enum} : int32_t {{(.*?)}};", (SOURCES / "scan.h").read_text())
+    (body,) = re.findall(rf"enum {enum} : int32_t {{(.*?)}};", (SOURCES / "interface.h").read_text())
     found, number = {}, 0
     for enumerator in body.split(","):
         name, _, given = enumerator.partition("=")
@@ -293,8 +296,8 @@ def test_the_names_of_python_have_the_numbers_of_the_header(enum, numbers):
 
 
 def test_the_constants_of_python_are_those_of_the_sources():
-    (order,) = re.findall(r"constexpr int kMaxOrder = (\d+);", (SOURCES / "scan.h").read_text())
-    (floor,) = re.findall(r"constexpr double kReluFloor = ([\d.e-]+);", (SOURCES / "kernels.cpp").read_text())
+    (order,) = re.findall(r"constexpr int kMaxOrder = (\d+);", (SOURCES / "interface.h").read_text())
+    (floor,) = re.findall(r"constexpr double kReluFloor = ([\d.e-]+);", (SOURCES / "recurrence.h").read_text())
     assert (int(order), float(floor)) == (cpu.MAX_ORDER, RELU_FLOOR)
     assert list(cpu._NORMALIZATIONS) == list(NORMALIZATIONS)
     assert list(cpu._KINDS) == list(SCANS)

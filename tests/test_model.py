@@ -24,7 +24,10 @@ MIXERS = {
 SHAPES = {"bd_lru": (3, 5), "bd_lru fixed": (3, 5), "h_lru": (3, 5), "observer": (3, 5), "lstm": (2, 7)}
 each_mixer = pytest.mark.parametrize("mixer", MIXERS)
 # largest difference over the largest entry, where the linear maps sum their products in another order
-CLOSE = {torch.float32: 1e-6, torch.float64: 1e-14}
+CLOSE = {
+    torch.float32: 4e-6,
+    torch.float64: 1e-14,
+}  # the fused step adds up its products in another order than the call
 
 
 def build(generator: torch.Generator, mixer: str = "bd_lru", *, dtype=torch.float64, **options) -> SequenceModel:

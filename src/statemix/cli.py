@@ -1,4 +1,4 @@
-"""The command line: statemix train | info."""
+"""The command line: statemix train | bench | info."""
 
 import dataclasses
 import inspect
@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from rich.console import Console
 
 import statemix
+from statemix.benchmark import BENCHMARKS, run
 from statemix.config import TrainConfig
 from statemix.mixers import MIXERS
 from statemix.report import results_table
@@ -23,6 +25,7 @@ USAGE = """usage: statemix COMMAND [options]
 
 commands:
   train   train a model on a task; `statemix train --help` lists every option with its default
+  bench   time and memory of scans, layers and training steps against baselines, in one run
   info    versions, backends and the instruction set in use, and why a backend is missing
 """
 
@@ -30,7 +33,7 @@ commands:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 if a run failed, 2 if it was asked for wrongly."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "info": _info}
+    commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "bench": _bench, "info": _info}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -41,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # from tyro, which has said why
         return int(stop.code or 0)
     except KeyboardInterrupt:
-        print("stopped: the same command goes on from the last checkpoint.", file=sys.stderr)
+        remedy = ": the same command goes on from the last checkpoint" if arguments[0] == "train" else ""
+        print(f"stopped{remedy}.", file=sys.stderr)
         return 130
     except (TypeError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -106,6 +110,13 @@ Args:{config_help.split("Raises:")[0]}
         f"The run is in {result.out}: metrics.jsonl, curves.png, result.json, and the best weights in "
         f"step-{result.summary['best_step']}."
     )
+
+
+def _bench(arguments: list[str]) -> None:
+    benchmark = tyro.extras.subcommand_cli_from_dict(BENCHMARKS, args=arguments, prog="statemix bench")
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    out = run(benchmark, console.print)
+    print(f"The results are in {out}.json, with all samples, and {out}.png.")
 
 
 def _take(arguments: list[str], flag: str) -> str | None:

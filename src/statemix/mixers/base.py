@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from statemix.scan import cpu, lagged_states, scan_to_state
+
 
 class Mixer(nn.Module):
     """y, state = mixer(x, state, reset): mixes a sequence over time, from a state to a state.
@@ -64,6 +66,67 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
 
+class LinearRecurrence(Mixer):
+    """Raw gates and values from x, a scan with gates normalised row by row, and a read-out: BD-LRU and H-LRU.
+
+    A subclass sets what is declared here. With the compiled kernels the whole layer runs as one fused operator in
+    float32 and float64; under autocast, with a named torch backend, or without selection, its products are torch's.
+    """
+
+    kind: str  # of the scan: block, companion or observer
+    normalization: str
+    backend: str
+    recompute: bool | None
+    raw_gates: "RawGates"
+    values: nn.Linear
+    output: nn.Linear
+
+    def mix(self, x: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See `Mixer.forward`."""
+        # below, packing the weights for the fused products takes longer than the products
+        if x.shape[0] * x.shape[1] >= 32 and (weights := self._fused_weights(x)) is not None:
+            options = {"normalization": self.normalization, "kind": self.kind, "recompute": self.recompute}
+            return cpu.layer(x, weights, state, reset, order=self.state_shape[0], **options)
+        values = self.values(x)
+        if self.kind == "block":
+            values = values.unflatten(2, self.state_shape)
+        states, final_state = scan_to_state(
+            *(self.kind, self.raw_gates(x).to(values.dtype), values, state),
+            normalization=self.normalization,
+            reset=reset,
+            backend=self.backend,
+        )
+        if self.kind == "companion":
+            states = lagged_states(states, state, reset, self.state_shape[0])
+        return self.output(states.flatten(2).to(x.dtype)), final_state
+
+    def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `Mixer.step`. Without gradients it is one fused call, which allocates its results and nothing else."""
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and x.ndim == 2 and 0 < x.shape[0] <= 8:
+            weights = self._fused_weights(x)
+            wanted = (x.shape[0], *self.state_shape)
+            if state is None:
+                state = x.new_zeros(wanted)
+            fits = x.shape[1] == self.d_model and state.shape == wanted and state.dtype == x.dtype
+            if weights is not None and fits and x.is_contiguous() and state.is_contiguous():
+                return cpu.layer_step(x, weights, state, normalization=self.normalization, kind=self.kind)
+        return super().step(x, state)
+
+    def _fused_weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """The weights for the fused kernels, or None where they do not serve this layer or x."""
+        projection = self.raw_gates.projection
+        if (
+            projection is None
+            or self.backend not in ("auto", "cpu")
+            or x.dtype not in (torch.float32, torch.float64)
+            or x.dtype != projection.weight.dtype
+            or not cpu.serves(x.device, self.state_shape[0])
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return None
+        return projection.weight, projection.bias, self.values.weight, self.output.weight
+
+
 class RawGates(nn.Module):
     """Raw gates z_t = W x_t + b (selective), or learned numbers z that are the same at every step (not selective)."""
 
@@ -82,16 +145,17 @@ class RawGates(nn.Module):
         return raw_gates.unflatten(2, self.shape)
 
 
-def wide(x: Tensor) -> Tensor:
-    """`x` in float32 or wider: what a scan is fed, so that the carried state is never rounded to bf16."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def check_flags(owner: str, **flags: bool) -> None:
     """Raise TypeError, in the name of `owner`, unless every flag is a bool."""
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{owner}: `{name}` must be True or False, got {flag!r}.")
+
+
+def check_recompute(owner: str, recompute: bool | None) -> None:
+    """Raise TypeError, in the name of `owner`, unless it is a bool or None."""
+    if recompute is not None and not isinstance(recompute, bool):
+        raise TypeError(f"{owner}: `recompute` must be True, False or None, got {recompute!r}.")
 
 
 def check_sizes(owner: str, **sizes: int) -> None:

@@ -60,7 +60,7 @@ def block_scan(
 
     Source: Dubinin et al. 2026 (arXiv 2602.12021), eq. of BD-LRU. Gradients: docstring of scan/reference.py.
     """
-    return _run("block_scan", raw_gates, values, initial_state, normalization, reset, backend)
+    return _run("block_scan", raw_gates, values, initial_state, normalization, reset, backend)[0]
 
 
 def companion_scan(
@@ -89,7 +89,7 @@ def companion_scan(
 
     Source: Dubinin et al. 2026 (arXiv 2602.12021), eq. of H-LRU.
     """
-    return _run("companion_scan", raw_gates, values, initial_state, normalization, reset, backend)
+    return _run("companion_scan", raw_gates, values, initial_state, normalization, reset, backend)[0]
 
 
 def observer_scan(
@@ -118,7 +118,33 @@ def observer_scan(
 
     Source: the form in which public code of Dubinin et al. 2026 (arXiv 2602.12021) trains its language models.
     """
-    return _run("observer_scan", raw_gates, values, initial_state, normalization, reset, backend)
+    return _run("observer_scan", raw_gates, values, initial_state, normalization, reset, backend)[0]
+
+
+def scan_to_state(
+    kind: str,
+    raw_gates: Tensor,
+    values: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    normalization: str = "softmax",
+    reset: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The states of a scan and the state to go on from, which is float32 or wider also where the states are not.
+
+    Args:
+        kind: "block", "companion" or "observer".
+        raw_gates, values, initial_state, normalization, reset, backend: as in `block_scan`, `companion_scan` and
+            `observer_scan`.
+
+    Returns:
+        What that scan returns, and the state after the last step, (B, M, N): for the companion its last M values.
+
+    Raises:
+        As `block_scan`.
+    """
+    return _run(f"{kind}_scan", raw_gates, values, initial_state, normalization, reset, backend)
 
 
 def lagged_states(states: Tensor, initial_state: Tensor | None, reset: Tensor | None, order: int) -> Tensor:
@@ -153,14 +179,33 @@ def _run(
     normalization: str,
     reset: Tensor | None,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     order = _check(name, raw_gates, values, initial_state, normalization, reset)
-    dtype = torch.promote_types(values.dtype, torch.float32)  # sums and states are float32 or wider
+    state_dtype = torch.promote_types(values.dtype, torch.float32)  # sums and states are float32 or wider
     if initial_state is None:
-        initial_state = values.new_zeros(values.shape[0], order, values.shape[-1], dtype=dtype)
-    scan = getattr(_choose(name, backend, values.device, order), name)
-    states = scan(raw_gates.to(dtype), values.to(dtype), initial_state.to(dtype), reset, normalization)
-    return states.to(values.dtype)
+        initial_state = values.new_zeros(values.shape[0], order, values.shape[-1], dtype=state_dtype)
+    initial_state = initial_state.to(state_dtype)
+    module = _choose(name, backend, values.device, order)
+    # the kernels read bfloat16 as it is
+    dtype = values.dtype if module is cpu and values.dtype == torch.bfloat16 else state_dtype
+    scan = getattr(module, name)
+    raw_gates, scanned_values = raw_gates.to(dtype), values.to(dtype)
+    if torch.amp.is_autocast_available(values.device.type):  # it would round the products of a torch backend
+        with torch.autocast(values.device.type, enabled=False):
+            scanned = scan(raw_gates, scanned_values, initial_state, reset, normalization)
+    else:
+        scanned = scan(raw_gates, scanned_values, initial_state, reset, normalization)
+    if module is cpu:
+        states, final_state = scanned
+    else:
+        states = scanned
+        final_state = states[:, -1]
+        if name == "companion_scan":
+            since = max(states.shape[1] - order, 0)  # the last M steps hold all lags; a shorter sequence reaches back
+            cleared = None if reset is None else reset[:, since:]
+            earlier = initial_state if since == 0 else torch.zeros_like(initial_state)
+            final_state = lagged_states(states[:, since:], earlier, cleared, order)[:, -1]
+    return states.to(values.dtype), final_state
 
 
 def _choose(name: str, backend: str, device: torch.device, order: int) -> ModuleType:

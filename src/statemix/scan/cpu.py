@@ -1,4 +1,5 @@
-"""The fused C++ kernels of csrc/ as torch custom operators: float32 and float64, forward and first derivative.
+"""The fused C++ kernels of csrc/ as torch custom operators: float32, float64 and bfloat16, forward and first
+derivative.
 
 The kernels are one shared library with a C interface, so they depend on no version of torch or Python. Which
 instruction set runs is chosen when the library is loaded: the best this processor has, or the one named in the
@@ -8,30 +9,47 @@ environment variable STATEMIX_INSTRUCTION_SET.
 import ctypes
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-MAX_ORDER = 64  # kMaxOrder in csrc/scan.h
+MAX_ORDER = 64  # kMaxOrder in csrc/interface.h
 LIBRARY = "statemix_cpu.so"
 INSTRUCTION_SET_VARIABLE = "STATEMIX_INSTRUCTION_SET"
 
+_INTERFACE = 2  # kInterface in csrc/interface.h
 _KINDS = {"block": 0, "companion": 1, "observer": 2}
 _NORMALIZATIONS = {"softmax": 0, "sigmoid": 1, "relu": 2, "tanh": 3, "silu": 4, "linear": 5, "none": 6}
+_STORAGES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 
-class _Problem(ctypes.Structure):
-    """`Problem` of csrc/scan.h, field by field."""
+def _pointers(*names: str) -> list[tuple[str, Any]]:
+    return [(name, ctypes.c_void_p) for name in names]
+
+
+class _Scan(ctypes.Structure):
+    """`Scan` of csrc/interface.h, field by field."""
 
     _fields_ = (
         [(name, ctypes.c_int64) for name in ("batch", "length", "order", "blocks")]
         + [(f"{name}_{axis}_stride", ctypes.c_int64) for name in ("gate", "value") for axis in ("batch", "time")]
-        + [(name, ctypes.c_int32) for name in ("kind", "normalization", "is_double", "threads")]
-        + [(name, ctypes.c_void_p) for name in ("raw_gates", "values", "initial_state", "reset", "states")]
-        + [(f"grad_{name}", ctypes.c_void_p) for name in ("states", "raw_gates", "values", "initial_state")]
+        + [(name, ctypes.c_int32) for name in ("kind", "normalization", "storage", "threads")]
+        + _pointers("raw_gates", "values", "initial_state", "reset", "states", "final_state")
+        + _pointers("grad_states", "grad_final_state", "grad_raw_gates", "grad_values", "grad_initial_state")
+    )
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of csrc/interface.h, field by field."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("batch", "length", "width", "order", "blocks")]
+        + [(name, ctypes.c_int32) for name in ("kind", "normalization", "storage", "threads")]
+        + _pointers("x", "gate_weight", "gate_bias", "value_weight", "output_weight", "initial_state", "reset")
+        + _pointers("y", "final_state", "states", "kept", "grad_y", "grad_final_state", "grad_x", "grad_gate_weight")
+        + _pointers("grad_gate_bias", "grad_value_weight", "grad_output_weight", "grad_initial_state")
     )
 
 
@@ -48,7 +66,7 @@ class _Library:
                 "C++17 compiler (g++ or clang) and `pip install -v` to see why."
             )
         library = ctypes.CDLL(str(found[0]))
-        if getattr(library, "statemix_max_order", int)() != MAX_ORDER:
+        if getattr(library, "statemix_interface", int)() != _INTERFACE:
             raise OSError(f"{found[0]} is from another version of statemix. Install again.")
         library.statemix_instruction_set.restype = ctypes.c_char_p
         names: list[str] = []
@@ -61,10 +79,11 @@ class _Library:
                 f"{INSTRUCTION_SET_VARIABLE} must be one of {list(self.supported)} on this processor, "
                 f"got {self.instruction_set!r}."
             )
-        self.forward, self.backward = library.statemix_forward, library.statemix_backward
+        self._library = library
 
-    def run(self, function: Callable[..., None], problem: _Problem) -> None:
-        function(self.supported[self.instruction_set], ctypes.byref(problem))
+    def run(self, function: str, problem: ctypes.Structure) -> None:
+        """Call a C entry point for the instruction set in use."""
+        getattr(self._library, function)(self.supported[self.instruction_set], ctypes.byref(problem))
 
 
 def _load() -> _Library | str:
@@ -81,6 +100,11 @@ _loaded = _load()  # now, not at the first call: torch.compile could not trace t
 def load_problem() -> str | None:
     """Why the compiled kernels cannot be used here, in a sentence; None if they can."""
     return _loaded if isinstance(_loaded, str) else None
+
+
+def serves(device: torch.device, order: int) -> bool:
+    """Whether the kernels are there and serve tensors of this device with this block size or order."""
+    return device.type == "cpu" and order <= MAX_ORDER and not isinstance(_loaded, str)
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -106,21 +130,21 @@ def use_instruction_set(name: str) -> None:
 
 def block_scan(
     raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """h_t = A_t h_{t-1} + a0_t * v_t. Shapes: `statemix.scan.block_scan`."""
     return _scan(raw_gates, values, initial_state, reset, normalization, "block")
 
 
 def companion_scan(
     raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """h_t = sum_{i=1..M} a_{i,t} h_{t-i} + a_{0,t} v_t. Shapes: `statemix.scan.companion_scan`."""
     return _scan(raw_gates, values, initial_state, reset, normalization, "companion")
 
 
 def observer_scan(
     raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """h'[0] = a_1 h[0] + h[1] + a_0 v, h'[i] = a_{i+1} h[0] + h[i+1]. Shapes: `statemix.scan.observer_scan`."""
     return _scan(raw_gates, values, initial_state, reset, normalization, "observer")
 
@@ -128,26 +152,28 @@ def observer_scan(
 @torch.library.custom_op("statemix::scan_forward", mutates_args=(), device_types="cpu")
 def _scan(
     raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str, kind: str
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     raw_gates, values = _strided(raw_gates), _strided(values)
     initial_state = initial_state.contiguous()
     reset = reset if reset is None else reset.contiguous()
-    states = _empty_states(values, initial_state, kind)
-    problem = _problem(raw_gates, values, initial_state, reset, states, normalization, kind)
-    _library().run(_library().forward, problem)
-    return states
+    states, final_state = _states_like(values, initial_state, kind)
+    problem = _scan_problem(raw_gates, values, initial_state, reset, states, normalization, kind)
+    problem.final_state = final_state.data_ptr()
+    _library().run("statemix_scan_forward", problem)
+    return states, final_state
 
 
 @_scan.register_fake
 def _(
     raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str, kind: str
-) -> Tensor:
-    return _empty_states(values, initial_state, kind)
+) -> tuple[Tensor, Tensor]:
+    return _states_like(values, initial_state, kind)
 
 
 @torch.library.custom_op("statemix::scan_backward", mutates_args=(), device_types="cpu")
 def _scan_backward(
     grad_states: Tensor,
+    grad_final_state: Tensor | None,
     raw_gates: Tensor,
     values: Tensor,
     initial_state: Tensor,
@@ -158,30 +184,45 @@ def _scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     raw_gates, values = _strided(raw_gates), _strided(values)
     initial_state, grad_states = initial_state.contiguous(), grad_states.contiguous()
+    grad_final_state = grad_final_state if grad_final_state is None else grad_final_state.contiguous()
     reset = reset if reset is None else reset.contiguous()
     grads = _grads_like(raw_gates, values, initial_state)
-    problem = _problem(raw_gates, values, initial_state, reset, states, normalization, kind)
+    problem = _scan_problem(raw_gates, values, initial_state, reset, states, normalization, kind)
     problem.grad_states = grad_states.data_ptr()
+    problem.grad_final_state = None if grad_final_state is None else grad_final_state.data_ptr()
     problem.grad_raw_gates, problem.grad_values, problem.grad_initial_state = (x.data_ptr() for x in grads)
-    _library().run(_library().backward, problem)
+    _library().run("statemix_scan_backward", problem)
     return grads
 
 
 @_scan_backward.register_fake
 def _(
-    grad_states: Tensor, raw_gates: Tensor, values: Tensor, initial_state: Tensor, *others: Any
+    grad_states: Tensor,
+    grad_final_state: Tensor | None,
+    raw_gates: Tensor,
+    values: Tensor,
+    initial_state: Tensor,
+    *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _grads_like(raw_gates, values, initial_state)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     raw_gates, values, initial_state, reset, ctx.normalization, ctx.kind = inputs
-    ctx.save_for_backward(raw_gates, values, initial_state, reset, output)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(raw_gates, values, initial_state, reset, output[0])
 
 
-def _first_derivative(ctx: Any, grad_states: Tensor) -> tuple[Tensor | None, ...]:
+def _scan_derivative(
+    ctx: Any, grad_states: Tensor | None, grad_final_state: Tensor | None
+) -> tuple[Tensor | None, ...]:
     raw_gates, values, initial_state, reset, states = ctx.saved_tensors
-    grads = _scan_backward(grad_states, raw_gates, values, initial_state, reset, states, ctx.normalization, ctx.kind)
+    if grad_states is None:
+        grad_states = torch.zeros_like(states)
+    grads = _scan_backward(
+        *(grad_states, grad_final_state, raw_gates, values, initial_state, reset, states),
+        *(ctx.normalization, ctx.kind),
+    )
     return *grads, None, None, None
 
 
@@ -189,8 +230,186 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError("scan: the 'cpu' backend has no second derivative. Use backend='associative'.")
 
 
-_scan.register_autograd(_first_derivative, setup_context=_save_for_backward)
+_scan.register_autograd(_scan_derivative, setup_context=_save_scan)
 _scan_backward.register_autograd(_no_second_derivative)
+
+
+KEPT_BYTES = 2**28  # 256 MiB: a layer keeps up to this much of raw gates for its backward, and recomputes more
+
+
+def layer(
+    x: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor, Tensor],
+    state: Tensor | None,
+    reset: Tensor | None,
+    *,
+    normalization: str,
+    kind: str,
+    order: int,
+    recompute: bool | None,
+) -> tuple[Tensor, Tensor]:
+    """A whole layer: raw gates W x_t + b and values from x, the scan, and the read-out, chunk of time by chunk of time.
+
+    Args:
+        x: (B, T, D), float32 or float64, contiguous or not.
+        weights: of the raw gates (rows (M+1) N, D), their bias, of the values (rows N, D) and of the output (D, M N),
+            rows = M for a block scan and 1 otherwise, all in the dtype of x.
+        state, reset: as in `Mixer.forward`.
+        normalization: of the raw gates.
+        kind: "block", "companion" or "observer".
+        order: M.
+        recompute: True: the backward computes the raw gates again, and they never exist at full length. False: they
+            are kept for it. None: kept up to `KEPT_BYTES`.
+
+    Returns:
+        y (B, T, D) and the state after the last step (B, M, N).
+    """
+    batch, length, blocks = x.shape[0], x.shape[1], weights[3].shape[1] // order
+    if state is None:
+        state = x.new_zeros(batch, order, blocks)
+    kept_shape = _layer_shapes(x, state, kind)[1]
+    keep = not recompute if recompute is not None else kept_shape.numel() * x.element_size() <= KEPT_BYTES
+    keep = keep and torch.is_grad_enabled()
+    y, final_state, _, _ = _layer(x, *weights, state.to(x.dtype), reset, normalization, kind, keep)
+    return y, final_state
+
+
+def layer_step(
+    x: Tensor, weights: tuple[Tensor, Tensor, Tensor, Tensor], state: Tensor, *, normalization: str, kind: str
+) -> tuple[Tensor, Tensor]:
+    """One step of `layer` for x (B, D) and a state, without gradients; it allocates its two results and nothing else."""
+    y, final_state = torch.empty_like(x), torch.empty_like(state)
+    problem = _Layer(
+        *(x.shape[0], 1, x.shape[1], state.shape[1], state.shape[2]),
+        *(_KINDS[kind], _NORMALIZATIONS[normalization], _STORAGES[x.dtype], 1),
+        *(x.data_ptr(), *(w.data_ptr() for w in weights), state.data_ptr(), None, y.data_ptr(), final_state.data_ptr()),
+    )
+    _library().run("statemix_layer_step", problem)
+    return y, final_state
+
+
+@torch.library.custom_op("statemix::layer_forward", mutates_args=(), device_types="cpu")
+def _layer(
+    x: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    value_weight: Tensor,
+    output_weight: Tensor,
+    initial_state: Tensor,
+    reset: Tensor | None,
+    normalization: str,
+    kind: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = [_dense(t) for t in (x, gate_weight, gate_bias, value_weight, output_weight, initial_state, reset)]
+    results = _layer_results(x, initial_state, kind, keep)
+    problem = _layer_problem(inputs, initial_state, normalization, kind)
+    problem.y, problem.final_state, problem.states, problem.kept = (_address(t) for t in results)
+    _library().run("statemix_layer_forward", problem)
+    return results
+
+
+@_layer.register_fake
+def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    initial_state, (kind, keep) = others[4], others[-2:]
+    return _layer_results(x, initial_state, kind, keep)
+
+
+@torch.library.custom_op("statemix::layer_backward", mutates_args=(), device_types="cpu")
+def _layer_backward(
+    grad_y: Tensor,
+    grad_final_state: Tensor | None,
+    x: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    value_weight: Tensor,
+    output_weight: Tensor,
+    initial_state: Tensor,
+    reset: Tensor | None,
+    states: Tensor,
+    kept: Tensor,
+    normalization: str,
+    kind: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = [_dense(t) for t in (x, gate_weight, gate_bias, value_weight, output_weight, initial_state, reset)]
+    grad_y, grad_final_state = grad_y.contiguous(), _dense(grad_final_state)
+    problem = _layer_problem(inputs, initial_state, normalization, kind)
+    problem.states, problem.kept = states.data_ptr(), _address(kept)
+    problem.grad_y, problem.grad_final_state = grad_y.data_ptr(), _address(grad_final_state)
+    grads = _layer_grads(x, gate_weight, gate_bias, value_weight, output_weight, initial_state)
+    problem.grad_x, problem.grad_gate_weight, problem.grad_gate_bias = (t.data_ptr() for t in grads[:3])
+    problem.grad_value_weight, problem.grad_output_weight, problem.grad_initial_state = (
+        t.data_ptr() for t in grads[3:]
+    )
+    _library().run("statemix_layer_backward", problem)
+    return grads
+
+
+@_layer_backward.register_fake
+def _(
+    grad_y: Tensor, grad_final_state: Tensor | None, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _layer_grads(*others[:6])
+
+
+def _save_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.normalization, ctx.kind, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(*tensors, *output[2:])
+
+
+def _layer_derivative(
+    ctx: Any, grad_y: Tensor | None, grad_final_state: Tensor | None, *unused: None
+) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    if grad_y is None:
+        grad_y = torch.zeros_like(saved[0])
+    grads = _layer_backward(grad_y, grad_final_state, *saved, ctx.normalization, ctx.kind)
+    return *grads, None, None, None, None
+
+
+_layer.register_autograd(_layer_derivative, setup_context=_save_layer)
+_layer_backward.register_autograd(_no_second_derivative)
+
+
+def _layer_shapes(x: Tensor, state: Tensor, kind: str) -> tuple[torch.Size, torch.Size]:
+    """Shapes of the states and of the kept raw gates and values: `Shape` of csrc/layer.h."""
+    batch, length, order, blocks = x.shape[0], x.shape[1], state.shape[1], state.shape[2]
+    lanes = 64 // x.element_size()
+    padded, rows = -(-blocks // lanes) * lanes, order if kind == "block" else 1
+    margin, shown = (order, 1) if kind == "companion" else (1, order)
+    return (
+        torch.Size((batch, margin + length, shown * padded)),
+        torch.Size((batch, length, rows * (order + 2) * padded)),
+    )
+
+
+def _layer_results(x: Tensor, state: Tensor, kind: str, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    states, kept = _layer_shapes(x, state, kind)
+    return x.new_empty(x.shape), state.new_empty(state.shape), x.new_empty(states), x.new_empty(kept if keep else (0,))
+
+
+def _layer_grads(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return tuple(t.new_empty(t.shape) for t in inputs)  # type: ignore[return-value]
+
+
+def _layer_problem(inputs: list[Tensor | None], state: Tensor, normalization: str, kind: str) -> _Layer:
+    x = inputs[0]
+    assert x is not None
+    return _Layer(
+        *(*x.shape, state.shape[1], state.shape[2]),
+        *(_KINDS[kind], _NORMALIZATIONS[normalization], _STORAGES[x.dtype], torch.get_num_threads()),
+        *(_address(t) for t in inputs),
+    )
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x.contiguous()
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None or x.numel() == 0 else x.data_ptr()
 
 
 def _library() -> _Library:
@@ -199,12 +418,15 @@ def _library() -> _Library:
     return _loaded
 
 
-def _empty_states(values: Tensor, initial_state: Tensor, kind: str) -> Tensor:
-    """What the scan returns, contiguous: the kept state of every step."""
+def _states_like(values: Tensor, initial_state: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Room for what the scan returns, contiguous: the kept state of every step, and the state to go on from.
+
+    Both are float32 or wider, also where raw gates and values are not: the backward wants what the scan had.
+    """
     batch, length, blocks = values.shape[0], values.shape[1], values.shape[-1]
     order = initial_state.shape[1]
     shape = (batch, length, blocks) if kind == "companion" else (batch, length, order, blocks)
-    return values.new_empty(shape)
+    return initial_state.new_empty(shape), initial_state.new_empty(initial_state.shape)
 
 
 def _grads_like(raw_gates: Tensor, values: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,7 +439,7 @@ def _strided(x: Tensor) -> Tensor:
     return x if x[0, 0].is_contiguous() else x.contiguous()
 
 
-def _problem(
+def _scan_problem(
     raw_gates: Tensor,
     values: Tensor,
     initial_state: Tensor,
@@ -225,11 +447,11 @@ def _problem(
     states: Tensor,
     normalization: str,
     kind: str,
-) -> _Problem:
-    return _Problem(
+) -> _Scan:
+    return _Scan(
         *(values.shape[0], values.shape[1], initial_state.shape[1], values.shape[-1]),
         *(*raw_gates.stride()[:2], *values.stride()[:2]),
-        *(_KINDS[kind], _NORMALIZATIONS[normalization], values.dtype == torch.float64, torch.get_num_threads()),
+        *(_KINDS[kind], _NORMALIZATIONS[normalization], _STORAGES[values.dtype], torch.get_num_threads()),
         *(raw_gates.data_ptr(), values.data_ptr(), initial_state.data_ptr()),
         *(None if reset is None else reset.data_ptr(), states.data_ptr()),
     )

@@ -1,0 +1,55 @@
+// The calls from Python: plain structs, filled by src/statemix/scan/cpu.py. Field order is the contract.
+#pragma once
+#include <cstdint>
+
+namespace statemix {
+
+constexpr int kInterface = 2;   // counts the changes of these structs
+constexpr int kMaxOrder = 64;  // largest block size or order served
+
+enum Kind : int32_t { kBlock = 0, kCompanion = 1, kObserver = 2 };
+enum Normalization : int32_t { kSoftmax = 0, kSigmoid, kRelu, kTanh, kSilu, kLinear, kNone };
+enum Storage : int32_t { kFloat = 0, kDouble, kBfloat16 };  // of raw gates, values and their gradients; bfloat16: all else is float
+
+// A scan. Raw gates are (B, T, rows, M+1, N) with M rows for a block scan and one row otherwise; values (B, T, rows, N).
+// Everything below a time step is contiguous; strides are in elements and may be 0. All else is contiguous.
+struct Scan {
+  int64_t batch, length, order, blocks;
+  int64_t gate_batch_stride, gate_time_stride, value_batch_stride, value_time_stride;
+  int32_t kind, normalization, storage, threads;
+  const void* raw_gates;
+  const void* values;
+  const void* initial_state;  // (B, M, N)
+  const uint8_t* reset;       // (B, T) or null
+  void* states;               // forward: written; backward: read
+  void* final_state;
+  const void* grad_states;
+  const void* grad_final_state;
+  void* grad_raw_gates;
+  void* grad_values;
+  void* grad_initial_state;
+};
+
+// A whole layer: raw gates and values from x, the scan, and the read-out. All tensors are contiguous.
+// gate_weight (rows (M+1) N, D), gate_bias, value_weight (rows N, D), output_weight (D, M N): the rows and columns as in Scan.
+// The states and the kept raw gates have a layout of their own, see layer.h.
+struct Layer {
+  int64_t batch, length, width, order, blocks;
+  int32_t kind, normalization, storage, threads;
+  const void *x, *gate_weight, *gate_bias, *value_weight, *output_weight, *initial_state;
+  const uint8_t* reset;
+  void *y, *final_state, *states;
+  void* kept;  // raw gates and values of every step; null: the backward computes them again
+  const void *grad_y, *grad_final_state;
+  void *grad_x, *grad_gate_weight, *grad_gate_bias, *grad_value_weight, *grad_output_weight, *grad_initial_state;
+};
+
+struct Kernels {
+  void (*scan_forward)(const Scan&);
+  void (*scan_backward)(const Scan&);
+  void (*layer_forward)(const Layer&);
+  void (*layer_backward)(const Layer&);
+  void (*layer_step)(const Layer&);  // length 1, without reset: y and final_state, nothing kept
+};
+
+}  // namespace statemix

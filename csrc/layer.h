@@ -1,0 +1,504 @@
+// The fused layer: products, gates, scan and read-out chunk of time by chunk of time.
+//
+// A chunk's raw gates and values are one product, which lands in cache, where the scan eats it. In the backward the gradient of the
+// raw gates is consumed by its own products before it leaves the cache. Threads share chunks as in scans.h.
+//
+// Inside, blocks come in tiles of 64 bytes, padded with blocks of zero weights. Per step, per tile:
+//   gates   [(row, gate)..., value of each row][lane]          `columns` numbers per step
+//   states  [shown component][lane]                            `kept` numbers per step
+// The states of all steps are one array with the initial state in front: `margin` steps of it, the companion's lags with
+// the oldest first. So the companion's read-out of M lags at step t is one row of M * kept neighbouring numbers, which
+// overlaps the next step's row, and the gradient's window over the next M outputs likewise: no lag is ever copied, but where
+// a reset cuts a window.
+#pragma once
+#include "memory.h"
+#include "products.h"
+#include "recurrence.h"
+#include "scans.h"
+#include "threads.h"
+
+#include <algorithm>
+#include <type_traits>
+
+namespace statemix {
+namespace {
+
+constexpr int64_t kChunkBytes = 384 << 10;  // of raw gates: what stays in a second-level cache beside the weights
+constexpr int64_t kLeastRows = 24, kMostRows = 240;
+
+template <class T>
+struct Shape {
+  static constexpr int64_t lanes = 64 / sizeof(T);
+  int64_t batch, length, width, order, blocks, rows, gates, shown, slots, tiles, columns, kept, margin, depth, padded_width;
+  int64_t pitch, row_pitch;  // between rows of a chunk in scratch: an odd number of cache lines, so that a column meets all sets
+  bool companion;
+
+  explicit Shape(const Layer& p)
+      : batch(p.batch), length(p.length), width(p.width), order(p.order), blocks(p.blocks), companion(p.kind == kCompanion) {
+    rows = p.kind == kBlock ? order : 1, gates = order + 1, shown = companion ? 1 : order;
+    slots = rows * gates + rows;
+    tiles = (blocks + lanes - 1) / lanes;
+    columns = tiles * slots * lanes;
+    kept = tiles * shown * lanes;
+    margin = companion ? order : 1;
+    depth = companion ? order * kept : kept;  // of the read-out
+    padded_width = (width + lanes - 1) / lanes * lanes;
+    pitch = (columns / lanes | 1) * lanes;
+    row_pitch = companion ? padded_width : (padded_width / lanes | 1) * lanes;  // the companion's windows are contiguous
+  }
+  // Row of gate_weight for a column, or -1 - the row of value_weight, or `none`: padding.
+  static constexpr int64_t none = INT64_MAX;
+  int64_t source(int64_t column) const {
+    const int64_t slot = column / lanes % slots, n = column / (lanes * slots) * lanes + column % lanes;
+    if (n >= blocks) return none;
+    return slot < rows * gates ? slot * blocks + n : -1 - ((slot - rows * gates) * blocks + n);
+  }
+  // Column of output_weight for number k of the read-out, or `none`.
+  int64_t output_column(int64_t k) const {
+    const int64_t i = companion ? order - 1 - k / kept : k / lanes % order;
+    const int64_t n = companion ? k % kept : k / (lanes * order) * lanes + k % lanes;
+    return n < blocks ? i * blocks + n : none;
+  }
+};
+
+// Packs B[k][c] = at(k, c) into panels: this thread's share.
+template <class T, class At>
+void pack(T* to, int64_t depth, int64_t columns, int64_t thread, int64_t threads, const At& at) {
+  const int64_t panels = (columns + kPanel<T> - 1) / kPanel<T>;
+  for (int64_t panel = share(panels, thread, threads); panel < share(panels, thread + 1, threads); ++panel)
+    for (int64_t c = 0; c < kPanel<T>; ++c) {
+      const int64_t column = panel * kPanel<T> + c;
+      T* out = to + panel * depth * kPanel<T> + c;
+      for (int64_t k = 0; k < depth; ++k) out[k * kPanel<T>] = column < columns ? at(k, column) : T(0);
+    }
+}
+template <class T>
+int64_t packed_size(int64_t depth, int64_t columns) {
+  return (columns + kPanel<T> - 1) / kPanel<T> * kPanel<T> * depth;
+}
+
+// The weights as the products want them; null where a direction has no use for one.
+template <class T>
+struct Packed {
+  T *bias, *in, *out, *out_back, *in_back;
+
+  Packed(const Shape<T>& s, bool projects, bool is_backward) {
+    const int64_t bias_size = (s.columns + kPanel<T> - 1) / kPanel<T> * kPanel<T>;
+    const int64_t in_size = packed_size<T>(s.width, s.columns), out_size = packed_size<T>(s.depth, s.padded_width);
+    const int64_t out_back_size = packed_size<T>(back_depth(s), s.kept);
+    const int64_t in_back_size = packed_size<T>(s.columns, s.padded_width);
+    T* at = (T*)scratch(kPacked, (bias_size + in_size + (is_backward ? out_back_size + in_back_size : out_size)) * sizeof(T));
+    bias = at, in = projects ? at + bias_size : nullptr, at += bias_size + in_size;
+    out = is_backward ? nullptr : at;
+    out_back = is_backward ? at : nullptr, in_back = is_backward ? at + out_back_size : nullptr;
+  }
+  static int64_t back_depth(const Shape<T>& s) { return s.companion ? s.order * s.padded_width : s.width; }
+
+  void fill(const Layer& p, const Shape<T>& s, int64_t thread, int64_t threads) {
+    const T *gate = (const T*)p.gate_weight, *value = (const T*)p.value_weight, *output = (const T*)p.output_weight;
+    const auto row = [&](int64_t column) -> const T* {
+      const int64_t source = s.source(column);
+      return source == s.none ? nullptr : source >= 0 ? gate + source * s.width : value + (-1 - source) * s.width;
+    };
+    const int64_t panels = (s.columns + kPanel<T> - 1) / kPanel<T>;
+    for (int64_t c = share(panels, thread, threads) * kPanel<T>; c < share(panels, thread + 1, threads) * kPanel<T>; ++c) {
+      const int64_t source = c < s.columns ? s.source(c) : s.none;
+      bias[c] = source != s.none && source >= 0 ? ((const T*)p.gate_bias)[source] : T(0);
+      if (!in) continue;
+      T* to = in + c / kPanel<T> * s.width * kPanel<T> + c % kPanel<T>;
+      const T* from = c < s.columns ? row(c) : nullptr;
+      for (int64_t k = 0; k < s.width; ++k) to[k * kPanel<T>] = from ? from[k] : T(0);
+    }
+    if (out)
+      pack(out, s.depth, s.padded_width, thread, threads, [&](int64_t k, int64_t d) {
+        const int64_t column = s.output_column(k);
+        return d < s.width && column != s.none ? output[d * s.order * s.blocks + column] : T(0);
+      });
+    if (out_back)  // companion: depth is (lag, d)
+      pack(out_back, back_depth(s), s.kept, thread, threads, [&](int64_t k, int64_t c) {
+        const int64_t lag = s.companion ? k / s.padded_width : 0, d = s.companion ? k % s.padded_width : k;
+        const int64_t column = s.output_column(s.companion ? (s.order - 1 - lag) * s.kept + c : c);
+        return d < s.width && column != s.none ? output[d * s.order * s.blocks + column] : T(0);
+      });
+    if (in_back)
+      for (int64_t c = share(s.columns, thread, threads); c < share(s.columns, thread + 1, threads); ++c) {
+        const T* from = row(c);
+        for (int64_t d = 0; d < packed_size<T>(1, s.padded_width); ++d)
+          in_back[(d / kPanel<T> * s.columns + c) * kPanel<T> + d % kPanel<T>] = from && d < s.width ? from[d] : T(0);
+      }
+  }
+};
+
+template <class T>
+int64_t chunk_rows(const Shape<T>& s) {
+  const int64_t fits = std::clamp(kChunkBytes / int64_t(s.columns * sizeof(T)), kLeastRows, kMostRows);
+  const int64_t chunks = (s.length + fits - 1) / fits, even = (s.length + chunks - 1) / chunks;
+  return std::max<int64_t>((even + kTileRows - 1) / kTileRows * kTileRows, 1);
+}
+
+// What the threads of a call share, and how one chunk is done.
+template <class T>
+struct Pass {
+  const Layer& p;
+  const Shape<T> s;
+  const Recurrence<T> recur;
+  Packed<T> packed;
+  const bool is_backward;
+  const bool in_place;  // the weights overwrite the raw gates, also those kept: all that softmax needs to return
+  const int64_t chunk, chunks, at_once, per_step, vectors, per_tile;
+  V<T>* carries;
+  std::atomic<int64_t>* progress;
+  T* sums = nullptr;  // backward: per thread, the gradients of the weights in the inside layout
+
+  Pass(const Layer& p, bool is_backward)
+      : p(p), s(p), recur(recurrence<T>(p.kind, p.order, p.normalization)), packed(s, !is_backward || !p.kept, is_backward), is_backward(is_backward), in_place(p.normalization == kSoftmax),
+        chunk(chunk_rows(s)), chunks((s.length + chunk - 1) / chunk),
+        at_once(steps_at_once(s.rows * s.gates)),
+        per_step(s.rows * s.gates), vectors(s.tiles * (64 / STATEMIX_VECTOR_BYTES)), per_tile(64 / STATEMIX_VECTOR_BYTES) {
+    carries = (V<T>*)scratch(kCarry, s.batch * vectors * 2 * s.order * sizeof(V<T>));
+    progress = (std::atomic<int64_t>*)scratch(kProgress, s.batch * vectors * sizeof(std::atomic<int64_t>));
+    for (int64_t i = 0; i < s.batch * vectors; ++i) new (&progress[i]) std::atomic<int64_t>(0);
+  }
+
+  // Row t of the states of sequence b; t may be down to -margin.
+  T* states(int64_t b, int64_t t) const { return (T*)p.states + (b * (s.margin + s.length) + s.margin + t) * s.kept; }
+  const uint8_t* reset(int64_t b) const { return p.reset ? p.reset + b * s.length : nullptr; }
+  // Whether a reset lies in steps (begin, end] of sequence b.
+  bool cut(int64_t b, int64_t begin, int64_t end) const {
+    if (!p.reset) return false;
+    bool any = false;
+    for (int64_t t = std::max<int64_t>(begin + 1, 0); t <= std::min(end, s.length - 1); ++t) any = any || reset(b)[t];
+    return any;
+  }
+  int64_t lane_offset(int64_t v) const { return v % per_tile * width<T>; }
+
+  void read_state(const void* from, int64_t b, int64_t v, V<T>* to) const {
+    for (int64_t i = 0; i < s.order; ++i)
+      for (int64_t l = 0; l < width<T>; ++l) {
+        const int64_t n = v * width<T> + l;
+        ((T*)&to[i])[l] = from && n < s.blocks ? ((const T*)from)[(b * s.order + i) * s.blocks + n] : T(0);
+      }
+  }
+  void write_state(const V<T>* from, int64_t b, int64_t v, void* to) const {
+    for (int64_t i = 0; i < s.order; ++i)
+      for (int64_t l = 0; l < width<T>; ++l)
+        if (const int64_t n = v * width<T> + l; n < s.blocks)
+          ((T*)to)[(b * s.order + i) * s.blocks + n] = ((const T*)&from[i])[l];
+  }
+
+  Steps<T> steps_of(int64_t b, int64_t t, int64_t count, int64_t v, T* gates, int64_t stride) const {
+    const int64_t tile = v / per_tile, lane = lane_offset(v);
+    Steps<T> steps{};
+    steps.count = int(count), steps.order = int(s.order), steps.normalization = p.normalization;
+    steps.reset = p.reset ? reset(b) + t : nullptr;
+    steps.gates = {gates + tile * s.slots * s.lanes + lane, stride, s.lanes};
+    steps.values = {steps.gates.at + per_step * s.lanes, stride, s.lanes};
+    steps.states = {states(b, t) + tile * s.shown * s.lanes + lane, s.kept, s.lanes};
+    return steps;
+  }
+
+  // raw gates and values of steps t0 .. t0 + count - 1
+  void project(int64_t b, int64_t t0, int64_t count, T* to, int64_t stride) const {
+    product<T, false>({count, s.columns, s.width, (const T*)p.x + (b * s.length + t0) * s.width, s.width, packed.in,
+                       kPanel<T>, s.width * kPanel<T>, packed.bias, 0, to, stride},
+                      false);
+  }
+
+  // The rows that the read-out of `count` steps sees: in place, or a copy in `buffer` where a reset cuts the companion's lags.
+  const T* lags(int64_t b, int64_t t0, int64_t count, T* buffer, int64_t& stride) const {
+    stride = s.kept;
+    if (!s.companion) return states(b, t0);
+    if (!cut(b, t0 - s.order, t0 + count - 1)) return states(b, t0 - s.order + 1);
+    stride = s.depth;
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t lag = 0; lag < s.order; ++lag) {
+        const int64_t made = t0 + r - lag;
+        T* to = buffer + r * s.depth + (s.order - 1 - lag) * s.kept;
+        if (cut(b, made, t0 + r))
+          std::fill(to, to + s.kept, T(0));
+        else
+          std::copy(states(b, made), states(b, made) + s.kept, to);
+      }
+    return buffer;
+  }
+
+  void forward_chunk(int64_t b, int64_t turn) const {
+    const int64_t t0 = turn * chunk, count = std::min(chunk, s.length - t0);
+    const bool narrow = s.width == s.padded_width;  // then y can be written where it belongs
+    T* const buffer = (T*)scratch(kChunk, chunk * (s.pitch + s.depth + s.padded_width) * sizeof(T));
+    T* const lag_buffer = buffer + chunk * s.pitch;
+    T* const gates = p.kept ? (T*)p.kept + (b * s.length + t0) * s.columns : buffer;
+    const int64_t pitch = p.kept ? s.columns : s.pitch;
+    project(b, t0, count, gates, pitch);
+    const Weights<T> buffer_weights = weights_buffer<T>(at_once, per_step, false);
+
+    for (int64_t v = 0; v < vectors; ++v) {
+      V<T>* const carry = carries + (b * vectors + v) * 2 * s.order;
+      std::atomic<int64_t>& done = progress[b * vectors + v];
+      for (int64_t t = 0; t < count; t += at_once) {
+        const Steps<T> steps = steps_of(b, t0 + t, std::min(at_once, count - t), v, gates + t * pitch, pitch);
+        const Weights<T> w = in_place ? Weights<T>{steps.gates.at, steps.gates.at, steps.gates.at, pitch} : buffer_weights;
+        recur.weigh(steps, int(s.rows), w);
+        if (t == 0) wait_for(done, turn);
+        if (t == 0 && turn == 0) start(b, v, carry);
+        recur.forward(steps, w, carry);
+      }
+      if (turn == chunks - 1) write_state(carry, b, v, p.final_state);
+      done.store(turn + 1, std::memory_order_release);
+    }
+
+    int64_t stride;
+    const T* const seen = lags(b, t0, count, lag_buffer, stride);
+    T* const y = (T*)p.y + (b * s.length + t0) * s.width;
+    T* const to = narrow ? y : lag_buffer + chunk * s.depth;
+    product<T, false>({count, s.padded_width, s.depth, seen, stride, packed.out, kPanel<T>, s.depth * kPanel<T>, nullptr, 0,
+                       to, s.padded_width},
+                      false);
+    if (!narrow)
+      for (int64_t r = 0; r < count; ++r) std::copy(to + r * s.padded_width, to + r * s.padded_width + s.width, y + r * s.width);
+  }
+
+  // The carry of step 0 and the initial state in front of the states.
+  void start(int64_t b, int64_t v, V<T>* carry) const {
+    for (int64_t i = 0; i < 2 * s.order; ++i) carry[i] = V<T>{};
+    read_state(p.initial_state, b, v, carry);
+    const int64_t at = v / per_tile * s.shown * s.lanes + lane_offset(v);
+    for (int64_t i = 0; i < s.order; ++i)
+      store(s.companion ? states(b, -1 - i) + at : states(b, -1) + at + i * s.lanes, carry[i]);
+  }
+
+  // dL/dy of steps t0 .. t0 + count - 1 as rows of padded_width, with order - 1 more rows for the companion; zero beyond T.
+  void read_grad_y(int64_t b, int64_t t0, int64_t count, T* to) const {
+    for (int64_t t = t0; t < t0 + count; ++t, to += s.row_pitch) {
+      const bool inside = t >= 0 && t < s.length;
+      const T* from = (const T*)p.grad_y + (b * s.length + t) * s.width;
+      for (int64_t d = 0; d < s.padded_width; ++d) to[d] = inside && d < s.width ? from[d] : T(0);
+    }
+  }
+
+  // dL/dstates of steps t0 .. t0 + count - 1, from grad_y (read_grad_y) into `to`.
+  void through_output(int64_t b, int64_t t0, int64_t count, const T* grad_y, T* window, T* to) const {
+    const T* seen = grad_y;
+    int64_t stride = s.row_pitch;
+    if (s.companion && cut(b, t0, t0 + count + s.order - 2)) {
+      stride = s.order * s.padded_width, seen = window;
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t lag = 0; lag < s.order; ++lag) {
+          const T* from = grad_y + (r + lag) * s.padded_width;
+          T* const at = window + r * stride + lag * s.padded_width;
+          if (cut(b, t0 + r, t0 + r + lag))
+            std::fill(at, at + s.padded_width, T(0));
+          else
+            std::copy(from, from + s.padded_width, at);
+        }
+    }
+    const int64_t depth = Packed<T>::back_depth(s);
+    product<T, false>({count, s.kept, depth, seen, stride, packed.out_back, kPanel<T>, depth * kPanel<T>, nullptr, 0, to, s.kept},
+                      false);
+  }
+
+  // Per thread: columns x padded_width for the input weights, width x depth for the output's, columns for the bias.
+  int64_t sums_size() const { return s.columns * s.padded_width + s.width * s.depth + s.columns; }
+
+  void backward_chunk(int64_t b, int64_t turn, T* sum) const {
+    const int64_t t0 = (chunks - 1 - turn) * chunk, count = std::min(chunk, s.length - t0), window = s.companion ? s.order - 1 : 0;
+    const bool narrow = s.width == s.padded_width;
+    const int64_t rows = std::max(chunk, s.margin);
+    T* const gates = (T*)scratch(kChunk, (chunk * s.pitch + rows * s.kept + (2 * rows + 2 * window) * s.row_pitch +
+                                          rows * std::max(s.depth, s.order * s.padded_width)) *
+                                             sizeof(T));
+    T* const grad_states = gates + chunk * s.pitch;
+    T* const grad_y = grad_states + rows * s.kept;
+    T* const x = grad_y + (rows + window) * s.row_pitch;
+    T* const cut_rows = x + (rows + window) * s.row_pitch;
+    const Weights<T> buffer_weights = weights_buffer<T>(at_once, per_step, true);
+    V<T> before[kMaxOrder];
+
+    read_grad_y(b, t0, count + window, grad_y);
+    through_output(b, t0, count, grad_y, cut_rows, grad_states);
+    const T* const raw = p.kept ? (const T*)p.kept + (b * s.length + t0) * s.columns : gates;
+    const int64_t raw_pitch = p.kept ? s.columns : s.pitch;
+    if (!p.kept) project(b, t0, count, gates, s.pitch);
+
+    for (int64_t v = 0; v < vectors; ++v) {
+      V<T>* const carry = carries + (b * vectors + v) * 2 * s.order;
+      std::atomic<int64_t>& done = progress[b * vectors + v];
+      const int64_t tile = v / per_tile, lane = lane_offset(v), state_at = tile * s.shown * s.lanes + lane;
+      for (int64_t pieces = (count + at_once - 1) / at_once, piece = pieces - 1; piece >= 0; --piece) {
+        const int64_t t = piece * at_once;
+        Steps<T> steps = steps_of(b, t0 + t, std::min(at_once, count - t), v, const_cast<T*>(raw) + t * raw_pitch, raw_pitch);
+        steps.before = before;
+        steps.grad_states = {grad_states + t * s.kept + state_at, s.kept, s.lanes};
+        steps.grad_gates = {gates + t * s.pitch + tile * s.slots * s.lanes + lane, s.pitch, s.lanes};
+        steps.grad_values = {steps.grad_gates.at + per_step * s.lanes, s.pitch, s.lanes};
+        T* const q = steps.gates.at;
+        const Weights<T> w = in_place ? Weights<T>{q, q, q, raw_pitch} : buffer_weights;
+        if (!in_place || !p.kept) recur.weigh_to_return(steps, int(s.rows), w);
+        for (int64_t i = 0; i < s.order; ++i)
+          if (s.companion)
+            before[i] = cut(b, t0 + t - 1 - i, t0 + t - 1) ? V<T>{} : load(states(b, t0 + t - 1 - i) + state_at);
+          else
+            before[i] = load(states(b, t0 + t - 1) + state_at + i * s.lanes);
+        if (piece == pieces - 1) wait_for(done, turn);
+        if (piece == pieces - 1 && turn == 0) {
+          for (int64_t i = 0; i < 2 * s.order; ++i) carry[i] = V<T>{};
+          read_state(p.grad_final_state, b, v, carry);
+        }
+        recur.backward(steps, w, carry);
+      }
+      if (turn == chunks - 1 && !s.companion) write_state(carry, b, v, p.grad_initial_state);
+      done.store(turn + 1, std::memory_order_release);
+    }
+
+    T* const grad_x = (T*)p.grad_x + (b * s.length + t0) * s.width;
+    T* const grad_in = sum;
+    T* const grad_out = grad_in + s.columns * s.padded_width;
+    T* const grad_bias = grad_out + s.width * s.depth;
+    // x before the place of grad_x is needed, and the output weights before grad_y is overwritten
+    for (int64_t r = 0; r < count; ++r) {
+      const T* from = (const T*)p.x + (b * s.length + t0 + r) * s.width;
+      for (int64_t d = 0; d < s.padded_width; ++d) x[r * s.row_pitch + d] = d < s.width ? from[d] : T(0);
+    }
+    product<T, true>({s.columns, s.padded_width, count, gates, s.pitch, x, s.row_pitch, kPanel<T>, grad_in, s.padded_width,
+                      grad_in, s.padded_width},
+                     true);
+    constexpr int64_t few = 8;
+    for (int64_t r = 0; r < count; r += few)
+      for (int64_t c = 0; c < s.columns; c += width<T>) {
+        V<T> total = load(grad_bias + c);
+        for (int64_t i = r; i < std::min(r + few, count); ++i) total += load(gates + i * s.pitch + c);
+        store(grad_bias + c, total);
+      }
+    int64_t stride;
+    const T* const seen = lags(b, t0, count, cut_rows, stride);
+    product<T, true>({s.width, s.depth, count, grad_y, s.row_pitch, seen, stride, kPanel<T>, grad_out, s.depth, grad_out,
+                      s.depth},
+                     true);
+    product<T, false>({count, s.padded_width, s.columns, gates, s.pitch, packed.in_back, kPanel<T>, s.columns * kPanel<T>,
+                       nullptr, 0, narrow ? grad_x : x, narrow ? s.padded_width : s.row_pitch},
+                      true);
+    if (!narrow)
+      for (int64_t r = 0; r < count; ++r) std::copy(x + r * s.row_pitch, x + r * s.row_pitch + s.width, grad_x + r * s.width);
+
+    if (turn == chunks - 1 && s.companion) {  // the read-out saw the initial lags too
+      read_grad_y(b, -s.order, s.order + window, grad_y);
+      through_output(b, -s.order, s.order, grad_y, cut_rows, grad_states);
+      for (int64_t v = 0; v < vectors; ++v) {
+        V<T>* const carry = carries + (b * vectors + v) * 2 * s.order;
+        for (int64_t i = 0; i < s.order; ++i)
+          carry[i] += load(grad_states + (s.order - 1 - i) * s.kept + v / per_tile * s.shown * s.lanes + lane_offset(v));
+        write_state(carry, b, v, p.grad_initial_state);
+      }
+    }
+  }
+
+  // Sums over threads, into the tensors of the weights: this thread's share.
+  void write_sums(int64_t thread, int64_t threads) const {
+    const int64_t size = sums_size();
+    const auto total = [&](int64_t at) {
+      T sum = sums[at];
+      for (int64_t i = 1; i < threads; ++i) sum += sums[i * size + at];
+      return sum;
+    };
+    for (int64_t c = share(s.columns, thread, threads); c < share(s.columns, thread + 1, threads); ++c) {
+      const int64_t source = s.source(c);
+      if (source == s.none) continue;
+      T* const to = source >= 0 ? (T*)p.grad_gate_weight + source * s.width : (T*)p.grad_value_weight + (-1 - source) * s.width;
+      for (int64_t d = 0; d < s.width; ++d) to[d] = total(c * s.padded_width + d);
+      if (source >= 0) ((T*)p.grad_gate_bias)[source] = total(s.columns * s.padded_width + s.width * s.depth + c);
+    }
+    for (int64_t d = share(s.width, thread, threads); d < share(s.width, thread + 1, threads); ++d)
+      for (int64_t k = 0; k < s.depth; ++k)
+        if (const int64_t column = s.output_column(k); column != s.none)
+          ((T*)p.grad_output_weight)[d * s.order * s.blocks + column] = total(s.columns * s.padded_width + d * s.depth + k);
+  }
+
+  void run() {
+    const int64_t items = s.batch * chunks, wanted = std::min<int64_t>(p.threads, items);
+    if (is_backward) sums = (T*)scratch(kSums, wanted * sums_size() * sizeof(T));
+    in_parallel(wanted, [&](int64_t thread, int64_t threads) {
+      packed.fill(p, s, thread, threads);
+      T* const sum = is_backward ? sums + thread * sums_size() : nullptr;
+      if (is_backward) std::fill(sum, sum + sums_size(), T(0));
+      barrier(threads);
+      for (int64_t item = thread; item < items; item += threads)
+        if (is_backward)
+          backward_chunk(item % s.batch, item / s.batch, sum);
+        else
+          forward_chunk(item % s.batch, item / s.batch);
+      barrier(threads);
+      if (is_backward) write_sums(thread, threads);
+    });
+  }
+};
+
+template <class T>
+void advise(const Layer& p, bool is_backward) {
+  const Shape<T> s(p);
+  const size_t x_bytes = size_t(s.batch * s.length * s.width) * sizeof(T);
+  if (is_backward) return use_large_pages(p.grad_x, x_bytes);
+  use_large_pages(p.y, x_bytes);
+  use_large_pages(p.states, size_t(s.batch * (s.margin + s.length) * s.kept) * sizeof(T));
+  use_large_pages(p.kept, size_t(s.batch * s.length * s.columns) * sizeof(T));
+}
+
+void layer_forward(const Layer& p) {
+  p.storage == kDouble ? advise<double>(p, false) : advise<float>(p, false);
+  p.storage == kDouble ? Pass<double>(p, false).run() : Pass<float>(p, false).run();
+}
+void layer_backward(const Layer& p) {
+  p.storage == kDouble ? advise<double>(p, true) : advise<float>(p, true);
+  p.storage == kDouble ? Pass<double>(p, true).run() : Pass<float>(p, true).run();
+}
+
+// Rows of `weight` (count x width) times x, plus bias: one token, so each weight is read once and nothing is packed.
+template <class T>
+void times_vector(const T* weight, const T* bias, const T* x, int64_t count, int64_t width, T* y) {
+  constexpr int lanes = statemix::width<T>;
+  const auto rows = [&](int64_t r, auto few) {
+    constexpr int n = decltype(few)::value;
+    V<T> sum[n] = {};
+    int64_t d = 0;
+    for (; d + lanes <= width; d += lanes) {
+      const V<T> at = load(x + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < n; ++i) sum[i] += load(weight + (r + i) * width + d) * at;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < n; ++i) {
+      T total = bias ? bias[r + i] : T(0);
+      for (int l = 0; l < lanes; ++l) total += sum[i][l];
+      for (int64_t left = d; left < width; ++left) total += weight[(r + i) * width + left] * x[left];
+      y[r + i] = total;
+    }
+  };
+  int64_t r = 0;
+  for (; r + 4 <= count; r += 4) rows(r, std::integral_constant<int, 4>{});
+  for (; r < count; ++r) rows(r, std::integral_constant<int, 1>{});
+}
+
+template <class T>
+void step(const Layer& p) {
+  const int64_t rows = p.kind == kBlock ? p.order : 1, gates = rows * (p.order + 1) * p.blocks, values = rows * p.blocks;
+  const int64_t state = p.order * p.blocks;
+  T* const raw = (T*)scratch(kStepGates, (gates + values + state) * sizeof(T));
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const T* const x = (const T*)p.x + b * p.width;
+    times_vector((const T*)p.gate_weight, (const T*)p.gate_bias, x, gates, p.width, raw);
+    times_vector((const T*)p.value_weight, (const T*)nullptr, x, values, p.width, raw + gates);
+    Scan scan{};
+    scan.batch = scan.length = 1, scan.order = p.order, scan.blocks = p.blocks;
+    scan.kind = p.kind, scan.normalization = p.normalization, scan.storage = p.storage, scan.threads = 1;
+    scan.raw_gates = raw, scan.values = raw + gates, scan.states = raw + gates + values;
+    scan.initial_state = (const T*)p.initial_state + b * state;
+    scan.final_state = (T*)p.final_state + b * state;
+    statemix::scan<T, false>(scan);
+    times_vector((const T*)p.output_weight, (const T*)nullptr, (const T*)scan.final_state, p.width, state,
+                 (T*)p.y + b * p.width);
+  }
+}
+
+void layer_step(const Layer& p) { p.storage == kDouble ? step<double>(p) : step<float>(p); }
+
+}  // namespace
+}  // namespace statemix

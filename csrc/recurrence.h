@@ -1,0 +1,401 @@
+// The recurrences on one vector of neighbouring blocks n, for a few steps at a time: raw gates -> weights -> states, and back.
+//
+// `weigh` turns raw gates into weights, in a buffer that stays in the first-level cache; `forward` and `backward` mix the state
+// with them. No tensor of weights ever exists; the backward computes the same weights again.
+//
+// For a row of raw gates z_0..z_M with weights p_j = f(z_j) / S, S = sum |f(z_j)|, and h = sum_j p_j u_j, where u_j is the
+// old state component of a transition weight and the value of the input gate, and with the adjoint s = dL/dh:
+//   dL/dz_j = s d_j (u_j - g_j h),  d_j = f'(z_j) / S,  g_j = sign(f(z_j));   dL/du_j = s p_j.
+// softmax is f = exp, so f' = f. relu adds a floor to S. none has p = z, d = 1, g = 0.
+//
+// Two things keep a float32 state right over 10^4 steps of memory, tests/test_cpu.py:
+// - Where the weights are not negative and a row sums to one (with the floor of relu), a weight p_b above 1/2 is kept as
+//   q_b = p_b - 1 = -(all others), and h = u_b + sum_j q_j u_j. Rounded itself, a decay of 0.9999 would be off by up to 3e-8 at
+//   every step; q_b is not, and a one-hot row copies a component exactly. The sign bit of q_j tells the two kinds apart.
+// - The sum u_b + rest leaves a rounding error; it goes into the next step's rest (Kahan). So does the adjoint's.
+#pragma once
+#include "interface.h"
+#include "simd.h"
+
+#include <limits>
+
+namespace statemix {
+namespace {
+
+constexpr double kReluFloor = 1e-3;  // RELU_FLOOR in gates.py
+
+constexpr bool is_signed(int normalization) { return normalization >= kTanh && normalization != kNone; }
+constexpr bool is_convex(int normalization) { return normalization <= kRelu; }
+
+template <class T>
+constexpr int kSlot = 64 / sizeof(T);  // numbers from one gate's weight to the next
+
+// [step][row][gate], `step` apart and kSlot apart. Softmax needs q alone, and q may then lie where the raw gates were, and in
+// the backward where their gradient will be. All gates share sign[0] unless the normalisation is_signed.
+template <class T>
+struct Weights {
+  T *q, *d, *sign;
+  int64_t step;
+};
+
+// Some steps of one vector of blocks. Pointers are to its first lane at the first step; strides are in elements.
+template <class T>
+struct Steps {
+  struct Array {
+    T* at;
+    int64_t step, row;
+    STATEMIX_INLINE T* operator()(int64_t t, int64_t i) const { return at + t * step + i * row; }
+  };
+  int count, order, normalization;
+  int64_t next;  // how many steps on the next call's inputs lie: a stride between steps is not foreseen by the hardware
+  Array gates, values, states;  // gates: row is the stride of row-major (i, j)
+  const uint8_t* reset;         // of these steps, or null
+  // for the backward
+  const V<T>* before;  // the state that enters the first step (companion: M lags, the newest first)
+  Array grad_states, grad_gates, grad_values;
+};
+
+// q (+ 1 if it stands for a weight above 1/2) times u; `limit` is 0 where q is used as said above, and else the least
+// integer: then no bit pattern is below it.
+template <class T>
+struct Kept {
+  using I = typename Lanes<T>::I;
+  I limit;
+  explicit Kept(int normalization) : limit(is_convex(normalization) ? I{} : I{} + ~Lanes<T>::all_but_sign) {}
+  STATEMIX_INLINE V<T> part(V<T> q, V<T> u) const { return (I)q < limit ? u : V<T>{}; }
+};
+
+// base + rest, and what the rounding lost. An infinite sum has lost nothing.
+template <class T>
+STATEMIX_INLINE V<T> add(V<T> base, V<T> rest, V<T>& lost) {
+  const V<T> sum = base + rest;
+  lost = rest - (sum - base);
+  lost = lost == lost ? lost : V<T>{};
+  return sum;
+}
+// The same for two numbers of any sizes.
+template <class T>
+STATEMIX_INLINE V<T> add_any(V<T> a, V<T> b, V<T>& lost) {
+  const V<T> sum = a + b, part = sum - a;
+  lost = (a - (sum - part)) + (b - part);
+  lost = lost == lost ? lost : V<T>{};
+  return sum;
+}
+
+template <class T, Normalization norm, bool slopes>
+STATEMIX_INLINE void weigh_gate(V<T> z, V<T>& f, V<T>& slope) {
+  if constexpr (norm == kSoftmax) {
+    f = slope = exp_of_negative<T>(z);
+  } else if constexpr (norm == kSigmoid) {
+    const Sigmoid<T> s(z);
+    f = s.value;
+    slope = s.value * s.complement;
+  } else if constexpr (norm == kRelu) {
+    f = (z < 0 ? V<T>{} : z) + T(0);  // -0 would pass for a weight above 1/2
+    slope = z > 0 ? splat(T(1)) : V<T>{};
+  } else if constexpr (norm == kTanh) {
+    f = tanh<T>(z);
+    slope = T(1) - f * f;
+  } else if constexpr (norm == kSilu) {
+    const Sigmoid<T> s(z);
+    f = z * s.value;
+    slope = s.value * (T(1) + z * s.complement);
+  } else {
+    f = z;
+    slope = splat(T(1));
+  }
+}
+
+// Weights of every row of every step; with d and sign if `slopes`. Gates is M + 1, or 0: known at run time only.
+template <class T, Normalization norm, bool slopes, int Gates>
+STATEMIX_NOINLINE void weigh(const Steps<T>& steps, int rows, Weights<T> w) {
+  const int gates = Gates ? Gates : steps.order + 1;
+  const V<T> floor = splat(norm == kRelu ? T(kReluFloor) * gates : T(0));
+  if (slopes && !is_signed(norm)) store(w.sign, splat(T(norm == kNone ? 0 : 1)));
+  const int64_t stride = steps.gates.row, ahead = steps.next * steps.gates.step;
+  for (int t = 0; t < steps.count; ++t) {
+    const T *gate = steps.gates(t, 0), *grad_gate = slopes ? steps.grad_gates(t, 0) : nullptr;
+    T *p = w.q + t * w.step, *d = w.d + t * w.step, *sign = w.sign + t * w.step;
+    for (int i = 0; i < rows; ++i, gate += gates * stride, grad_gate += gates * steps.grad_gates.row, p += gates * kSlot<T>,
+             d += gates * kSlot<T>, sign += gates * kSlot<T>) {
+      V<T> sum = floor;
+      V<T> shift = {};  // of the whole row, to keep its largest entry away from underflow
+      V<T> f[Gates ? Gates : kMaxOrder + 1];
+#pragma GCC unroll 17
+      for (int j = 0; j < gates; ++j) {
+        f[j] = load(gate + j * stride);
+        __builtin_prefetch(gate + j * stride + ahead, 0, 2);
+        if (slopes) __builtin_prefetch(grad_gate + j * steps.grad_gates.row, 1, 2);
+      }
+      if constexpr (norm == kSoftmax || norm == kSigmoid) {
+        V<T> peak = f[0];
+#pragma GCC unroll 17
+        for (int j = 1; j < gates; ++j) peak = larger<T>(peak, f[j]);
+        // below -80 the sigmoid is exp to the last bit, and a row of exp may be shifted
+        shift = norm == kSoftmax ? -peak : larger<T>(T(-80) - peak, V<T>{});
+      }
+#pragma GCC unroll 17
+      for (int j = 0; j < gates; ++j) {
+        V<T> slope;
+        weigh_gate<T, norm, slopes>(f[j] + shift, f[j], slope);
+        if (slopes) store(d + j * kSlot<T>, slope);
+        sum += is_signed(norm) ? absolute<T>(f[j]) : f[j];
+      }
+      if constexpr (norm == kNone) {
+#pragma GCC unroll 17
+        for (int j = 0; j < gates; ++j) store(p + j * kSlot<T>, f[j]);
+      } else {
+        // a row of zeros has weights of 0: tests/test_gates.py. The largest term of softmax is 1.
+        const V<T> inverse = norm == kSoftmax ? reciprocal<T>(sum)
+                                              : T(1) / (sum < std::numeric_limits<T>::min() ? splat(T(1)) : sum);
+        V<T> others = floor * inverse;
+#pragma GCC unroll 17
+        for (int j = 0; j < gates; ++j) {
+          f[j] *= inverse;
+          if (is_convex(norm)) others += f[j] > T(0.5) ? V<T>{} : f[j];
+        }
+#pragma GCC unroll 17
+        for (int j = 0; j < gates; ++j) {
+          store(p + j * kSlot<T>, is_convex(norm) ? (f[j] > T(0.5) ? -others : f[j]) : f[j]);
+          if (slopes) store(d + j * kSlot<T>, load(d + j * kSlot<T>) * inverse);
+          if (slopes && is_signed(norm))
+            store(sign + j * kSlot<T>, f[j] > 0 ? splat(T(1)) : (f[j] < 0 ? splat(T(-1)) : V<T>{}));
+        }
+      }
+    }
+  }
+}
+
+template <int Order>
+constexpr int kCapacity = Order ? Order : kMaxOrder;
+
+// The states of these steps, from and to carry[0..M) (companion: lags, the newest first); carry[M..2M) is what rounding lost.
+template <class T, int Order, Kind kind>
+STATEMIX_NOINLINE void forward(const Steps<T>& steps, Weights<T> w, V<T>* carry) {
+  const int order = Order ? Order : steps.order, gates = order + 1;
+  const int rows = kind == kBlock ? order : 1;
+  const bool bounded = steps.normalization != kNone;
+  const Kept<T> kept(steps.normalization);
+  V<T> h[kCapacity<Order>], lost[kCapacity<Order>], next[kCapacity<Order>], next_lost[kCapacity<Order>];
+  for (int i = 0; i < order; ++i) h[i] = carry[i], lost[i] = carry[order + i];
+
+  for (int t = 0; t < steps.count; ++t) {
+    const auto weight = [q = w.q + t * w.step](int j) { return load(q + j * kSlot<T>); };
+    if (steps.reset && steps.reset[t])
+      for (int i = 0; i < order; ++i) h[i] = lost[i] = V<T>{};
+    if constexpr (kind == kObserver) {
+      const V<T> top = h[0], top_lost = lost[0], v = load(steps.values(t, 0));
+      const V<T> entering = weight(order) * v + kept.part(weight(order), v);
+      for (int j = 0; j < order; ++j) {
+        const V<T> q = weight(j);
+        V<T> rest;
+        const V<T> base = add_any<T>(j + 1 < order ? h[j + 1] : V<T>{}, kept.part(q, top), rest);
+        rest += q * top + kept.part(q, top_lost);
+        if (j + 1 < order) rest += lost[j + 1];
+        if (j == 0) rest += entering;
+        h[j] = add<T>(base, rest, lost[j]);
+        store(steps.states(t, j), h[j]);
+      }
+    } else {
+      V<T> peak = absolute<T>(h[0]);
+      for (int i = 1; i < order; ++i) peak = larger<T>(peak, absolute<T>(h[i]));
+      for (int i = 0; i < rows; ++i) {
+        const V<T> v = load(steps.values(t, i)), entering = weight(i * gates + order);
+        __builtin_prefetch(steps.values(t + steps.next, i), 0, 2);
+        V<T> rest = entering * v, base = kept.part(entering, v);
+        for (int j = 0; j < order; ++j) {
+          const V<T> q = weight(i * gates + j);
+          rest += q * h[j];
+          rest += kept.part(q, lost[j]);
+          base += kept.part(q, h[j]);
+        }
+        V<T> sum = add<T>(base, rest, next_lost[i]);
+        if (bounded) {
+          // rounding must not let |h| drift past the bound of Proposition 1 in 10^6 steps: tests/test_stability.py
+          const V<T> bound = larger<T>(peak, absolute<T>(v));
+          sum = clamp<T>(sum, -bound, bound);
+        }
+        store(steps.states(t, i), sum);
+        next[i] = sum;
+      }
+      if constexpr (kind == kBlock) {
+        for (int i = 0; i < order; ++i) h[i] = next[i], lost[i] = next_lost[i];
+      } else {
+        for (int i = order - 1; i > 0; --i) h[i] = h[i - 1], lost[i] = lost[i - 1];
+        h[0] = next[0], lost[0] = next_lost[0];
+      }
+    }
+  }
+  for (int i = 0; i < order; ++i) carry[i] = h[i], carry[order + i] = lost[i];
+}
+
+// The state that entered step t, h_{t-1}: zero at a reset. Companion: M lags; `first` is the newest reset up to t, or -1.
+template <class T, int Order, Kind kind>
+STATEMIX_INLINE void entering_state(const Steps<T>& steps, int t, int order, int first, V<T>* u) {
+  for (int i = 0; i < order; ++i) {
+    if constexpr (kind == kCompanion) {
+      const int made = t - 1 - i;
+      u[i] = first >= 0 && made < first ? V<T>{} : made >= 0 ? load(steps.states(made, 0)) : steps.before[-1 - made];
+    } else {
+      u[i] = t == first ? V<T>{} : t > 0 ? load(steps.states(t - 1, i)) : steps.before[i];
+    }
+  }
+}
+
+// These steps from the last to the first. carry[i]: what later steps hand back to component i (companion: lag i) of the state
+// that leaves the last step, then of the state that enters the first; carry[M..2M) is what rounding lost.
+template <class T, int Order, Kind kind, bool softmax>
+STATEMIX_NOINLINE void backward(const Steps<T>& steps, Weights<T> w, V<T>* carry) {
+  const int order = Order ? Order : steps.order, gates = order + 1;
+  const int rows = kind == kBlock ? order : 1, shown = kind == kCompanion ? 1 : order;
+  const Kept<T> kept(steps.normalization);
+  const int64_t sign_step = is_signed(steps.normalization) ? 1 : 0;
+  V<T> u[kCapacity<Order>], h[kCapacity<Order>], s[kCapacity<Order>], lost[kCapacity<Order>], base[kCapacity<Order>],
+      rest[kCapacity<Order>];
+  for (int i = 0; i < order; ++i) s[i] = carry[i], lost[i] = carry[order + i];
+
+  int first = steps.count;  // the newest reset up to t, or -1
+  for (int t = steps.count - 1; t >= 0; --t) {
+    if (!steps.reset)
+      first = -1;
+    else if (t < first)
+      for (first = t; first >= 0 && !steps.reset[first]; --first) {}
+    entering_state<T, Order, kind>(steps, t, order, first, u);
+    for (int i = 0; i < shown; ++i) {
+      V<T> off;
+      s[i] = add_any<T>(s[i], load(steps.grad_states(t, i)), off);
+      __builtin_prefetch(steps.grad_states(t + steps.next, i), 0, 2);
+      __builtin_prefetch(steps.states(t + steps.next, i), 0, 2);
+      lost[i] += off;
+      h[i] = load(steps.states(t, i));
+    }
+
+    const auto weight = [q = w.q + t * w.step](int g) { return load(q + g * kSlot<T>); };
+    // dL/dz of gate g from the adjoint times the weight, sp, the adjoint s, u and the mean of u (or of s u, then s = 1)
+    const auto grad_gate = [&](int g, V<T> sp, V<T> si, V<T> ug, V<T> mean) {
+      if constexpr (softmax)
+        store(steps.grad_gates(t, g), sp * (ug - mean));
+      else
+        store(steps.grad_gates(t, g), si * load(w.d + t * w.step + g * kSlot<T>) *
+                                          (ug - load(w.sign + sign_step * (t * w.step + g * kSlot<T>)) * mean));
+    };
+    // every weight is read before its gradient is written: they may share their place
+    if constexpr (kind == kObserver) {
+      // weight j feeds component j: dL/dp_j = s_j h[0], and s_0 v for the input gate
+      const V<T> v = load(steps.values(t, 0)), entering = weight(order), one = splat(T(1));
+      const V<T> sv = s[0] * v;
+      V<T> mean = entering * sv + kept.part(entering, sv);
+      base[0] = rest[0] = V<T>{};
+      for (int j = 0; j < order; ++j) {
+        const V<T> q = weight(j), su = s[j] * u[0];
+        V<T> off;
+        mean += q * su + kept.part(q, su);
+        base[0] = add_any<T>(base[0], kept.part(q, s[j]), off);
+        rest[0] += q * s[j] + (kept.part(q, lost[j]) + off);
+        if (j > 0) base[j] = s[j - 1], rest[j] = lost[j - 1];
+      }
+      for (int j = 0; j < order; ++j) grad_gate(j, weight(j) + kept.part(weight(j), one), one, s[j] * u[0], mean);
+      grad_gate(order, entering + kept.part(entering, one), one, sv, mean);
+      store(steps.grad_values(t, 0), entering * s[0] + kept.part(entering, s[0]));
+    } else {
+      for (int i = 0; i < rows; ++i) {
+        const V<T> v = load(steps.values(t, i)), q = weight(i * gates + order), sp = q * s[i] + kept.part(q, s[i]);
+        grad_gate(i * gates + order, sp, s[i], v, h[i]);
+        store(steps.grad_values(t, i), sp);
+      }
+      for (int j = 0; j < order; ++j) {  // column by column: the two sums of a component stay in registers
+        V<T> bj = {}, rj = {};
+        const V<T> uj = u[j];
+        for (int i = 0; i < rows; ++i) {
+          const V<T> q = weight(i * gates + j), si = s[i], qs = q * si, whole = kept.part(q, si);
+          bj += whole;
+          rj += qs;
+          rj += kept.part(q, lost[i]);
+          grad_gate(i * gates + j, qs + whole, si, uj, h[i]);
+        }
+        if (kind == kCompanion && j + 1 < order) {  // the older lags move up by one on their way back
+          V<T> off;
+          bj = add_any<T>(bj, s[j + 1], off);
+          rj += lost[j + 1] + off;
+        }
+        base[j] = bj, rest[j] = rj;
+      }
+    }
+    const bool cut = t == first;
+    for (int i = 0; i < order; ++i) {
+      s[i] = add<T>(base[i], rest[i], lost[i]);
+      if (cut) s[i] = lost[i] = V<T>{};
+    }
+  }
+  for (int i = 0; i < order; ++i) carry[i] = s[i], carry[order + i] = lost[i];
+}
+
+// What one kind, order and normalisation need, chosen once per call.
+template <class T>
+struct Recurrence {
+  void (*weigh)(const Steps<T>&, int rows, Weights<T>);           // q alone
+  void (*weigh_to_return)(const Steps<T>&, int rows, Weights<T>);  // what the backward needs: softmax q, else d and sign too
+  void (*forward)(const Steps<T>&, Weights<T>, V<T>* carry);
+  void (*backward)(const Steps<T>&, Weights<T>, V<T>* carry);
+};
+
+template <class T, int Order>
+Recurrence<T> recurrence_of_order(int kind, int normalization) {
+  Recurrence<T> r{};
+#define STATEMIX_CASE(norm, gates)                                  \
+  case norm:                                                        \
+    r.weigh = weigh<T, norm, false, gates>;                         \
+    r.weigh_to_return = weigh<T, norm, norm != kSoftmax, gates>;    \
+    break;
+  switch (normalization) {
+    STATEMIX_CASE(kSoftmax, Order ? Order + 1 : 0)  // the default: its rows are unrolled
+    STATEMIX_CASE(kSigmoid, 0)
+    STATEMIX_CASE(kRelu, 0)
+    STATEMIX_CASE(kTanh, 0)
+    STATEMIX_CASE(kSilu, 0)
+    STATEMIX_CASE(kLinear, 0)
+    STATEMIX_CASE(kNone, 0)
+  }
+#undef STATEMIX_CASE
+#define STATEMIX_CASE(kind)                                                                                         \
+  case kind:                                                                                                        \
+    r.forward = forward<T, Order, kind>;                                                                            \
+    r.backward = normalization == kSoftmax ? backward<T, Order, kind, true> : backward<T, Order, kind, false>;      \
+    break;
+  switch (kind) {
+    STATEMIX_CASE(kBlock)
+    STATEMIX_CASE(kCompanion)
+    STATEMIX_CASE(kObserver)
+  }
+#undef STATEMIX_CASE
+  return r;
+}
+
+template <class T>
+Recurrence<T> recurrence(int kind, int64_t order, int normalization) {
+#define STATEMIX_CASE(order) \
+  case order: return recurrence_of_order<T, order>(kind, normalization);
+  switch (order) {
+    STATEMIX_CASE(1)
+    STATEMIX_CASE(2)
+    STATEMIX_CASE(3)
+    STATEMIX_CASE(4)
+    STATEMIX_CASE(5)
+    STATEMIX_CASE(6)
+    STATEMIX_CASE(7)
+    STATEMIX_CASE(8)
+    STATEMIX_CASE(9)
+    STATEMIX_CASE(10)
+    STATEMIX_CASE(11)
+    STATEMIX_CASE(12)
+    STATEMIX_CASE(13)
+    STATEMIX_CASE(14)
+    STATEMIX_CASE(15)
+    STATEMIX_CASE(16)
+    default: return recurrence_of_order<T, 0>(kind, normalization);
+  }
+#undef STATEMIX_CASE
+}
+
+}  // namespace
+}  // namespace statemix
