@@ -466,10 +466,9 @@ void times_vector(const T* weight, const T* bias, const T* x, int64_t count, int
     }
 #pragma GCC unroll 4
     for (int i = 0; i < n; ++i) {
-      T total = bias ? bias[r + i] : T(0);
-      for (int l = 0; l < lanes; ++l) total += sum[i][l];
-      for (int64_t left = d; left < width; ++left) total += weight[(r + i) * width + left] * x[left];
-      y[r + i] = total;
+      T rest = bias ? bias[r + i] : T(0);
+      for (int64_t left = d; left < width; ++left) rest += weight[(r + i) * width + left] * x[left];
+      y[r + i] = total<T>(sum[i]) + rest;
     }
   };
   int64_t r = 0;

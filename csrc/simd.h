@@ -68,6 +68,18 @@ STATEMIX_INLINE void store(T* p, V<T> x) {
   std::memcpy(p, &x, sizeof x);
 }
 
+// The sum of all lanes, by halves.
+template <class T>
+STATEMIX_INLINE T total(V<T> x) {
+  T part[width<T>];
+  store(part, x);
+#pragma GCC unroll 4
+  for (int half = width<T> / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int l = 0; l < half; ++l) part[l] += part[l + half];
+  return part[0];
+}
+
 // A comparison with NaN is false: the order of the operands below is what lets NaN through, `larger` that in b.
 template <class T>
 STATEMIX_INLINE V<T> absolute(V<T> x) {

@@ -20,6 +20,11 @@ class Mixer(nn.Module):
         """Numbers carried per sequence from one step to the next: M * N."""
         return self.state_shape[0] * self.state_shape[1]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(self.parameters()).dtype
+
     def forward(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Outputs and final state of a sequence.
 
@@ -38,7 +43,7 @@ class Mixer(nn.Module):
         for argument, tensor in (("x", x), ("state", state), ("reset", reset)):
             if not isinstance(tensor, Tensor) and (tensor is not None or argument == "x"):
                 raise TypeError(f"{name}: `{argument}` must be a tensor, got {type(tensor).__name__}.")
-        own = next(self.parameters()).dtype
+        own = self.dtype
         if x.dtype != own and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
             raise TypeError(f"{name}: `x` must be {own} like the parameters, got {x.dtype}.")
         if x.ndim != 3 or x.shape[2] != self.d_model or 0 in x.shape:
@@ -81,12 +86,24 @@ class LinearRecurrence(Mixer):
     values: nn.Linear
     output: nn.Linear
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return self.output.weight.dtype  # a tenth of the time of next(self.parameters())
+
     def mix(self, x: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `Mixer.forward`."""
+        if x.shape[1] == 1 and reset is None and (stepped := self._fused_step(x[:, 0], state)) is not None:
+            return stepped[0][:, None], stepped[1]
         # below, packing the weights for the fused products takes longer than the products
         if x.shape[0] * x.shape[1] >= 32 and (weights := self._fused_weights(x)) is not None:
-            options = {"normalization": self.normalization, "kind": self.kind, "recompute": self.recompute}
-            return cpu.layer(x, weights, state, reset, order=self.state_shape[0], **options)
+            return cpu.layer(
+                *(x, weights, state, reset),
+                normalization=self.normalization,
+                kind=self.kind,
+                order=self.state_shape[0],
+                recompute=self.recompute,
+            )
         values = self.values(x)
         if self.kind == "block":
             values = values.unflatten(2, self.state_shape)
@@ -102,29 +119,41 @@ class LinearRecurrence(Mixer):
 
     def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Mixer.step`. Without gradients it is one fused call, which allocates its results and nothing else."""
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and x.ndim == 2 and 0 < x.shape[0] <= 8:
-            weights = self._fused_weights(x)
-            wanted = (x.shape[0], *self.state_shape)
-            if state is None:
-                state = x.new_zeros(wanted)
-            fits = x.shape[1] == self.d_model and state.shape == wanted and state.dtype == x.dtype
-            if weights is not None and fits and x.is_contiguous() and state.is_contiguous():
-                return cpu.layer_step(x, weights, state, normalization=self.normalization, kind=self.kind)
-        return super().step(x, state)
+        return self._fused_step(x, state) or super().step(x, state)
+
+    def _fused_step(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """The step as one call, or None where that does not serve: with gradients, or for many rows."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor or x.ndim != 2:
+            return None
+        batch, width = x.shape
+        if not 0 < batch <= 8 or width != self.d_model or (weights := self._fused_weights(x)) is None:
+            return None
+        wanted = (batch, *self.state_shape)
+        if state is None:
+            state = x.new_zeros(wanted)
+        if state.shape != wanted or state.dtype != x.dtype or not (x.is_contiguous() and state.is_contiguous()):
+            return None
+        return cpu.layer_step(x, weights, state, normalization=self.normalization, kind=self.kind)
 
     def _fused_weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """The weights for the fused kernels, or None where they do not serve this layer or x."""
-        projection = self.raw_gates.projection
+        # dictionaries: a step is so short that nn.Module's attributes would be half of it
+        modules = self._modules
+        projection = modules["raw_gates"]._modules.get("projection")  # type: ignore[union-attr]
         if (
             projection is None
             or self.backend not in ("auto", "cpu")
             or x.dtype not in (torch.float32, torch.float64)
-            or x.dtype != projection.weight.dtype
             or not cpu.serves(x.device, self.state_shape[0])
             or torch.is_autocast_enabled("cpu")
         ):
             return None
-        return projection.weight, projection.bias, self.values.weight, self.output.weight
+        gates, values, output = projection._parameters, modules["values"]._parameters, modules["output"]._parameters  # type: ignore[union-attr]
+        weights = gates.get("weight"), gates.get("bias"), values.get("weight"), output.get("weight")
+        for weight in weights:
+            if weight is None or weight.dtype != x.dtype:  # parametrised, or of another dtype
+                return None
+        return weights  # type: ignore[return-value]
 
 
 class RawGates(nn.Module):

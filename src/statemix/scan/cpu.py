@@ -9,6 +9,7 @@ environment variable STATEMIX_INSTRUCTION_SET.
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,63 @@ def use_instruction_set(name: str) -> None:
     _library().instruction_set = name
 
 
+class _Operator:
+    """A function of tensors, with its derivative, as torch needs it in two places.
+
+    torch.compile, torch.export and subclasses of Tensor see a custom operator. That costs a few hundred microseconds a
+    call in Python, as much as a small scan, and functorch refuses it: all other calls go through an autograd.Function,
+    under functorch one with a `setup_context`, which again is slower.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        fake: Callable[..., Any],
+        save: Callable[..., None],
+        derivative: Callable[..., Any],
+    ) -> None:
+        self.operator = torch.library.custom_op(f"statemix::{name}", function, mutates_args=(), device_types="cpu")
+        self.operator.register_fake(fake)
+        self.operator.register_autograd(derivative, setup_context=save)
+
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            outputs = function(*inputs)
+            save(ctx, inputs, outputs)
+            return outputs
+
+        eager = {"forward": forward, "backward": derivative}
+        functorch = {"forward": function, "setup_context": save, "backward": derivative, "vmap": self._each}
+        self.eager, self.functorch = (
+            type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
+            for methods in (eager, functorch)
+        )
+
+    def __call__(self, *inputs: Any) -> Any:
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        if torch.compiler.is_compiling() or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
+            return self.operator(*inputs)
+        transformed = torch._C._are_functorch_transforms_active()
+        return (self.functorch if transformed else self.eager).apply(*inputs)  # type: ignore[attr-defined]
+
+    def _each(self, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        """Under vmap, one call for each."""
+        each = [
+            self(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        stacked = tuple(torch.stack(results) for results in zip(*each, strict=True))
+        return stacked, (0,) * len(stacked)
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("scan: the 'cpu' backend has no second derivative. Use backend='associative'.")
+
+
 def block_scan(
     raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str
 ) -> tuple[Tensor, Tensor]:
@@ -149,8 +207,7 @@ def observer_scan(
     return _scan(raw_gates, values, initial_state, reset, normalization, "observer")
 
 
-@torch.library.custom_op("statemix::scan_forward", mutates_args=(), device_types="cpu")
-def _scan(
+def _scan_forward(
     raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str, kind: str
 ) -> tuple[Tensor, Tensor]:
     raw_gates, values = _strided(raw_gates), _strided(values)
@@ -163,14 +220,12 @@ def _scan(
     return states, final_state
 
 
-@_scan.register_fake
-def _(
+def _scan_forward_fake(
     raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str, kind: str
 ) -> tuple[Tensor, Tensor]:
     return _states_like(values, initial_state, kind)
 
 
-@torch.library.custom_op("statemix::scan_backward", mutates_args=(), device_types="cpu")
 def _scan_backward(
     grad_states: Tensor,
     grad_final_state: Tensor | None,
@@ -195,8 +250,7 @@ def _scan_backward(
     return grads
 
 
-@_scan_backward.register_fake
-def _(
+def _scan_backward_fake(
     grad_states: Tensor,
     grad_final_state: Tensor | None,
     raw_gates: Tensor,
@@ -219,19 +273,17 @@ def _scan_derivative(
     raw_gates, values, initial_state, reset, states = ctx.saved_tensors
     if grad_states is None:
         grad_states = torch.zeros_like(states)
-    grads = _scan_backward(
+    grads = _differentiate_scan(
         *(grad_states, grad_final_state, raw_gates, values, initial_state, reset, states),
         *(ctx.normalization, ctx.kind),
     )
     return *grads, None, None, None
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("scan: the 'cpu' backend has no second derivative. Use backend='associative'.")
-
-
-_scan.register_autograd(_scan_derivative, setup_context=_save_scan)
-_scan_backward.register_autograd(_no_second_derivative)
+_scan = _Operator("scan_forward", _scan_forward, _scan_forward_fake, _save_scan, _scan_derivative)
+_differentiate_scan = _Operator(
+    "scan_backward", _scan_backward, _scan_backward_fake, _save_nothing, _no_second_derivative
+)
 
 
 KEPT_BYTES = 2**28  # 256 MiB: a layer keeps up to this much of raw gates for its backward, and recomputes more
@@ -264,9 +316,8 @@ def layer(
     Returns:
         y (B, T, D) and the state after the last step (B, M, N).
     """
-    batch, length, blocks = x.shape[0], x.shape[1], weights[3].shape[1] // order
     if state is None:
-        state = x.new_zeros(batch, order, blocks)
+        state = x.new_zeros(x.shape[0], order, weights[3].shape[1] // order)
     kept_shape = _layer_shapes(x, state, kind)[1]
     keep = not recompute if recompute is not None else kept_shape.numel() * x.element_size() <= KEPT_BYTES
     keep = keep and torch.is_grad_enabled()
@@ -277,7 +328,7 @@ def layer(
 def layer_step(
     x: Tensor, weights: tuple[Tensor, Tensor, Tensor, Tensor], state: Tensor, *, normalization: str, kind: str
 ) -> tuple[Tensor, Tensor]:
-    """One step of `layer` for x (B, D) and a state, without gradients; it allocates its two results and nothing else."""
+    """One step of `layer` for x (B, D) and a state, without gradients. It allocates its two results, nothing else."""
     y, final_state = torch.empty_like(x), torch.empty_like(state)
     problem = _Layer(
         *(x.shape[0], 1, x.shape[1], state.shape[1], state.shape[2]),
@@ -288,8 +339,7 @@ def layer_step(
     return y, final_state
 
 
-@torch.library.custom_op("statemix::layer_forward", mutates_args=(), device_types="cpu")
-def _layer(
+def _layer_forward(
     x: Tensor,
     gate_weight: Tensor,
     gate_bias: Tensor,
@@ -309,13 +359,11 @@ def _layer(
     return results
 
 
-@_layer.register_fake
-def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _layer_forward_fake(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     initial_state, (kind, keep) = others[4], others[-2:]
     return _layer_results(x, initial_state, kind, keep)
 
 
-@torch.library.custom_op("statemix::layer_backward", mutates_args=(), device_types="cpu")
 def _layer_backward(
     grad_y: Tensor,
     grad_final_state: Tensor | None,
@@ -345,8 +393,7 @@ def _layer_backward(
     return grads
 
 
-@_layer_backward.register_fake
-def _(
+def _layer_backward_fake(
     grad_y: Tensor, grad_final_state: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _layer_grads(*others[:6])
@@ -365,12 +412,14 @@ def _layer_derivative(
     saved = ctx.saved_tensors
     if grad_y is None:
         grad_y = torch.zeros_like(saved[0])
-    grads = _layer_backward(grad_y, grad_final_state, *saved, ctx.normalization, ctx.kind)
+    grads = _differentiate_layer(grad_y, grad_final_state, *saved, ctx.normalization, ctx.kind)
     return *grads, None, None, None, None
 
 
-_layer.register_autograd(_layer_derivative, setup_context=_save_layer)
-_layer_backward.register_autograd(_no_second_derivative)
+_layer = _Operator("layer_forward", _layer_forward, _layer_forward_fake, _save_layer, _layer_derivative)
+_differentiate_layer = _Operator(
+    "layer_backward", _layer_backward, _layer_backward_fake, _save_nothing, _no_second_derivative
+)
 
 
 def _layer_shapes(x: Tensor, state: Tensor, kind: str) -> tuple[torch.Size, torch.Size]:
