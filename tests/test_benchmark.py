@@ -1,8 +1,9 @@
-"""benchmark.py: the order of the rounds, the statistics, the check against the reference, and every command."""
+"""benchmark/: the order of the rounds, the statistics, the check against the reference, and every command."""
 
 import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from statemix import benchmark, cli
-from statemix.benchmark import Contender, Shape, UnavailableError, Work
+from statemix import cli
+from statemix.benchmark import commands, contender, layers, measure, memory, results, scans
+from statemix.benchmark.contender import PARTS, Contender, Shape, UnavailableError, Work
 from statemix.mixers import BDLRU
-from statemix.scan import cpu
+from statemix.mixers.base import LinearRecurrence
+from statemix.scan import block_scan, cpu
 
 SCAN = ["cpu", "associative", "loop", "copy", "mambapy", "assoc-scan"]
-PLOT = benchmark._plot
 LAYERS = ["bdlru", "bdlru keep", "bdlru recompute", "associative", "hlru", "products", "lstm", "gru", "mamba2"]
 COMMANDS = {  # name -> (arguments, tables, contenders of each)
     "scan": ("scan --sizes 1x4,3x2 --batch 2 --length 9 --kinds block,companion", 12, SCAN),
@@ -42,9 +44,9 @@ def elsewhere(tmp_path, monkeypatch):
         raise ImportError(module)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(benchmark, "import_module", not_there)
-    monkeypatch.setattr(benchmark, "DECODED", 3)
-    monkeypatch.setattr(benchmark, "_plot", lambda *_: b"a picture")
+    monkeypatch.setattr(contender, "import_module", not_there)
+    monkeypatch.setattr(layers, "DECODED", 3)
+    monkeypatch.setattr(commands, "plot", lambda *_: b"a picture")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -59,7 +61,7 @@ def call(capsys, arguments: str) -> tuple[int, str, str]:
 
 def scaled(factor: float, results: slice) -> Contender:
     """The cpu scan of this package, with some of its results times `factor`."""
-    right = benchmark._own_scan("cpu", "associative")
+    right = scans.own_scan("cpu", "associative")
 
     def make(shape: Shape) -> Work:
         work = right.make(shape)
@@ -77,8 +79,8 @@ def scaled(factor: float, results: slice) -> Contender:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_end_to_end(capsys, monkeypatch, name):
     arguments, tables, contenders = COMMANDS[name]
-    monkeypatch.setattr(benchmark, "peak_bytes", lambda layer, shape: 10_000 + 100 * shape.length)
-    monkeypatch.setattr(benchmark, "_plot", PLOT)
+    monkeypatch.setattr(memory, "peak_bytes", lambda layer, shape: 10_000 + 100 * shape.length)
+    monkeypatch.setattr(commands, "plot", results.plot)
     status, text, errors = call(capsys, f"{arguments} --seconds 0.01 --out there/it.json")
     assert (status, errors) == (0, "")
     assert {path.name for path in Path("there").iterdir()} == {"it.json", "it.png"}
@@ -117,7 +119,7 @@ def test_the_default_path_names_what_ran(capsys):
 
 
 def test_scaling_is_over_lengths_and_over_threads():
-    groups = benchmark.Scaling(threads=2, lengths="64,16", length=7).groups()
+    groups = commands.Scaling(threads=2, lengths="64,16", length=7).groups()
     over = [(group.panel, [c.name for c in group.contenders], group.baselines, group.shape.batch) for group in groups]
     lengths, threads = ["T 16", "T 64", "T 1024"], ["1 thread", "2 threads"]
     assert over == [
@@ -157,20 +159,20 @@ def test_a_peer_that_is_there_is_held_to_the_reference_and_timed(monkeypatch):
             states.append(decay[:, t] * states[-1] + entering[:, t])
         return torch.stack(states, dim=1)
 
-    peer = next(c for c in benchmark.SCAN_CONTENDERS if c.name == "mambapy")
+    peer = next(c for c in scans.SCAN_CONTENDERS if c.name == "mambapy")
     shape = Shape(1, 3, batch=2, length=7)
-    monkeypatch.setattr(benchmark, "import_module", lambda module: SimpleNamespace(pscan=pscan))
-    benchmark.check_agreement(peer, shape)
+    monkeypatch.setattr(contender, "import_module", lambda module: SimpleNamespace(pscan=pscan))
+    measure.check_agreement(peer, shape)
     wrong = SimpleNamespace(pscan=lambda decay, entering: pscan(decay, entering * (decay < 0.5)))
-    monkeypatch.setattr(benchmark, "import_module", lambda module: wrong)
+    monkeypatch.setattr(contender, "import_module", lambda module: wrong)
     with pytest.raises(RuntimeError, match="'mambapy' disagrees"):
-        benchmark.check_agreement(peer, shape)
+        measure.check_agreement(peer, shape)
 
 
 @pytest.mark.parametrize("results", [slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 4)])
 def test_a_contender_that_is_wrong_by_a_thousandth_stops_the_run(capsys, monkeypatch, results):
-    monkeypatch.setattr(benchmark, "PARTS", (benchmark.BOTH,))
-    monkeypatch.setattr(benchmark, "SCAN_CONTENDERS", (scaled(1.001, results), *benchmark.SCAN_CONTENDERS[1:4]))
+    monkeypatch.setattr(commands, "PARTS", (contender.BOTH,))
+    monkeypatch.setattr(commands, "SCAN_CONTENDERS", (scaled(1.001, results), *scans.SCAN_CONTENDERS[1:4]))
     status, text, errors = call(capsys, "scan --sizes 3x2 --batch 1 --length 9 --seconds 0.01 --out it")
     assert (status, text) == (1, "")
     assert re.search(
@@ -181,28 +183,34 @@ def test_a_contender_that_is_wrong_by_a_thousandth_stops_the_run(capsys, monkeyp
     assert list(Path().iterdir()) == []
 
 
-@pytest.mark.parametrize("contenders", ["SCAN", "LAYER", "TRAIN", "DECODE"])
-def test_every_contender_of_ours_is_held_to_the_reference(contenders):
-    ours = [c.name for c in getattr(benchmark, f"{contenders}_CONTENDERS") if c.reference is not None]
-    expected = {"SCAN": {*SCAN} - {"copy"}, "LAYER": {*LAYERS[:5]}}
-    expected |= {"TRAIN": {"bdlru", "hlru"}, "DECODE": {"bdlru", "hlru", "model of 4 layers"}}
-    assert set(ours) == expected[contenders]
+@pytest.mark.parametrize(
+    ("contenders", "ours"),
+    [
+        (scans.SCAN_CONTENDERS, {*SCAN} - {"copy"}),
+        (layers.LAYER_CONTENDERS, {*LAYERS[:5]}),
+        (layers.TRAIN_CONTENDERS, {"bdlru", "hlru"}),
+        (layers.DECODE_CONTENDERS, {"bdlru", "hlru", "model of 4 layers"}),
+    ],
+    ids=["scan", "layer", "train-step", "decode"],
+)
+def test_every_contender_of_ours_is_held_to_the_reference(contenders, ours):
+    assert {c.name for c in contenders if c.reference is not None} == ours
 
 
 def test_relative_error():
     expected = torch.tensor([1.0, -4.0], dtype=torch.float64)
-    assert benchmark.relative_error(torch.tensor([1.0, -3.0]), expected) == 0.25
-    assert benchmark.relative_error(torch.tensor([1.0, torch.nan]), expected) == torch.inf
-    assert benchmark.relative_error(torch.tensor([[1.0, -4.0]]), expected) == torch.inf
-    assert benchmark.relative_error(torch.tensor([0.5, 0.0]), 0 * expected) == 0.5
-    forgetful = Contender("", lambda shape: Work(lambda: ()), benchmark._own_scan("", "reference").reference)
+    assert measure.relative_error(torch.tensor([1.0, -3.0]), expected) == 0.25
+    assert measure.relative_error(torch.tensor([1.0, torch.nan]), expected) == torch.inf
+    assert measure.relative_error(torch.tensor([[1.0, -4.0]]), expected) == torch.inf
+    assert measure.relative_error(torch.tensor([0.5, 0.0]), 0 * expected) == 0.5
+    forgetful = Contender("", lambda shape: Work(lambda: ()), scans.reference_scan)
     with pytest.raises(ValueError, match=r"zip\(\) argument 2 is longer"):
-        benchmark.check_agreement(forgetful, Shape(1, 1))
+        measure.check_agreement(forgetful, Shape(1, 1))
 
 
 def test_rounds_are_interleaved_rotated_and_cut_short_for_the_slow(monkeypatch):
     clock, order = [0.0], []
-    monkeypatch.setattr(benchmark, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measure, "perf_counter", lambda: clock[0])
 
     def work(name: str, seconds: float, **options) -> Work:
         def run():
@@ -212,40 +220,34 @@ def test_rounds_are_interleaved_rotated_and_cut_short_for_the_slow(monkeypatch):
         return Work(run, **options)
 
     works = {"a": work("a", 1), "b": work("b", 2, per=4), "c": work("c", 5)}
-    samples = benchmark.interleave(works, 20)
+    samples = measure.interleave(works, 20)
     assert "".join(order) == "abc" + "ab" + "abc" + "bca" + "cab" + "ab" + "ba" + "ab" + "ab"
     assert samples == {"a": [1] * 7, "b": [0.5] * 7, "c": [5] * 3}  # 7 rounds of 1 + 2 s are the first with 20 s
 
-    assert {name: len(own) for name, own in benchmark.interleave(works, 25).items()} == {"a": 5, "b": 5, "c": 5}
+    assert {name: len(own) for name, own in measure.interleave(works, 25).items()} == {"a": 5, "b": 5, "c": 5}
     order.clear()
-    short = benchmark.interleave({"a": works["a"], "b": works["b"]}, 0.5)
+    short = measure.interleave({"a": works["a"], "b": works["b"]}, 0.5)
     assert "".join(order) == "ab" + "ab" + "ba" + "ab"  # all slow
     assert short == {"a": [1] * 3, "b": [0.5] * 3}
-    assert len(benchmark.interleave({"a": works["a"]}, 5)["a"]) == 5
-    assert benchmark.interleave({}, 1) == {}
+    assert len(measure.interleave({"a": works["a"]}, 5)["a"]) == 5
+    assert measure.interleave({}, 1) == {}
 
     order.clear()
     prepared = work("x", 1, before=work("-", 10).call)
-    assert benchmark.interleave({"x": prepared}, 6)["x"] == [1] * 6  # not timed, and not counted
+    assert measure.interleave({"x": prepared}, 6)["x"] == [1] * 6  # not timed, and not counted
     assert "".join(order) == "-x" * 8
-
-
-def test_rotated():
-    names = ["a", "b", "c"]
-    assert ["".join(benchmark.rotated(names, n)) for n in range(5)] == ["abc", "bca", "cab", "abc", "bca"]
-    assert benchmark.rotated([], 3) == []
 
 
 def test_summarize_against_numbers_by_hand():
     samples = {"a": [1.0, 2.0, 3.0, 4.0, 10.0], "base": [2.0, 2.0, 2.0, 1.0, 4.0], "slow": [8.0, 6.0, 4.0]}
-    result = benchmark.summarize(samples, ("base", "missing"))
+    result = measure.summarize(samples, ("base", "missing"))
     # a / base per round: 0.5, 1, 1.5, 4, 2.5; slow / base: 4, 3, 2, and the medians of the shared rounds are 6 and 2
     assert result["a"] == {"median": 3.0, "spread": (4 - 2) / 3, "ratios": {"base": [1.5, 1.0, 2.5]}}
     assert result["base"] == {"median": 2.0, "spread": 0.0, "ratios": {"base": [1.0, 1.0, 1.0]}}
     assert result["slow"] == {"median": 6.0, "spread": (7 - 5) / 6, "ratios": {"base": [3.0, 2.5, 3.5]}}
-    speed = benchmark.summarize(samples, ("base", "a"), "speed")
+    speed = measure.summarize(samples, ("base", "a"), "speed")
     assert speed["slow"]["ratios"] == {"base": pytest.approx([1 / 3, 7 / 24, 5 / 12]), "a": [2 / 6, 11 / 48, 13 / 24]}
-    assert benchmark.summarize({"one": [3.0]}, ())["one"] == {"median": 3.0, "spread": 0.0, "ratios": {}}
+    assert measure.summarize({"one": [3.0]}, ())["one"] == {"median": 3.0, "spread": 0.0, "ratios": {}}
 
 
 @pytest.mark.parametrize(
@@ -256,7 +258,7 @@ def test_summarize_against_numbers_by_hand():
     ],
 )
 def test_amounts(number, unit, text):
-    assert benchmark._amount(number, unit) == text
+    assert results.amount(number, unit) == text
 
 
 @pytest.mark.parametrize(("part", "passes"), [("forward", 1), ("backward", 2), ("forward + backward", 3)])
@@ -265,31 +267,31 @@ def test_amounts(number, unit, text):
 )
 def test_the_copy_moves_the_bytes_of_the_scan(kind, numbers, part, passes):
     shape = Shape(4, 6, batch=2, length=3, kind=kind, part=part)
-    target = benchmark._copy(shape).call()
+    target = scans.copy(shape).call()
     assert 2 * target.numel() == passes * numbers * 2 * 3 * 6  # half of it read and half written
-    assert benchmark._copy(benchmark.replace(shape, dtype="float64")).call().numel() == 2 * target.numel()
+    assert scans.copy(replace(shape, dtype="float64")).call().numel() == 2 * target.numel()
 
 
 def test_the_products_are_those_of_the_layer():
     """Nine at full length, of the sizes of the layer's, and the bias is in the first."""
     shape = Shape(3, 2, batch=2, length=5, d_model=4)
-    results = benchmark._products(shape).call()
+    results = layers.products(shape).call()
     time, inner = (2, 5), 6
     assert [tuple(x.shape) for x in results] == [
         *((*time, inner * 4), (*time, inner), (*time, 4)),
         *((*time, 4), (inner * 4, 4), (*time, 4), (inner, 4), (*time, inner), (4, inner)),
     ]
-    x, weight, cotangent, bias = benchmark._inputs(shape, (*time, 4), (24, 4), (*time, 24), (24,))
+    x, weight, cotangent, bias = contender.inputs(shape, (*time, 4), (24, 4), (*time, 24), (24,))
     assert torch.equal(results[0], torch.nn.functional.linear(x, weight, bias))
     torch.testing.assert_close(results[3], cotangent @ weight)
     torch.testing.assert_close(results[4], cotangent.flatten(0, 1).T @ x.flatten(0, 1))
-    assert benchmark._products(benchmark.replace(shape, dtype="bfloat16")).call()[4].dtype == torch.bfloat16
+    assert layers.products(replace(shape, dtype="bfloat16")).call()[4].dtype == torch.bfloat16
 
 
 def test_the_backward_is_only_the_backward():
     shape = Shape(2, 3, batch=2, length=5)
-    work = {part: benchmark.scan_work(benchmark.replace(shape, part=part), cpu_or_loop) for part in benchmark.PARTS}
-    forward, backward, both = (work[part].call() for part in benchmark.PARTS)
+    work = {part: scans.scan_work(replace(shape, part=part), cpu_or_loop) for part in PARTS}
+    forward, backward, both = (work[part].call() for part in PARTS)
     assert (len(forward), len(backward), len(both)) == (1, 3, 4)
     for actual, expected in zip((*forward, *backward), both, strict=True):
         assert torch.equal(actual, expected)
@@ -298,7 +300,23 @@ def test_the_backward_is_only_the_backward():
 
 
 def cpu_or_loop(*tensors):
-    return benchmark.block_scan(*tensors, backend="reference")
+    return block_scan(*tensors, backend="reference")
+
+
+@pytest.mark.parametrize("name", ["bdlru", "hlru"])
+def test_decoding_is_in_inference_mode_on_contiguous_tensors(monkeypatch, name):
+    seen, step = [], LinearRecurrence.step
+
+    def watched(self, x, state=None):
+        tensors = [x] if state is None else [x, state]
+        seen.append((torch.is_inference_mode_enabled(), [t.is_contiguous() for t in tensors]))
+        return step(self, x, state)
+
+    monkeypatch.setattr(LinearRecurrence, "step", watched)
+    work = next(c for c in layers.DECODE_CONTENDERS if c.name == name).make(Shape(3, 2, d_model=8))
+    y, state = work.call()
+    assert seen == [(True, [True]), (True, [True, True]), (True, [True, True])]
+    assert (y.shape, state.shape, work.per) == ((1, 8), (1, 3, 2), 3)
 
 
 @pytest.mark.parametrize("target", [1, 100, 2156, 50_000])
@@ -306,7 +324,7 @@ def test_nearest_width(target):
     def build(width):
         return torch.nn.Linear(3, width)  # 4 numbers each
 
-    width = benchmark.nearest_width(target, build)
+    width = layers.nearest_width(target, build)
     assert width == min(range(1, 1 << 14), key=lambda w: abs(4 * w - target))
 
 
@@ -314,24 +332,24 @@ def test_rivals_have_the_parameters_of_the_layer():
     shape = Shape(3, 8, batch=1, length=2, d_model=16)
     own = sum(p.numel() for p in BDLRU(16, 8, 3).parameters())
     for name in ("lstm", "gru"):
-        note = next(c for c in benchmark.LAYER_CONTENDERS if c.name == name).make(shape).note
+        note = next(c for c in layers.LAYER_CONTENDERS if c.name == name).make(shape).note
         assert abs(int(re.sub(r"\D", "", note)) / own - 1) < 0.05
-    counts = [int(re.sub(r"\D", "", c.make(shape).note)) for c in benchmark.TRAIN_CONTENDERS]
+    counts = [int(re.sub(r"\D", "", c.make(shape).note)) for c in layers.TRAIN_CONTENDERS]
     assert max(counts) / min(counts) < 1.02
 
 
 def test_memory_is_extrapolated_where_it_does_not_fit(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        benchmark, "peak_bytes", lambda name, shape: asked.append((name, shape.length)) or 7 + 5 * shape.length
+        memory, "peak_bytes", lambda name, shape: asked.append((name, shape.length)) or 7 + 5 * shape.length
     )
-    peaks = {c.name: c for c in benchmark.Memory(length=100_000).groups()[0].contenders}
+    peaks = {c.name: c for c in commands.Memory(length=100_000).groups()[0].contenders}
     shape = Shape(2, 3, length=100_000)
     assert peaks["bdlru"].make(shape).call() == 7 + 5 * 100_000
     work = peaks["associative"].make(shape)
     assert work.call() == pytest.approx(7 + 5 * 100_000)
     assert work.note == "EXTRAPOLATED from T 1024, 2048, 4096"
-    work = peaks["associative"].make(benchmark.replace(shape, length=300))
+    work = peaks["associative"].make(replace(shape, length=300))
     assert (work.call(), work.note) == (7 + 5 * 300, "")
     assert asked == [("bdlru", 100_000), *[("associative", n) for n in (1024, 2048, 4096, 300)]]
 
@@ -340,7 +358,7 @@ def test_peak_memory_is_that_of_a_process_of_its_own():
     """Raw gates and their gradient, 20 MB each, are more than half of what the layer keeps."""
     shape = Shape(4, 32, batch=1, length=8192, d_model=8)
     ballast = torch.zeros(50_000_000)  # would be the peak if it counted
-    assert 30e6 < benchmark.peak_bytes("bdlru", shape) < 150e6
+    assert 30e6 < memory.peak_bytes("bdlru", shape) < 150e6
     del ballast
 
 
@@ -350,9 +368,9 @@ def test_peak_memory_is_that_of_a_process_of_its_own():
 )
 def test_a_process_that_fails_is_a_reason(monkeypatch, status, errors, reason):
     ended = SimpleNamespace(returncode=status, stdout="", stderr=errors)
-    monkeypatch.setattr(benchmark.subprocess, "run", lambda *args, **options: ended)
+    monkeypatch.setattr(memory.subprocess, "run", lambda *args, **options: ended)
     with pytest.raises(UnavailableError, match=reason):
-        benchmark.peak_bytes("bdlru", Shape(1, 1))
+        memory.peak_bytes("bdlru", Shape(1, 1))
 
 
 WRONG_OPTIONS = [
@@ -415,7 +433,7 @@ def test_threads_and_instruction_set_are_as_before_also_after_an_error():
 
     options = {"sizes": "1x2", "d_model": 4, "seconds": 0.01, "threads": 2, "instruction_set": slowest}
     with pytest.raises(KeyboardInterrupt):
-        benchmark.run(benchmark.Decode(**options), fail)
+        commands.run(commands.Decode(**options), fail)
     assert seen == [(2, slowest)]
     assert (torch.get_num_threads(), cpu.instruction_set()) == (1, own)
 
@@ -436,12 +454,12 @@ def test_an_interrupted_run_says_so(capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(benchmark, "interleave", interrupted)
+    monkeypatch.setattr(commands, "interleave", interrupted)
     assert call(capsys, "decode --sizes 1x2 --d-model 4 --out it") == (130, "", "stopped.\n")
 
 
 def test_names_of_contenders_differ():
-    for kind in (benchmark.Scan, benchmark.Layer, benchmark.TrainStep, benchmark.Decode, benchmark.Scaling):
+    for kind in (commands.Scan, commands.Layer, commands.TrainStep, commands.Decode, commands.Scaling):
         for group in kind(sizes="1x2").groups():
             names = [c.name for c in group.contenders]
             assert not any(a == b for a, b in itertools.combinations(names, 2))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "statemix"
-SCAN = "statemix.scan"
+SCAN, BENCH = "statemix.scan", "statemix.benchmark"
 
 # What a module may import of statemix: an entry stands for itself and all below it.
 # A module goes by its longest prefix here; what has none may import anything but ONLY_BY.
@@ -26,6 +26,12 @@ ALLOWED = {
     "statemix.analysis": ("statemix.gates",),
     "statemix.mixers": ("statemix.mixers", "statemix.gates", SCAN, "statemix.specs"),
     "statemix.model": ("statemix.mixers", "statemix.gates", SCAN, "statemix.specs"),
+    f"{BENCH}.contender": (),
+    f"{BENCH}.results": (),
+    f"{BENCH}.measure": (f"{BENCH}.contender", SCAN),
+    f"{BENCH}.scans": (f"{BENCH}.contender", "statemix.gates", SCAN),
+    f"{BENCH}.layers": (f"{BENCH}.contender", "statemix.mixers", "statemix.model"),
+    f"{BENCH}.memory": (f"{BENCH}.contender", f"{BENCH}.layers", SCAN),
 }
 # These import torch, numpy and the standard library besides.
 PLAIN = ("statemix.gates", "statemix.specs", "statemix.tasks", "statemix.analysis")
@@ -127,6 +133,8 @@ PLANTED = [  # (module, source, the names that are wrong)
     ("statemix.train", "from tests.conftest import assert_close", ["tests.conftest.assert_close"]),
     ("statemix.train", "import experiments.quickstart as quick", ["experiments.quickstart"]),
     ("statemix.train", "import statemix.cli, triton", ["statemix.cli", "triton"]),
+    (f"{BENCH}.measure", "from statemix.benchmark.scans import copy", [f"{BENCH}.scans.copy"]),
+    (f"{BENCH}.commands", "from statemix.benchmark import layers, scans\nfrom statemix.files import write_whole", []),
     ("statemix", "from statemix import model\nfrom .cli import main", ["statemix.cli.main"]),
 ]
 
