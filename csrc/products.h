@@ -1,7 +1,7 @@
 // Matrix products of a chunk that is in cache: C[r][c] = start[r][c] + sum_k A[r][k] B[k][c].
 //
-// B comes in panels of two vectors of columns, so that a panel's row is two neighbouring vectors; the registers hold
-// kTileRows x 2 vectors of C. Weights are packed into panels once per call; activations are used where they lie.
+// B comes in panels of kTileVectors vectors of columns, a panel's row being neighbours; the registers hold kTileRows x
+// kTileVectors vectors of C. Weights are packed into panels once per call; activations are used where they lie.
 #pragma once
 #include "simd.h"
 
@@ -11,16 +11,17 @@ namespace statemix {
 namespace {
 
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileRows = 12, kMiddleRows = 4;  // of 32 registers
+constexpr int kTileRows = 8, kTileVectors = 3;  // of 32 registers
 #elif defined(__AVX2__)
-constexpr int kTileRows = 6, kMiddleRows = 2;  // of 16
+constexpr int kTileRows = 6, kTileVectors = 2;  // of 16
 #else
-constexpr int kTileRows = 4, kMiddleRows = 2;  // and without fused multiply-add
+constexpr int kTileRows = 4, kTileVectors = 2;  // and without fused multiply-add
 #endif
-constexpr int64_t kDepthAtOnce = 512;
+constexpr int kMiddleRows = kTileRows / 2;
+constexpr int64_t kDepthAtOnce = 256;
 
 template <class T>
-constexpr int64_t kPanel = 2 * width<T>;
+constexpr int64_t kPanel = kTileVectors * width<T>;
 
 // A[r][k] is at a[r * lda + k], or at a[k * lda + r] if `transposed`.
 template <class T, int Rows, int Vectors, bool transposed>
@@ -29,7 +30,7 @@ STATEMIX_INLINE void tile(const T* a, int64_t lda, const T* b, int64_t ldb, int6
   V<T> sum[Rows][Vectors];
 #pragma GCC unroll 12
   for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int v = 0; v < Vectors; ++v) sum[r][v] = start ? load(start + r * start_stride + v * width<T>) : V<T>{};
   // a row each third: x86 addresses base, base + lda and base + 2 lda without further registers
   const T* base[(Rows + 2) / 3];
@@ -37,12 +38,12 @@ STATEMIX_INLINE void tile(const T* a, int64_t lda, const T* b, int64_t ldb, int6
   for (int r = 0; r < Rows; r += 3) base[r / 3] = a + (transposed ? r : r * lda);
   for (int64_t k = 0; k < depth; ++k, b += ldb) {
     V<T> row[Vectors];
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int v = 0; v < Vectors; ++v) row[v] = load(b + v * width<T>);
 #pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) {
       const V<T> x = splat<T>(transposed ? a[r] : base[r / 3][(r % 3) * lda]);
-#pragma GCC unroll 2
+#pragma GCC unroll 3
       for (int v = 0; v < Vectors; ++v) sum[r][v] += x * row[v];
     }
     if (transposed)
@@ -53,7 +54,7 @@ STATEMIX_INLINE void tile(const T* a, int64_t lda, const T* b, int64_t ldb, int6
   }
 #pragma GCC unroll 12
   for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int v = 0; v < Vectors; ++v) store(c + r * ldc + v * width<T>, sum[r][v]);
 }
 
@@ -77,7 +78,10 @@ STATEMIX_NOINLINE void tile_of_rows(const Product<T>& p, int64_t r, int64_t colu
   T* c = p.c + r * p.ldc + column;
   const T* start = k ? c : p.start ? p.start + r * p.start_stride + column : nullptr;
   const int64_t start_stride = k ? p.ldc : p.start_stride;
-  if (p.columns - column >= kPanel<T>)
+  const int64_t vectors = (p.columns - column) / width<T>;
+  if (vectors >= kTileVectors)
+    tile<T, Rows, kTileVectors, transposed>(a, p.lda, b, p.ldb, depth, start, start_stride, c, p.ldc);
+  else if (kTileVectors > 2 && vectors == 2)
     tile<T, Rows, 2, transposed>(a, p.lda, b, p.ldb, depth, start, start_stride, c, p.ldc);
   else
     tile<T, Rows, 1, transposed>(a, p.lda, b, p.ldb, depth, start, start_stride, c, p.ldc);

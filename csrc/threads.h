@@ -19,7 +19,7 @@ namespace {
 
 // Runs body(thread, threads) on that many threads.
 template <class Body>
-void in_parallel(int64_t threads, const Body& body) {
+void in_parallel([[maybe_unused]] int64_t threads, const Body& body) {
 #if defined(_OPENMP)
   if (threads > 1 && !forked) {
 #pragma omp parallel num_threads(int(threads))
