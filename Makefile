@@ -1,5 +1,6 @@
 # make quickstart   install into .venv, then train and compare four small models
 # make test         install into .venv, then lint, type checks and tests
+# make sanitize     build the kernels with the address and undefined-behaviour sanitizers, and run them all (minutes)
 # make format       let ruff rewrite the sources
 
 # TORCH pins the version developed with. Where a CPU build is wanted and the default is another, give pip the index of
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := src tests experiments
 
-.PHONY: quickstart test format clean
+.PHONY: quickstart test sanitize format clean
 quickstart: .venv/installed
 	$(BIN)/python experiments/quickstart.py
 
@@ -18,6 +19,14 @@ test: .venv/installed
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
+
+# Python itself is not sanitised, so the runtime is loaded before it, and with it libstdc++, whose exceptions it watches.
+sanitize: .venv/installed
+	$(or $(wildcard $(BIN)/cmake),cmake) -S . -B build/sanitize -DSTATEMIX_SANITIZE=ON
+	$(or $(wildcard $(BIN)/cmake),cmake) --build build/sanitize
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	$(BIN)/python tests/sanitize.py build/sanitize/statemix_cpu.so
 
 format: .venv/installed
 	$(BIN)/ruff check --fix $(SOURCES)

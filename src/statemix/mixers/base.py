@@ -51,6 +51,9 @@ class Mixer(nn.Module):
                 f"{name}: `x` must have shape (B, T, D) with D = {self.d_model} and B, T of at least 1, "
                 f"got {tuple(x.shape)}."
             )
+        for argument, tensor in (("state", state), ("reset", reset)):
+            if tensor is not None and tensor.device != x.device:
+                raise TypeError(f"{name}: `{argument}` must be on {x.device} like `x`, got {tensor.device}.")
         if state is not None and tuple(state.shape) != (wanted := (x.shape[0], *self.state_shape)):
             raise ValueError(f"{name}: `state` must have shape (B, M, N) = {wanted}, got {tuple(state.shape)}.")
         if reset is not None and reset.dtype != torch.bool:
@@ -123,7 +126,7 @@ class LinearRecurrence(Mixer):
 
     def _fused_step(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The step as one call, or None where that does not serve: with gradients, or for many rows."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor or x.ndim != 2:
+        if torch.is_grad_enabled() or type(x) is not Tensor or x.ndim != 2 or cpu.transformed():
             return None
         batch, width = x.shape
         if not 0 < batch <= 8 or width != self.d_model or (weights := self._fused_weights(x)) is None:
@@ -131,7 +134,9 @@ class LinearRecurrence(Mixer):
         wanted = (batch, *self.state_shape)
         if state is None:
             state = x.new_zeros(wanted)
-        if state.shape != wanted or state.dtype != x.dtype or not (x.is_contiguous() and state.is_contiguous()):
+        if state.shape != wanted or state.dtype != x.dtype or state.device != x.device:
+            return None
+        if not all(tensor.is_contiguous() for tensor in (x, state, *weights)):
             return None
         return cpu.layer_step(x, weights, state, normalization=self.normalization, kind=self.kind)
 
@@ -139,19 +144,29 @@ class LinearRecurrence(Mixer):
         """The weights for the fused kernels, or None where they do not serve this layer or x."""
         # dictionaries: a step is so short that nn.Module's attributes would be half of it
         modules = self._modules
-        projection = modules["raw_gates"]._modules.get("projection")  # type: ignore[union-attr]
+        raw_gates = modules["raw_gates"]
+        assert raw_gates is not None
+        linears = (raw_gates._modules.get("projection"), modules["values"], modules["output"])
         if (
-            projection is None
-            or self.backend not in ("auto", "cpu")
+            self.backend not in ("auto", "cpu")
             or x.dtype not in (torch.float32, torch.float64)
             or not cpu.serves(x.device, self.state_shape[0])
             or torch.is_autocast_enabled("cpu")
+            or raw_gates._forward_hooks
+            or raw_gates._forward_pre_hooks
         ):
             return None
-        gates, values, output = projection._parameters, modules["values"]._parameters, modules["output"]._parameters  # type: ignore[union-attr]
+        for linear in linears:  # fused, a module is not called: a subclass or a hook would be passed over
+            if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+                return None
+            if linear._backward_hooks or linear._backward_pre_hooks:
+                return None
+        gates, values, output = (linear._parameters for linear in linears if linear is not None)
+        if values.get("bias") is not None or output.get("bias") is not None:
+            return None
         weights = gates.get("weight"), gates.get("bias"), values.get("weight"), output.get("weight")
-        for weight in weights:
-            if weight is None or weight.dtype != x.dtype:  # parametrised, or of another dtype
+        for weight in weights:  # None: parametrised
+            if weight is None or weight.dtype != x.dtype or weight.device.type != "cpu":
                 return None
         return weights  # type: ignore[return-value]
 

@@ -57,18 +57,21 @@ class _Layer(ctypes.Structure):
 class _Library:
     """The loaded shared library and the instruction set in use."""
 
-    def __init__(self) -> None:
-        # an editable install keeps the library apart from the sources, so look in every folder of the package
-        folders = [Path(folder) for folder in sys.modules[__package__].__path__]
-        found = [folder / LIBRARY for folder in folders if (folder / LIBRARY).exists()]
-        if not found:
-            raise OSError(
-                f"{LIBRARY} is not in {folders[0]}: it was not built when statemix was installed. Install again with a "
-                "C++17 compiler (g++ or clang) and `pip install -v` to see why."
-            )
-        library = ctypes.CDLL(str(found[0]))
+    def __init__(self, path: Path | None = None) -> None:
+        """Args: path: of the library; the one that was installed with the package if None."""
+        if path is None:
+            # an editable install keeps the library apart from the sources, so look in every folder of the package
+            folders = [Path(folder) for folder in sys.modules[__package__].__path__]
+            found = [folder / LIBRARY for folder in folders if (folder / LIBRARY).exists()]
+            if not found:
+                raise OSError(
+                    f"{LIBRARY} is not in {folders[0]}: it was not built when statemix was installed. Install again "
+                    "with a C++17 compiler (g++ or clang) and `pip install -v` to see why."
+                )
+            path = found[0]
+        library = ctypes.CDLL(str(path))
         if getattr(library, "statemix_interface", int)() != _INTERFACE:
-            raise OSError(f"{found[0]} is from another version of statemix. Install again.")
+            raise OSError(f"{path} is from another version of statemix. Install again.")
         library.statemix_instruction_set.restype = ctypes.c_char_p
         names: list[str] = []
         while (name := library.statemix_instruction_set(len(names))) is not None:
@@ -106,6 +109,15 @@ def load_problem() -> str | None:
 def serves(device: torch.device, order: int) -> bool:
     """Whether the kernels are there and serve tensors of this device with this block size or order."""
     return device.type == "cpu" and order <= MAX_ORDER and not isinstance(_loaded, str)
+
+
+def transformed() -> bool:
+    """Whether torch.compile, functorch or forward-mode differentiation looks at the operations now made."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def instruction_sets() -> tuple[str, ...]:

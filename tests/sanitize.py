@@ -1,0 +1,74 @@
+"""Every kernel of a library built with sanitizers, on the shapes where an index goes wrong, against the loop.
+
+`make sanitize` builds that library and runs this. It writes nothing: a sanitizer says what it found and stops.
+"""
+
+import dataclasses
+import itertools
+import sys
+from pathlib import Path
+
+import test_layer
+import torch
+from conftest import LAYOUTS, SCANS, TOLERANCE, make_problem, relative_error
+from torch import Tensor
+
+from statemix.gates import NORMALIZATIONS
+from statemix.scan import cpu
+
+ORDERS = (*range(1, 17), 17, 33)  # the last two have no kernels of their own
+BLOCKS = (1, 3, 15, 16, 17, 33)
+LAYOUTS = list((LAYOUTS | test_layer.SHIFTED).values())
+
+
+def main() -> None:
+    cpu._loaded = cpu._Library(Path(sys.argv[1]))
+    torch.set_num_threads(2)
+    generator, bounded = torch.Generator().manual_seed(0), [name for name in NORMALIZATIONS if name != "none"]
+    for i, (kind, order, blocks) in enumerate(itertools.product(SCANS, ORDERS, BLOCKS)):
+        options = {
+            # every few problems one of several chunks of time: they are 128 steps or less, and 24 to 240 in a layer
+            "length": (1, 2, 9, 300 if order <= 4 else 9, 65 if order >= 8 else 9)[i % 5],
+            "batch": 1 + i % 3,
+            "with_state": i % 2 == 0,
+            "with_reset": i % 4 < 2,
+            "normalization": bounded[i % len(bounded)] if i % 5 > 2 else list(NORMALIZATIONS)[i % len(NORMALIZATIONS)],
+        }
+        arrange = LAYOUTS[i % len(LAYOUTS)]
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            run_scan(make_problem(generator, kind, order=order, blocks=blocks, dtype=dtype, **options), arrange)
+        for dtype in (torch.float32, torch.float64):
+            width = (1, 5, 16, 40)[i % 4]
+            run_layer(test_layer.make_problem(generator, kind, order, blocks, width, dtype=dtype, **options), arrange)
+
+
+def assert_near(results: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Softer than the tests: where gates are slow and T is long, the loop itself is off by more than they allow."""
+    for what, actual in results.items():
+        error, limit = relative_error(actual, expected[what]), min(100 * TOLERANCE[actual.dtype], 0.04)
+        assert error <= limit, f"{what}: relative error {error:.3g} is above {limit:.3g} for {actual.dtype}"
+
+
+def run_scan(problem, arrange) -> None:
+    expected, problem = problem.to(torch.float64).results("reference"), problem.map(arrange)
+    for instruction_set in cpu.instruction_sets():
+        cpu.use_instruction_set(instruction_set)
+        assert_near(problem.results("cpu"), expected)
+
+
+def run_layer(problem, arrange) -> None:
+    expected, laid_out = problem.expected(), problem.map(lambda x: arrange(x) if x.ndim > 1 else x)
+    first = dataclasses.replace(problem, inputs=problem.inputs | {"x": problem.inputs["x"][:, :1]}, reset=None)
+    (y, _), (x, weights, state) = first.by_the_loop(first.map(Tensor.double).inputs), first.split(first.inputs)
+    state = x.new_zeros(len(x), *problem.mixer.state_shape) if state is None else state
+    for instruction_set in cpu.instruction_sets():
+        cpu.use_instruction_set(instruction_set)
+        for recompute in (False, True):
+            assert_near(laid_out.results(laid_out.fused, recompute), expected)
+        options = {"normalization": problem.mixer.normalization, "kind": problem.mixer.kind}
+        stepped, _ = cpu.layer_step(x[:, 0].contiguous(), weights, state, **options)
+        assert_near({"y": stepped}, {"y": y[:, 0]})
+
+
+if __name__ == "__main__":
+    main()
