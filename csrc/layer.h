@@ -24,7 +24,7 @@ namespace statemix {
 namespace {
 
 constexpr int64_t kChunkBytes = 384 << 10;  // of raw gates: what stays in a second-level cache beside the weights
-constexpr int64_t kLeastRows = 24, kMostRows = 240;
+constexpr int64_t kLeastRows = 96, kMostRows = 240;
 
 template <class T>
 struct Shape {
