@@ -33,10 +33,12 @@ def test_python_of_the_readme_runs():
 
 def test_statemix_commands_of_the_readme_run(tmp_path, capsys):
     commands = [command[1:] for command in shell_commands() if command[0] == "statemix"]
-    assert [command[0] for command in commands] == ["train", "train", "info"]
+    assert [command[0] for command in commands] == ["train", "train", "info", "bench"]
     for command in commands:
         # as written but shorter, and not into the reader's folder
         short = ["--steps", "2", "--eval-sequences", "8", "--out", str(tmp_path)] if "--out" in command else []
+        if command[0] == "bench":
+            short = ["--sizes", "1x4", "--length", "16", "--seconds", "0.01", "--out", str(tmp_path / "bench")]
         assert main(command + short) == 0, capsys.readouterr().err
 
 
