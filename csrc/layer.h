@@ -354,7 +354,7 @@ struct Pass {
     T* const grad_in = sum;
     T* const grad_out = grad_in + s.columns * s.padded_width;
     T* const grad_bias = grad_out + s.width * s.depth;
-    // x before the place of grad_x is needed, and the output weights before grad_y is overwritten
+    // rows of x that vectors may read to their end
     for (int64_t r = 0; r < count; ++r) {
       const T* from = (const T*)p.x + (b * s.length + t0 + r) * s.width;
       for (int64_t d = 0; d < s.padded_width; ++d) x[r * s.row_pitch + d] = d < s.width ? from[d] : T(0);
