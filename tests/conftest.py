@@ -28,6 +28,15 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture
+def instruction_set(request):
+    """The kernels of one instruction set, for a test parametrised over `cpu.instruction_sets()`."""
+    before = cpu.instruction_set()
+    cpu.use_instruction_set(request.param)
+    yield request.param
+    cpu.use_instruction_set(before)
+
+
+@pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 

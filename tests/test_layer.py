@@ -26,14 +26,6 @@ WEIGHTS = ("raw_gates.projection.weight", "raw_gates.projection.bias", "values.w
 
 
 @pytest.fixture
-def instruction_set(request):
-    before = cpu.instruction_set()
-    cpu.use_instruction_set(request.param)
-    yield request.param
-    cpu.use_instruction_set(before)
-
-
-@pytest.fixture
 def threads():
     yield torch.set_num_threads
     torch.set_num_threads(2)
