@@ -55,14 +55,15 @@ struct Steps {
   Array grad_states, grad_gates, grad_values;
 };
 
-// q (+ 1 if it stands for a weight above 1/2) times u; `limit` is 0 where q is used as said above, and else the least
+// The lanes where q stands for a weight above 1/2, for q + 1. `limit` is 0 where q is used as said above, and else the least
 // integer: then no bit pattern is below it.
 template <class T>
-struct Kept {
+struct Flags {
   using I = typename Lanes<T>::I;
   I limit;
-  explicit Kept(int normalization) : limit(is_convex(normalization) ? I{} : I{} + ~Lanes<T>::all_but_sign) {}
-  STATEMIX_INLINE V<T> part(V<T> q, V<T> u) const { return (I)q < limit ? u : V<T>{}; }
+  explicit Flags(int normalization) : limit(is_convex(normalization) ? I{} : I{} + ~Lanes<T>::all_but_sign) {}
+  STATEMIX_INLINE Mask<T> operator()(V<T> q) const { return Mask<T>::bits_below(q, limit); }
+  STATEMIX_INLINE V<T> part(V<T> q, V<T> u) const { return (*this)(q).choose(u, V<T>{}); }
 };
 
 // base + rest, and what the rounding lost. An infinite sum has lost nothing.
@@ -106,62 +107,97 @@ STATEMIX_INLINE void weigh_gate(V<T> z, V<T>& f, V<T>& slope) {
   }
 }
 
+// x_0 + x_1 + ... as four sums: one alone would wait four cycles for each addition. The same for the largest.
+template <class T, class Combine>
+STATEMIX_INLINE V<T> fold(const V<T>* x, int count, Combine combine) {
+  V<T> part[4] = {};
+#pragma GCC unroll 17
+  for (int j = 0; j < count; ++j) part[j % 4] = j < 4 ? x[j] : combine(part[j % 4], x[j]);
+  if (count > 3) part[2] = combine(part[2], part[3]);
+  if (count > 1) part[0] = combine(part[0], part[1]);
+  return count > 2 ? combine(part[0], part[2]) : part[0];
+}
+
+// Weights of one row at `Side` steps. A row spends most of its time waiting for its own sums, so small ones go side by side.
+template <class T, Normalization norm, bool slopes, int Gates, int Side>
+STATEMIX_INLINE void weigh_row(const T* gate, const Steps<T>& steps, int gates, Weights<T> w) {
+  constexpr int capacity = Gates ? Gates : kMaxOrder + 1;
+  const V<T> floor = splat(norm == kRelu ? T(kReluFloor) * gates : T(0)), half = splat(T(0.5));
+  const int64_t ahead = steps.next * steps.gates.step;
+  V<T> f[Side][capacity], inverse[Side];
+#pragma GCC unroll 4
+  for (int t = 0; t < Side; ++t)
+#pragma GCC unroll 17
+    for (int j = 0; j < gates; ++j) {
+      const T* const at = gate + t * steps.gates.step + j * steps.gates.row;
+      f[t][j] = load(at);
+      __builtin_prefetch(at + ahead, 0, 2);
+      if (norm == kNone) store(w.q + t * w.step + j * kSlot<T>, f[t][j]);
+      if (norm == kNone && slopes) store(w.d + t * w.step + j * kSlot<T>, splat(T(1)));
+    }
+  if constexpr (norm == kNone) return;
+#pragma GCC unroll 4
+  for (int t = 0; t < Side; ++t) {
+    V<T> shift = {};  // of the whole row, to keep its largest entry away from underflow
+    if constexpr (norm == kSoftmax || norm == kSigmoid) {
+      const V<T> peak = fold<T>(f[t], gates, [](V<T> a, V<T> b) { return larger<T>(a, b); });
+      // below -80 the sigmoid is exp to the last bit, and a row of exp may be shifted
+      shift = norm == kSoftmax ? -peak : larger<T>(T(-80) - peak, V<T>{});
+    }
+#pragma GCC unroll 17
+    for (int j = 0; j < gates; ++j) {
+      V<T> slope;
+      weigh_gate<T, norm, slopes>(f[t][j] + shift, f[t][j], slope);
+      if (slopes) store(w.d + t * w.step + j * kSlot<T>, slope);
+    }
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < Side; ++t) {
+    V<T> size[capacity];
+#pragma GCC unroll 17
+    for (int j = 0; j < gates; ++j) size[j] = is_signed(norm) ? absolute<T>(f[t][j]) : f[t][j];
+    const V<T> sum = floor + fold<T>(size, gates, [](V<T> a, V<T> b) { return a + b; });
+    // a row of zeros has weights of 0: tests/test_gates.py. The largest term of softmax is 1.
+    inverse[t] = norm == kSoftmax ? reciprocal<T>(sum)
+                                  : T(1) / (sum < std::numeric_limits<T>::min() ? splat(T(1)) : sum);
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < Side; ++t) {
+    T *const q = w.q + t * w.step, *const d = w.d + t * w.step, *const sign = w.sign + t * w.step;
+    V<T> others[2] = {floor * inverse[t], {}};
+#pragma GCC unroll 17
+    for (int j = 0; j < gates; ++j) {
+      f[t][j] *= inverse[t];
+      if (is_convex(norm)) others[j % 2] = Mask<T>::not_above(f[t][j], half).add(others[j % 2], f[t][j]);
+    }
+    const V<T> below_one = -(others[0] + others[1]);
+#pragma GCC unroll 17
+    for (int j = 0; j < gates; ++j) {
+      const V<T> p = f[t][j];
+      store(q + j * kSlot<T>, is_convex(norm) ? Mask<T>::not_above(p, half).choose(p, below_one) : p);
+      if (slopes) store(d + j * kSlot<T>, load(d + j * kSlot<T>) * inverse[t]);
+      if (slopes && is_signed(norm)) store(sign + j * kSlot<T>, p > 0 ? splat(T(1)) : (p < 0 ? splat(T(-1)) : V<T>{}));
+    }
+  }
+}
+
 // Weights of every row of every step; with d and sign if `slopes`. Gates is M + 1, or 0: known at run time only.
 template <class T, Normalization norm, bool slopes, int Gates>
 STATEMIX_NOINLINE void weigh(const Steps<T>& steps, int rows, Weights<T> w) {
+  constexpr int side = Gates == 0 ? 1 : Gates <= 2 ? 4 : Gates <= 5 ? 2 : 1;  // as many as the registers hold
   const int gates = Gates ? Gates : steps.order + 1;
-  const V<T> floor = splat(norm == kRelu ? T(kReluFloor) * gates : T(0));
   if (slopes && !is_signed(norm)) store(w.sign, splat(T(norm == kNone ? 0 : 1)));
-  const int64_t stride = steps.gates.row, ahead = steps.next * steps.gates.step;
-  for (int t = 0; t < steps.count; ++t) {
-    const T *gate = steps.gates(t, 0), *grad_gate = slopes ? steps.grad_gates(t, 0) : nullptr;
-    T *p = w.q + t * w.step, *d = w.d + t * w.step, *sign = w.sign + t * w.step;
-    for (int i = 0; i < rows; ++i, gate += gates * stride, grad_gate += gates * steps.grad_gates.row, p += gates * kSlot<T>,
-             d += gates * kSlot<T>, sign += gates * kSlot<T>) {
-      V<T> sum = floor;
-      V<T> shift = {};  // of the whole row, to keep its largest entry away from underflow
-      V<T> f[Gates ? Gates : kMaxOrder + 1];
-#pragma GCC unroll 17
-      for (int j = 0; j < gates; ++j) {
-        f[j] = load(gate + j * stride);
-        __builtin_prefetch(gate + j * stride + ahead, 0, 2);
-        if (slopes) __builtin_prefetch(grad_gate + j * steps.grad_gates.row, 1, 2);
-      }
-      if constexpr (norm == kSoftmax || norm == kSigmoid) {
-        V<T> peak = f[0];
-#pragma GCC unroll 17
-        for (int j = 1; j < gates; ++j) peak = larger<T>(peak, f[j]);
-        // below -80 the sigmoid is exp to the last bit, and a row of exp may be shifted
-        shift = norm == kSoftmax ? -peak : larger<T>(T(-80) - peak, V<T>{});
-      }
-#pragma GCC unroll 17
-      for (int j = 0; j < gates; ++j) {
-        V<T> slope;
-        weigh_gate<T, norm, slopes>(f[j] + shift, f[j], slope);
-        if (slopes) store(d + j * kSlot<T>, slope);
-        sum += is_signed(norm) ? absolute<T>(f[j]) : f[j];
-      }
-      if constexpr (norm == kNone) {
-#pragma GCC unroll 17
-        for (int j = 0; j < gates; ++j) store(p + j * kSlot<T>, f[j]);
-      } else {
-        // a row of zeros has weights of 0: tests/test_gates.py. The largest term of softmax is 1.
-        const V<T> inverse = norm == kSoftmax ? reciprocal<T>(sum)
-                                              : T(1) / (sum < std::numeric_limits<T>::min() ? splat(T(1)) : sum);
-        V<T> others = floor * inverse;
-#pragma GCC unroll 17
-        for (int j = 0; j < gates; ++j) {
-          f[j] *= inverse;
-          if (is_convex(norm)) others += f[j] > T(0.5) ? V<T>{} : f[j];
-        }
-#pragma GCC unroll 17
-        for (int j = 0; j < gates; ++j) {
-          store(p + j * kSlot<T>, is_convex(norm) ? (f[j] > T(0.5) ? -others : f[j]) : f[j]);
-          if (slopes) store(d + j * kSlot<T>, load(d + j * kSlot<T>) * inverse);
-          if (slopes && is_signed(norm))
-            store(sign + j * kSlot<T>, f[j] > 0 ? splat(T(1)) : (f[j] < 0 ? splat(T(-1)) : V<T>{}));
-        }
-      }
+  for (int t = 0, together = side; t < steps.count; t += together) {
+    if (steps.count - t < side) together = 1;
+    const T* gate = steps.gates(t, 0);
+    Weights<T> row = {w.q + t * w.step, w.d + t * w.step, w.sign + t * w.step, w.step};
+    for (int i = 0; i < rows; ++i) {
+      if (together == side)
+        weigh_row<T, norm, slopes, Gates, side>(gate, steps, gates, row);
+      else
+        weigh_row<T, norm, slopes, Gates, 1>(gate, steps, gates, row);
+      gate += gates * steps.gates.row;
+      row.q += gates * kSlot<T>, row.d += gates * kSlot<T>, row.sign += gates * kSlot<T>;
     }
   }
 }
@@ -175,7 +211,7 @@ STATEMIX_NOINLINE void forward(const Steps<T>& steps, Weights<T> w, V<T>* carry)
   const int order = Order ? Order : steps.order, gates = order + 1;
   const int rows = kind == kBlock ? order : 1;
   const bool bounded = steps.normalization != kNone;
-  const Kept<T> kept(steps.normalization);
+  const Flags<T> flags(steps.normalization);
   V<T> h[kCapacity<Order>], lost[kCapacity<Order>], next[kCapacity<Order>], next_lost[kCapacity<Order>];
   for (int i = 0; i < order; ++i) h[i] = carry[i], lost[i] = carry[order + i];
 
@@ -185,12 +221,12 @@ STATEMIX_NOINLINE void forward(const Steps<T>& steps, Weights<T> w, V<T>* carry)
       for (int i = 0; i < order; ++i) h[i] = lost[i] = V<T>{};
     if constexpr (kind == kObserver) {
       const V<T> top = h[0], top_lost = lost[0], v = load(steps.values(t, 0));
-      const V<T> entering = weight(order) * v + kept.part(weight(order), v);
+      const V<T> entering = weight(order) * v + flags.part(weight(order), v);
       for (int j = 0; j < order; ++j) {
         const V<T> q = weight(j);
         V<T> rest;
-        const V<T> base = add_any<T>(j + 1 < order ? h[j + 1] : V<T>{}, kept.part(q, top), rest);
-        rest += q * top + kept.part(q, top_lost);
+        const V<T> base = add_any<T>(j + 1 < order ? h[j + 1] : V<T>{}, flags.part(q, top), rest);
+        rest += q * top + flags.part(q, top_lost);
         if (j + 1 < order) rest += lost[j + 1];
         if (j == 0) rest += entering;
         h[j] = add<T>(base, rest, lost[j]);
@@ -202,14 +238,16 @@ STATEMIX_NOINLINE void forward(const Steps<T>& steps, Weights<T> w, V<T>* carry)
       for (int i = 0; i < rows; ++i) {
         const V<T> v = load(steps.values(t, i)), entering = weight(i * gates + order);
         __builtin_prefetch(steps.values(t + steps.next, i), 0, 2);
-        V<T> rest = entering * v, base = kept.part(entering, v);
+        // rest in two sums, so that the new state waits for as little as can be
+        V<T> rest[2] = {entering * v, {}}, base = flags.part(entering, v);
         for (int j = 0; j < order; ++j) {
           const V<T> q = weight(i * gates + j);
-          rest += q * h[j];
-          rest += kept.part(q, lost[j]);
-          base += kept.part(q, h[j]);
+          const Mask<T> flagged = flags(q);
+          rest[0] = flagged.add(rest[0], lost[j]);
+          rest[1] += q * h[j];
+          base = flagged.add(base, h[j]);
         }
-        V<T> sum = add<T>(base, rest, next_lost[i]);
+        V<T> sum = add<T>(base, rest[0] + rest[1], next_lost[i]);
         if (bounded) {
           // rounding must not let |h| drift past the bound of Proposition 1 in 10^6 steps: tests/test_stability.py
           const V<T> bound = larger<T>(peak, absolute<T>(v));
@@ -248,7 +286,8 @@ template <class T, int Order, Kind kind, bool softmax>
 STATEMIX_NOINLINE void backward(const Steps<T>& steps, Weights<T> w, V<T>* carry) {
   const int order = Order ? Order : steps.order, gates = order + 1;
   const int rows = kind == kBlock ? order : 1, shown = kind == kCompanion ? 1 : order;
-  const Kept<T> kept(steps.normalization);
+  constexpr int kAhead = 4;  // steps: what is written must be in the cache by then, or the stores wait
+  const Flags<T> flags(steps.normalization);
   const int64_t sign_step = is_signed(steps.normalization) ? 1 : 0;
   V<T> u[kCapacity<Order>], h[kCapacity<Order>], s[kCapacity<Order>], lost[kCapacity<Order>], base[kCapacity<Order>],
       rest[kCapacity<Order>];
@@ -273,6 +312,7 @@ STATEMIX_NOINLINE void backward(const Steps<T>& steps, Weights<T> w, V<T>* carry
     const auto weight = [q = w.q + t * w.step](int g) { return load(q + g * kSlot<T>); };
     // dL/dz of gate g from the adjoint times the weight, sp, the adjoint s, u and the mean of u (or of s u, then s = 1)
     const auto grad_gate = [&](int g, V<T> sp, V<T> si, V<T> ug, V<T> mean) {
+      __builtin_prefetch(steps.grad_gates(t - kAhead, g), 1, 3);
       if constexpr (softmax)
         store(steps.grad_gates(t, g), sp * (ug - mean));
       else
@@ -284,22 +324,24 @@ STATEMIX_NOINLINE void backward(const Steps<T>& steps, Weights<T> w, V<T>* carry
       // weight j feeds component j: dL/dp_j = s_j h[0], and s_0 v for the input gate
       const V<T> v = load(steps.values(t, 0)), entering = weight(order), one = splat(T(1));
       const V<T> sv = s[0] * v;
-      V<T> mean = entering * sv + kept.part(entering, sv);
+      V<T> mean = entering * sv + flags.part(entering, sv);
       base[0] = rest[0] = V<T>{};
       for (int j = 0; j < order; ++j) {
         const V<T> q = weight(j), su = s[j] * u[0];
         V<T> off;
-        mean += q * su + kept.part(q, su);
-        base[0] = add_any<T>(base[0], kept.part(q, s[j]), off);
-        rest[0] += q * s[j] + (kept.part(q, lost[j]) + off);
+        mean += q * su + flags.part(q, su);
+        base[0] = add_any<T>(base[0], flags.part(q, s[j]), off);
+        rest[0] += q * s[j] + (flags.part(q, lost[j]) + off);
         if (j > 0) base[j] = s[j - 1], rest[j] = lost[j - 1];
       }
-      for (int j = 0; j < order; ++j) grad_gate(j, weight(j) + kept.part(weight(j), one), one, s[j] * u[0], mean);
-      grad_gate(order, entering + kept.part(entering, one), one, sv, mean);
-      store(steps.grad_values(t, 0), entering * s[0] + kept.part(entering, s[0]));
+      for (int j = 0; j < order; ++j) grad_gate(j, weight(j) + flags.part(weight(j), one), one, s[j] * u[0], mean);
+      grad_gate(order, entering + flags.part(entering, one), one, sv, mean);
+      store(steps.grad_values(t, 0), entering * s[0] + flags.part(entering, s[0]));
     } else {
       for (int i = 0; i < rows; ++i) {
-        const V<T> v = load(steps.values(t, i)), q = weight(i * gates + order), sp = q * s[i] + kept.part(q, s[i]);
+        __builtin_prefetch(steps.values(t + steps.next, i), 0, 2);
+        __builtin_prefetch(steps.grad_values(t - kAhead, i), 1, 3);
+        const V<T> v = load(steps.values(t, i)), q = weight(i * gates + order), sp = q * s[i] + flags.part(q, s[i]);
         grad_gate(i * gates + order, sp, s[i], v, h[i]);
         store(steps.grad_values(t, i), sp);
       }
@@ -307,11 +349,11 @@ STATEMIX_NOINLINE void backward(const Steps<T>& steps, Weights<T> w, V<T>* carry
         V<T> bj = {}, rj = {};
         const V<T> uj = u[j];
         for (int i = 0; i < rows; ++i) {
-          const V<T> q = weight(i * gates + j), si = s[i], qs = q * si, whole = kept.part(q, si);
-          bj += whole;
-          rj += qs;
-          rj += kept.part(q, lost[i]);
-          grad_gate(i * gates + j, qs + whole, si, uj, h[i]);
+          const V<T> q = weight(i * gates + j), si = s[i], qs = q * si;
+          const Mask<T> flagged = flags(q);
+          bj = flagged.add(bj, si);
+          rj = flagged.add(rj + qs, lost[i]);
+          grad_gate(i * gates + j, flagged.add(qs, si), si, uj, h[i]);
         }
         if (kind == kCompanion && j + 1 < order) {  // the older lags move up by one on their way back
           V<T> off;

@@ -71,6 +71,7 @@ STATEMIX_NOINLINE void copy_out(const T* from, Outside o, void* to, int64_t coun
 
 constexpr int64_t kBufferBytes = 16384;  // of one array of weights: half of the smallest first-level cache
 constexpr int64_t kMaxSteps = 128;
+constexpr int64_t kChunkBytesRead = 65536;  // and written, of all blocks: a part of the second-level cache
 
 inline int64_t steps_at_once(int64_t per_step) { return std::clamp<int64_t>(kBufferBytes / (per_step * 64), 1, kMaxSteps); }
 
@@ -89,7 +90,10 @@ void scan(const Scan& p) {
   const int64_t order = p.order, gates = order + 1, rows = p.kind == kBlock ? order : 1;
   const int64_t shown = companion ? 1 : order, per_step = rows * gates;
   const int64_t vectors = (p.blocks + width<T> - 1) / width<T>;
-  const int64_t chunk = steps_at_once(per_step), chunks = (p.length + chunk - 1) / chunk;
+  // a chunk is read vector by vector, so it must still be in the cache when the last vector is
+  const int64_t step_bytes = (per_step + rows + shown) * p.blocks * int64_t(sizeof(T)) * (is_backward ? 2 : 1);
+  const int64_t chunk = std::min(steps_at_once(per_step), std::max<int64_t>(8, kChunkBytesRead / step_bytes));
+  const int64_t chunks = (p.length + chunk - 1) / chunk;
   const int64_t groups = std::min(vectors, (p.threads + p.batch - 1) / p.batch), units = p.batch * groups;
   const size_t element = p.storage == kBfloat16 ? 2 : sizeof(T);
 

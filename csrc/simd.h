@@ -86,10 +86,57 @@ STATEMIX_INLINE V<T> absolute(V<T> x) {
   using I = typename Lanes<T>::I;
   return (V<T>)((I)x & (I{} + Lanes<T>::all_but_sign));
 }
+
+// Lanes for which something holds. AVX-512 has a register and operations for that, which the compiler finds in part only.
+#if defined(__AVX512F__)
+template <class T>
+struct Mask;
+template <>
+struct Mask<float> {
+  __mmask16 lanes;
+  static STATEMIX_INLINE Mask not_above(V<float> a, V<float> b) { return {_mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NGT_UQ)}; }
+  static STATEMIX_INLINE Mask bits_below(V<float> a, Lanes<float>::I limit) {
+    return {_mm512_cmplt_epi32_mask((__m512i)a, (__m512i)limit)};
+  }
+  STATEMIX_INLINE V<float> choose(V<float> a, V<float> b) const { return (V<float>)_mm512_mask_mov_ps((__m512)b, lanes, (__m512)a); }
+  STATEMIX_INLINE V<float> add(V<float> a, V<float> x) const {
+    return (V<float>)_mm512_mask_add_ps((__m512)a, lanes, (__m512)a, (__m512)x);
+  }
+};
+template <>
+struct Mask<double> {
+  __mmask8 lanes;
+  static STATEMIX_INLINE Mask not_above(V<double> a, V<double> b) { return {_mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_NGT_UQ)}; }
+  static STATEMIX_INLINE Mask bits_below(V<double> a, Lanes<double>::I limit) {
+    return {_mm512_cmplt_epi64_mask((__m512i)a, (__m512i)limit)};
+  }
+  STATEMIX_INLINE V<double> choose(V<double> a, V<double> b) const { return (V<double>)_mm512_mask_mov_pd((__m512d)b, lanes, (__m512d)a); }
+  STATEMIX_INLINE V<double> add(V<double> a, V<double> x) const {
+    return (V<double>)_mm512_mask_add_pd((__m512d)a, lanes, (__m512d)a, (__m512d)x);
+  }
+};
+#else
+template <class T>
+struct Mask {
+  using I = typename Lanes<T>::I;
+  I lanes;
+  static STATEMIX_INLINE Mask not_above(V<T> a, V<T> b) { return {~(a > b)}; }
+  static STATEMIX_INLINE Mask bits_below(V<T> a, I limit) { return {(I)a < limit}; }
+  STATEMIX_INLINE V<T> choose(V<T> a, V<T> b) const { return lanes ? a : b; }
+  STATEMIX_INLINE V<T> add(V<T> a, V<T> x) const { return a + (V<T>)((I)x & lanes); }
+};
+#endif
+
 template <class T>
 STATEMIX_INLINE V<T> larger(V<T> a, V<T> b) {
   return a > b ? a : b;
 }
+#if defined(__AVX512F__)  // one instruction, where the compiler takes two if a is a constant
+template <>
+STATEMIX_INLINE V<float> larger<float>(V<float> a, V<float> b) {
+  return (V<float>)_mm512_maskz_max_ps(-1, (__m512)a, (__m512)b);
+}
+#endif
 template <class T>
 STATEMIX_INLINE V<T> clamp(V<T> x, V<T> low, V<T> high) {
   x = x < low ? low : x;
