@@ -53,3 +53,4 @@ STATEMIX_EXPORT void statemix_scan_backward(int index, const Scan* p) { kInstruc
 STATEMIX_EXPORT void statemix_layer_forward(int index, const Layer* p) { kInstructionSets[index].kernels.layer_forward(*p); }
 STATEMIX_EXPORT void statemix_layer_backward(int index, const Layer* p) { kInstructionSets[index].kernels.layer_backward(*p); }
 STATEMIX_EXPORT void statemix_layer_step(int index, const Layer* p) { kInstructionSets[index].kernels.layer_step(*p); }
+STATEMIX_EXPORT void statemix_pair_step(int index, const Pair* p) { kInstructionSets[index].kernels.pair_step(*p); }

@@ -4,7 +4,7 @@
 
 namespace statemix {
 
-constexpr int kInterface = 2;   // counts the changes of these structs
+constexpr int kInterface = 3;   // counts the changes of these structs
 constexpr int kMaxOrder = 64;  // largest block size or order served
 
 enum Kind : int32_t { kBlock = 0, kCompanion = 1, kObserver = 2 };
@@ -44,12 +44,22 @@ struct Layer {
   void *grad_x, *grad_gate_weight, *grad_gate_bias, *grad_value_weight, *grad_output_weight, *grad_initial_state;
 };
 
+// One token through a residual pair: x + mixer(norm(x)), then that + SwiGLU(norm(that)), norm(x) = x weight / rms(x).
+struct Pair {
+  Layer mixer;  // length 1, without reset; x and y are those of the pair
+  int64_t mlp_size;
+  double mixer_epsilon, mlp_epsilon;
+  const void *mixer_norm, *mlp_norm;     // (D,)
+  const void *gate_and_input, *mlp_output;  // (2 mlp_size, D), the gates first; (D, mlp_size)
+};
+
 struct Kernels {
   void (*scan_forward)(const Scan&);
   void (*scan_backward)(const Scan&);
   void (*layer_forward)(const Layer&);
   void (*layer_backward)(const Layer&);
   void (*layer_step)(const Layer&);  // length 1, without reset: y and final_state, nothing kept
+  void (*pair_step)(const Pair&);
 };
 
 }  // namespace statemix

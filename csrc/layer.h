@@ -18,7 +18,6 @@
 #include "threads.h"
 
 #include <algorithm>
-#include <type_traits>
 
 namespace statemix {
 namespace {
@@ -450,54 +449,6 @@ void layer_backward(const Layer& p) {
   p.storage == kDouble ? advise<double>(p, true) : advise<float>(p, true);
   p.storage == kDouble ? Pass<double>(p, true).run() : Pass<float>(p, true).run();
 }
-
-// Rows of `weight` (count x width) times x, plus bias: one token, so each weight is read once and nothing is packed.
-template <class T>
-void times_vector(const T* weight, const T* bias, const T* x, int64_t count, int64_t width, T* y) {
-  constexpr int lanes = statemix::width<T>;
-  const auto rows = [&](int64_t r, auto few) {
-    constexpr int n = decltype(few)::value;
-    V<T> sum[n] = {};
-    int64_t d = 0;
-    for (; d + lanes <= width; d += lanes) {
-      const V<T> at = load(x + d);
-#pragma GCC unroll 4
-      for (int i = 0; i < n; ++i) sum[i] += load(weight + (r + i) * width + d) * at;
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < n; ++i) {
-      T rest = bias ? bias[r + i] : T(0);
-      for (int64_t left = d; left < width; ++left) rest += weight[(r + i) * width + left] * x[left];
-      y[r + i] = total<T>(sum[i]) + rest;
-    }
-  };
-  int64_t r = 0;
-  for (; r + 4 <= count; r += 4) rows(r, std::integral_constant<int, 4>{});
-  for (; r < count; ++r) rows(r, std::integral_constant<int, 1>{});
-}
-
-template <class T>
-void step(const Layer& p) {
-  const int64_t rows = p.kind == kBlock ? p.order : 1, gates = rows * (p.order + 1) * p.blocks, values = rows * p.blocks;
-  const int64_t state = p.order * p.blocks;
-  T* const raw = (T*)scratch(kStepGates, (gates + values + state) * sizeof(T));
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const T* const x = (const T*)p.x + b * p.width;
-    times_vector((const T*)p.gate_weight, (const T*)p.gate_bias, x, gates, p.width, raw);
-    times_vector((const T*)p.value_weight, (const T*)nullptr, x, values, p.width, raw + gates);
-    Scan scan{};
-    scan.batch = scan.length = 1, scan.order = p.order, scan.blocks = p.blocks;
-    scan.kind = p.kind, scan.normalization = p.normalization, scan.storage = p.storage, scan.threads = 1;
-    scan.raw_gates = raw, scan.values = raw + gates, scan.states = raw + gates + values;
-    scan.initial_state = (const T*)p.initial_state + b * state;
-    scan.final_state = (T*)p.final_state + b * state;
-    statemix::scan<T, false>(scan);
-    times_vector((const T*)p.output_weight, (const T*)nullptr, (const T*)scan.final_state, p.width, state,
-                 (T*)p.y + b * p.width);
-  }
-}
-
-void layer_step(const Layer& p) { p.storage == kDouble ? step<double>(p) : step<float>(p); }
 
 }  // namespace
 }  // namespace statemix

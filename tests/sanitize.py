@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import test_layer
+import test_step
 import torch
 from conftest import LAYOUTS, SCANS, TOLERANCE, make_problem, relative_error
 from torch import Tensor
@@ -40,6 +41,7 @@ def main() -> None:
         for dtype in (torch.float32, torch.float64):
             width = (1, 5, 16, 40)[i % 4]
             run_layer(test_layer.make_problem(generator, kind, order, blocks, width, dtype=dtype, **options), arrange)
+    run_pairs()
 
 
 def assert_near(results: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -68,6 +70,18 @@ def run_layer(problem, arrange) -> None:
         options = {"normalization": problem.mixer.normalization, "kind": problem.mixer.kind}
         stepped, _ = cpu.layer_step(x[:, 0].contiguous(), weights, state, **options)
         assert_near({"y": stepped}, {"y": y[:, 0]})
+
+
+def run_pairs() -> None:
+    """Steps of a whole residual pair; the last is large enough for two threads."""
+    cases = ((1, 1), (5, 3), (16, 40), (33, 17), (96, 500))
+    for instruction_set, mixer, (width, mlp_size) in itertools.product(
+        cpu.instruction_sets(), test_step.MIXERS.values(), cases
+    ):
+        cpu.use_instruction_set(instruction_set)
+        for dtype in (torch.float32, torch.float64):
+            pair = test_step.make_pair(mixer, width, mlp_size).to(dtype)
+            test_step.assert_step(pair, torch.randn(2, width, dtype=dtype), None)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from statemix.mixers import Mixer, build_mixer, complete_mixer
-from statemix.mixers.base import check_flags, check_sizes
+from statemix.mixers.base import LinearRecurrence, check_flags, check_sizes
+from statemix.scan import cpu
 from statemix.specs import Spec
 
 State = tuple[Tensor, ...]  # one (B, M, N) per layer
@@ -49,6 +50,34 @@ class Layer(nn.Module):
         mixed, state = self.mixer(self.mixer_norm(x), state, reset)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), state
+
+    def step(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One step, x (B, D) -> (B, D), and the mixer's state. Without gradients, one call of the compiled kernels."""
+        if (stepped := self._fused_step(x, state)) is not None:
+            return stepped
+        mixed, state = self.mixer.step(self.mixer_norm(x), state)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), state
+
+    def _fused_step(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """The step as one call, or None where that does not serve."""
+        # dictionaries, as in LinearRecurrence._fused_weights
+        parts = cast(tuple[nn.RMSNorm, Mixer, nn.RMSNorm, SwiGLU], tuple(self._modules.values()))
+        norm, mixer, mlp_norm, mlp = parts
+        if not isinstance(mixer, LinearRecurrence) or (ready := mixer.step_inputs(x, state)) is None:
+            return None
+        weights = []
+        for module in cast(tuple[nn.Module, ...], (norm, mlp_norm, *mlp._modules.values())):
+            weight = module._parameters.get("weight")
+            if module._forward_hooks or module._forward_pre_hooks or weight is None:
+                return None
+            if weight.dtype != x.dtype or not weight.is_cpu or not weight.is_contiguous():
+                return None
+            weights.append(weight)
+        if mixer._forward_hooks or mixer._forward_pre_hooks or mlp._forward_hooks or mlp._forward_pre_hooks:
+            return None
+        epsilons = cast(tuple[float, float], (norm.eps, mlp_norm.eps))
+        return cpu.pair_step(x, *ready, weights, epsilons, normalization=mixer.normalization, kind=mixer.kind)
 
 
 class SequenceModel(nn.Module):
@@ -120,15 +149,10 @@ class SequenceModel(nn.Module):
             ValueError: a shape is wrong, T = 0, or the state is of another number of layers.
             IndexError: a token is outside the vocabulary.
         """
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"SequenceModel: `tokens` must be int64 or int32, got {tokens.dtype}.")
         if tokens.ndim != 2 or 0 in tokens.shape:
             shape = tuple(tokens.shape)
             raise ValueError(f"SequenceModel: `tokens` must have shape (B, T) with B, T of at least 1, got {shape}.")
-        if state is not None and len(state) != len(self.layers):
-            raise ValueError(
-                f"SequenceModel: `state` must have one tensor per layer = {len(self.layers)}, got {len(state)}."
-            )
+        self._check(tokens, state)
         x, states = self.embedding(tokens), []
         for i, layer in enumerate(self.layers):
             x, layer_state = layer(x, None if state is None else state[i], reset)
@@ -139,8 +163,20 @@ class SequenceModel(nn.Module):
         """One step: tokens (B,) and a state to logits (B, vocab_size) and the next state."""
         if tokens.ndim != 1:
             raise ValueError(f"SequenceModel.step: `tokens` must have shape (B,), got {tuple(tokens.shape)}.")
-        logits, next_state = self(tokens[:, None], state)
-        return logits[:, 0], next_state
+        self._check(tokens, state)
+        x, states = self.embedding(tokens), []
+        for i, layer in enumerate(self.layers):
+            x, layer_state = cast(Layer, layer).step(x, None if state is None else state[i])
+            states.append(layer_state)
+        return self.head(self.norm(x)), tuple(states)
+
+    def _check(self, tokens: Tensor, state: Sequence[Tensor] | None) -> None:
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"SequenceModel: `tokens` must be int64 or int32, got {tokens.dtype}.")
+        if state is not None and len(state) != len(self.layers):
+            raise ValueError(
+                f"SequenceModel: `state` must have one tensor per layer = {len(self.layers)}, got {len(state)}."
+            )
 
     def save(self, folder: str | Path) -> None:
         """Write model.json and model.safetensors into an existing folder."""

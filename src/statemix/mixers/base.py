@@ -125,7 +125,13 @@ class LinearRecurrence(Mixer):
         return self._fused_step(x, state) or super().step(x, state)
 
     def _fused_step(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """The step as one call, or None where that does not serve: with gradients, or for many rows."""
+        """The step as one call, or None where that does not serve."""
+        if (ready := self.step_inputs(x, state)) is None:
+            return None
+        return cpu.layer_step(x, *ready, normalization=self.normalization, kind=self.kind)
+
+    def step_inputs(self, x: Tensor, state: Tensor | None) -> tuple[cpu.Weights, Tensor] | None:
+        """Weights and state for a fused step of x (B, D), or None: with gradients, or for many rows."""
         if torch.is_grad_enabled() or type(x) is not Tensor or x.ndim != 2 or cpu.transformed():
             return None
         batch, width = x.shape
@@ -138,9 +144,9 @@ class LinearRecurrence(Mixer):
             return None
         if not all(tensor.is_contiguous() for tensor in (x, state, *weights)):
             return None
-        return cpu.layer_step(x, weights, state, normalization=self.normalization, kind=self.kind)
+        return weights, state
 
-    def _fused_weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    def _fused_weights(self, x: Tensor) -> cpu.Weights | None:
         """The weights for the fused kernels, or None where they do not serve this layer or x."""
         # dictionaries: a step is so short that nn.Module's attributes would be half of it
         modules = self._modules
@@ -166,7 +172,7 @@ class LinearRecurrence(Mixer):
             return None
         weights = gates.get("weight"), gates.get("bias"), values.get("weight"), output.get("weight")
         for weight in weights:  # None: parametrised
-            if weight is None or weight.dtype != x.dtype or weight.device.type != "cpu":
+            if weight is None or weight.dtype != x.dtype or not weight.is_cpu:
                 return None
         return weights  # type: ignore[return-value]
 

@@ -9,7 +9,7 @@ environment variable STATEMIX_INSTRUCTION_SET.
 import ctypes
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ MAX_ORDER = 64  # kMaxOrder in csrc/interface.h
 LIBRARY = "statemix_cpu.so"
 INSTRUCTION_SET_VARIABLE = "STATEMIX_INSTRUCTION_SET"
 
-_INTERFACE = 2  # kInterface in csrc/interface.h
+_INTERFACE = 3  # kInterface in csrc/interface.h
 _KINDS = {"block": 0, "companion": 1, "observer": 2}
 _NORMALIZATIONS = {"softmax": 0, "sigmoid": 1, "relu": 2, "tanh": 3, "silu": 4, "linear": 5, "none": 6}
 _STORAGES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -51,6 +51,16 @@ class _Layer(ctypes.Structure):
         + _pointers("x", "gate_weight", "gate_bias", "value_weight", "output_weight", "initial_state", "reset")
         + _pointers("y", "final_state", "states", "kept", "grad_y", "grad_final_state", "grad_x", "grad_gate_weight")
         + _pointers("grad_gate_bias", "grad_value_weight", "grad_output_weight", "grad_initial_state")
+    )
+
+
+class _Pair(ctypes.Structure):
+    """`Pair` of csrc/interface.h, field by field."""
+
+    _fields_ = (
+        [("mixer", _Layer), ("mlp_size", ctypes.c_int64)]
+        + [(name, ctypes.c_double) for name in ("mixer_epsilon", "mlp_epsilon")]
+        + _pointers("mixer_norm", "mlp_norm", "gate_and_input", "mlp_output")
     )
 
 
@@ -298,12 +308,14 @@ _differentiate_scan = _Operator(
 )
 
 
+Weights = tuple[Tensor, Tensor, Tensor, Tensor]  # see `layer`
+
 KEPT_BYTES = 2**28  # 256 MiB: a layer keeps up to this much of raw gates for its backward, and recomputes more
 
 
 def layer(
     x: Tensor,
-    weights: tuple[Tensor, Tensor, Tensor, Tensor],
+    weights: Weights,
     state: Tensor | None,
     reset: Tensor | None,
     *,
@@ -337,18 +349,48 @@ def layer(
     return y, final_state
 
 
-def layer_step(
-    x: Tensor, weights: tuple[Tensor, Tensor, Tensor, Tensor], state: Tensor, *, normalization: str, kind: str
-) -> tuple[Tensor, Tensor]:
+def layer_step(x: Tensor, weights: Weights, state: Tensor, *, normalization: str, kind: str) -> tuple[Tensor, Tensor]:
     """One step of `layer` for x (B, D) and a state, without gradients. It allocates its two results, nothing else."""
     y, final_state = torch.empty_like(x), torch.empty_like(state)
-    problem = _Layer(
-        *(x.shape[0], 1, x.shape[1], state.shape[1], state.shape[2]),
-        *(_KINDS[kind], _NORMALIZATIONS[normalization], _STORAGES[x.dtype], 1),
-        *(x.data_ptr(), *(w.data_ptr() for w in weights), state.data_ptr(), None, y.data_ptr(), final_state.data_ptr()),
-    )
+    problem = _step_problem(x, weights, state, y, final_state, normalization, kind)
     _library().run("statemix_layer_step", problem)
     return y, final_state
+
+
+def pair_step(
+    x: Tensor,
+    weights: Weights,
+    state: Tensor,
+    others: Sequence[Tensor],
+    epsilons: tuple[float, float],
+    *,
+    normalization: str,
+    kind: str,
+) -> tuple[Tensor, Tensor]:
+    """One step of z = x + mixer(norm(x)) and z + SwiGLU(norm(z)) for x (B, D) and a state, without gradients.
+
+    Args:
+        x, weights, state, normalization, kind: of the mixer, as in `layer_step`.
+        others: weights of the two RMS norms, (D,), and of the SwiGLU, (2 H, D) with the gates first, and (D, H).
+        epsilons: of the two norms.
+    """
+    y, final_state = torch.empty_like(x), torch.empty_like(state)
+    problem = _Pair(
+        _step_problem(x, weights, state, y, final_state, normalization, kind),
+        *(others[3].shape[1], *epsilons, *(weight.data_ptr() for weight in others)),
+    )
+    _library().run("statemix_pair_step", problem)
+    return y, final_state
+
+
+def _step_problem(
+    x: Tensor, weights: Weights, state: Tensor, y: Tensor, final_state: Tensor, normalization: str, kind: str
+) -> _Layer:
+    return _Layer(
+        *(x.shape[0], 1, x.shape[1], state.shape[1], state.shape[2]),
+        *(_KINDS[kind], _NORMALIZATIONS[normalization], _STORAGES[x.dtype], torch.get_num_threads()),
+        *(x.data_ptr(), *(w.data_ptr() for w in weights), state.data_ptr(), None, y.data_ptr(), final_state.data_ptr()),
+    )
 
 
 def _layer_forward(

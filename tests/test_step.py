@@ -1,0 +1,132 @@
+"""One step of a residual pair as one call of the kernels (csrc/step.h), against the modules it replaces, in float64."""
+
+import copy
+
+import pytest
+import torch
+from conftest import TOLERANCE, relative_error
+from torch import Tensor, nn
+
+from statemix.gates import NORMALIZATIONS
+from statemix.model import Layer, SequenceModel
+from statemix.scan import cpu
+
+MIXERS = {
+    "block": {"name": "bd_lru", "num_blocks": 5, "block_size": 3},
+    "companion": {"name": "h_lru", "num_channels": 7, "order": 4},
+    "observer": {"name": "h_lru", "num_channels": 7, "order": 4, "form": "observer"},
+}
+pytestmark = pytest.mark.skipif(cpu.load_problem() is not None, reason=f"no kernels: {cpu.load_problem()}")
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """The entry points that were called, so that a test which compares a path with itself fails."""
+    names, run = [], cpu._Library.run
+    monkeypatch.setattr(cpu._Library, "run", lambda self, name, problem: (names.append(name), run(self, name, problem)))
+    return names
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def make_pair(mixer: dict, width: int = 20, mlp_size: int = 33) -> Layer:
+    torch.manual_seed(0)
+    pair = Layer(width, mixer, mlp_size)
+    for norm in (pair.mixer_norm, pair.mlp_norm):  # or a weight that is not used would not be seen
+        nn.init.uniform_(norm.weight, 0.5, 2.0)
+    return pair
+
+
+def by_the_modules(pair: Layer, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """With gradients: then no kernel of a step serves. In float64."""
+    pair = copy.deepcopy(pair).double()
+    y, state = pair(x.double()[:, None], None if state is None else state.double(), None)
+    return y[:, 0].detach(), state.detach()
+
+
+def assert_step(pair: Layer, x: Tensor, state: Tensor | None) -> None:
+    expected = by_the_modules(pair, x, state)
+    with torch.no_grad():
+        actual = pair.step(x, state)
+    for what, got, wanted in zip(("y", "state"), actual, expected, strict=True):
+        assert relative_error(got, wanted) <= TOLERANCE[x.dtype], what
+
+
+@pytest.mark.parametrize("instruction_set", cpu.instruction_sets(), indirect=True)
+@pytest.mark.parametrize("kind", MIXERS)
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_is_what_the_modules_do(generator, calls, instruction_set, kind, batch, dtype):
+    pair = make_pair(MIXERS[kind]).to(dtype)
+    x, state = torch.randn(batch, 20, generator=generator, dtype=dtype), None
+    for _ in range(3):  # 20 and 33 are no multiples of a vector
+        assert_step(pair, x, state)
+        with torch.no_grad():
+            x, state = pair.step(x, state)
+    assert calls.count("statemix_pair_step") == 6
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_every_normalization(generator, calls, normalization):
+    pair = make_pair(MIXERS["block"] | {"normalization": normalization})
+    assert_step(pair, torch.randn(2, 20, generator=generator), torch.randn(2, 3, 5, generator=generator))
+    assert "statemix_pair_step" in calls
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_threads_change_no_bit(generator, threads, count):
+    """1.7 MB of weights: enough for three threads. Each product is one thread's, whichever it is."""
+    pair = make_pair({"name": "bd_lru", "num_blocks": 40, "block_size": 5}, width=96, mlp_size=500)
+    x, state = torch.randn(2, 96, generator=generator), torch.randn(2, 5, 40, generator=generator)
+    with torch.no_grad():
+        threads(1)
+        expected = pair.step(x, state)
+        threads(count)
+        for _ in range(20):
+            assert all(map(torch.equal, pair.step(x, state), expected))
+    assert_step(pair, x, state)
+
+
+@pytest.mark.parametrize("watched", ["mixer", "mixer_norm", "mlp_norm", "mlp", "mlp.gate_and_input", "mixer.output"])
+def test_a_hook_is_called(generator, calls, watched):
+    pair, seen = make_pair(MIXERS["block"]), []
+    pair.get_submodule(watched).register_forward_hook(lambda *arguments: seen.append(watched))
+    assert_step(pair, torch.randn(1, 20, generator=generator), None)
+    assert len(seen) >= 1
+    assert "statemix_pair_step" not in calls
+
+
+@pytest.mark.parametrize("case", ["gradients", "nine rows", "another mixer", "parametrised", "two layouts"])
+def test_what_the_kernel_does_not_serve_is_done_by_the_modules(generator, calls, case):
+    pair = make_pair({"name": "lstm", "hidden_size": 6} if case == "another mixer" else MIXERS["block"])
+    x = torch.randn(9 if case == "nine rows" else 2, 20, generator=generator)
+    if case == "two layouts":
+        pair.mlp.output.weight = nn.Parameter(pair.mlp.output.weight.detach().T.contiguous().T)
+    if case == "parametrised":
+        nn.utils.parametrizations.weight_norm(pair.mlp.output)
+    if case == "gradients":
+        y, _ = pair.step(x, None)
+        assert relative_error(y.detach(), by_the_modules(pair, x, None)[0]) <= TOLERANCE[x.dtype]
+        assert y.requires_grad
+    else:
+        assert_step(pair, x, None)
+    assert "statemix_pair_step" not in calls
+
+
+def test_a_model_steps_as_it_runs(generator, calls):
+    torch.manual_seed(0)
+    model = SequenceModel(11, 32, 3, MIXERS["companion"])
+    tokens = torch.randint(11, (2, 9), generator=generator)
+    with torch.no_grad():
+        expected, state = model(tokens), None
+        for t in range(9):
+            logits, state = model.step(tokens[:, t], state)
+            assert relative_error(logits, expected[0][:, t]) <= TOLERANCE[torch.float32]
+    assert calls.count("statemix_pair_step") == 27
+    for got, wanted in zip(state, expected[1], strict=True):
+        assert relative_error(got, wanted) <= TOLERANCE[torch.float32]
