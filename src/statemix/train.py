@@ -197,7 +197,7 @@ def _test(config: TrainConfig, task: Task, folder: RunFolder, device: torch.devi
     metrics = folder.metrics()
     test = {}
     for length in config.test_lengths or (task.seq_len,):
-        longer = dataclasses.replace(task, seq_len=length)
+        longer = task.with_seq_len(length)
         # no more tokens at once than in a training step
         batch_size = max(1, config.batch_size * task.seq_len // length)
         test[str(length)] = evaluate(model, longer, "test", config.eval_sequences, batch_size, device)

@@ -3,12 +3,33 @@
 from typing import Any
 
 from statemix.specs import Spec, complete
-from statemix.tasks.base import IGNORE_INDEX, SPLITS, Batch, Score
+from statemix.tasks.base import IGNORE_INDEX, SPLITS, Batch, Score, Task, finite_batch, scaled_accuracy
+from statemix.tasks.compression import Compression
+from statemix.tasks.fuzzy_recall import FuzzyInContextRecall
+from statemix.tasks.in_context_recall import InContextRecall, NoisyInContextRecall
+from statemix.tasks.memorization import Memorization
+from statemix.tasks.modular_arithmetic import ModularArithmetic
 from statemix.tasks.permutation import PermutationComposition
+from statemix.tasks.presets import PRESETS, Setting, settings
+from statemix.tasks.regular import CycleNavigation, ModularCounting, Parity
+from statemix.tasks.selective_copying import SelectiveCopying
 
-Task = PermutationComposition
-
-TASKS: dict[str, type[Task]] = {"permutation": PermutationComposition}
+TASKS: dict[str, type[Task]] = {
+    task.name: task
+    for task in (
+        PermutationComposition,
+        InContextRecall,
+        NoisyInContextRecall,
+        FuzzyInContextRecall,
+        Memorization,
+        SelectiveCopying,
+        Compression,
+        Parity,
+        ModularCounting,
+        CycleNavigation,
+        ModularArithmetic,
+    )
+}
 
 
 def complete_task(spec: Spec) -> dict[str, Any]:
@@ -28,12 +49,27 @@ def build_task(spec: Spec) -> Task:
 
 __all__ = [
     "IGNORE_INDEX",
+    "PRESETS",
     "SPLITS",
     "TASKS",
     "Batch",
+    "Compression",
+    "CycleNavigation",
+    "FuzzyInContextRecall",
+    "InContextRecall",
+    "Memorization",
+    "ModularArithmetic",
+    "ModularCounting",
+    "NoisyInContextRecall",
+    "Parity",
     "PermutationComposition",
     "Score",
+    "SelectiveCopying",
+    "Setting",
     "Task",
     "build_task",
     "complete_task",
+    "finite_batch",
+    "scaled_accuracy",
+    "settings",
 ]

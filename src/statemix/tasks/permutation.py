@@ -5,10 +5,11 @@ import itertools
 import math
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from statemix.tasks.base import Batch, Tokens, draw, to_batch
+from statemix.tasks.base import Task, Tokens
 
 Table = np.ndarray[tuple[int, int], np.dtype[np.int16]]
 
@@ -17,7 +18,7 @@ INPUTS = ("all", "transpositions")
 
 
 @dataclass(frozen=True)
-class PermutationComposition:
+class PermutationComposition(Task):
     """Tokens x_1..x_L are uniform in a group G; the target at position t is x_1 o x_2 o ... o x_t.
 
     S3, L = 5. Elements of S3 in lexicographic order: 0 = 012, 1 = 021, 2 = 102, 3 = 120, 4 = 201, 5 = 210.
@@ -38,17 +39,15 @@ class PermutationComposition:
     Source: state tracking as in Dubinin et al. 2026 (arXiv 2602.12021).
     """
 
+    name: ClassVar[str] = "permutation"
+
     group: str = "S3"
     seq_len: int = 16
     generators: str = "all"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.seq_len, int) or isinstance(self.seq_len, bool):
-            raise TypeError(f"permutation: `seq_len` must be an int, got {self.seq_len!r}.")
-        if self.seq_len < 1:
-            raise ValueError(f"permutation: `seq_len` must be at least 1, got {self.seq_len}.")
-        if self.generators not in INPUTS:
-            raise ValueError(f"permutation: `generators` must be one of {sorted(INPUTS)}, got {self.generators!r}.")
+        self.check_int("seq_len", least=1)
+        self.check_choice("generators", INPUTS)
         _factors(self.group)
         if self.generators == "transpositions":
             _transpositions(self.group)
@@ -58,19 +57,15 @@ class PermutationComposition:
         """Number of elements of the group: both tokens and targets."""
         return len(group_table(self.group))
 
-    def sample(self, split: str, batch_size: int, *, seed: int = 0, index: int = 0) -> Batch:
-        """Batch number `index` of a split's stream: a pure function of its arguments. Splits never overlap.
+    @property
+    def chance(self) -> float:
+        """One in the number of elements of the group."""
+        return 1 / self.vocab_size
 
-        Raises:
-            ValueError: the split is unknown, a number is out of range, or the task has no sequence for the split.
-        """
+    def generate(self, rng: np.random.Generator, count: int, split: str) -> Tokens:
+        """Uniform over the group, or over its transpositions."""
         inputs = np.arange(self.vocab_size) if self.generators == "all" else _transpositions(self.group)
-
-        def generate(rng: np.random.Generator, count: int) -> Tokens:
-            return inputs[rng.integers(len(inputs), size=(count, self.seq_len))]
-
-        tokens = draw(split, batch_size, seed, index, generate)
-        return to_batch(tokens, self.oracle(tokens))
+        return inputs[rng.integers(len(inputs), size=(count, self.seq_len))]
 
     def oracle(self, tokens: Tokens) -> Tokens:
         """The targets (B, L) of tokens (B, L), from the multiplication table."""

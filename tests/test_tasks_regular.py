@@ -1,0 +1,239 @@
+"""The regular languages: targets by a second, naive implementation; lengths, padding, and bad input."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from statemix.tasks import (
+    IGNORE_INDEX,
+    PRESETS,
+    SPLITS,
+    CycleNavigation,
+    ModularArithmetic,
+    ModularCounting,
+    Parity,
+    Score,
+    build_task,
+    settings,
+)
+
+X = IGNORE_INDEX
+COUNTERS = [Parity, ModularCounting, CycleNavigation]
+LANGUAGES = [*COUNTERS, ModularArithmetic]
+each_language = pytest.mark.parametrize("language", LANGUAGES)
+each_split = pytest.mark.parametrize("split", SPLITS)
+
+# ---- naive solutions: a row of tokens without its padding -> its targets
+
+
+def naive_arithmetic(row: list[int], task) -> list[int]:
+    """By Python's own rules."""
+    characters = [str(i) for i in range(task.modulus)] + list("+-*()=")
+    text = "".join(characters[token] for token in row)
+    assert text.count("=") == 1
+    assert text.endswith("=")
+    return [X] * (len(row) - 1) + [eval(text[:-1]) % task.modulus]
+
+
+NAIVE = {
+    "parity": lambda row, task: [ones % 2 for ones in itertools.accumulate(row)],
+    "modular-counting": lambda row, task: [total % task.modulus for total in itertools.accumulate(row)],
+    "cycle-navigation": lambda row, task: [
+        place % task.cycle_length for place in itertools.accumulate({0: -1, 1: 0, 2: 1}[token] for token in row)
+    ],
+    "modular-arithmetic": naive_arithmetic,
+}
+
+
+def unpadded(row: list[int], task) -> list[int]:
+    """The row without the padding, which may stand at its end only."""
+    size = row.index(task.vocab_size - 1) if task.vocab_size - 1 in row else len(row)
+    assert set(row[size:]) <= {task.vocab_size - 1}
+    return row[:size]
+
+
+def naive_targets(tokens, task) -> torch.Tensor:
+    targets = []
+    for row in tokens.tolist():
+        answers = NAIVE[task.name](unpadded(row, task), task)
+        targets.append(answers + [X] * (len(row) - len(answers)))
+    return torch.from_numpy(np.array(targets))
+
+
+@pytest.mark.parametrize("name", PRESETS["formal"])
+def test_a_naive_solution_scores_1_on_10000_sequences(name):
+    setting = settings("formal", name)[0]
+    task = build_task(setting.task)
+    total = None
+    for split, count in (("valid", 1000), ("test", 1000), ("train", 8000)):
+        tokens, targets = task.sample(split, count, seed=5)
+        assert tokens.shape == targets.shape == (count, 40)
+        answers = naive_targets(tokens, task)
+        assert torch.equal(answers, targets)
+        part = Score.of(answers, targets)
+        total = part if total is None else total + part
+    assert total.sequences == 10_000
+    assert total.token_accuracy == total.sequence_accuracy == total.macro_accuracy == 1
+    answers[7][targets[7] != X] += 1
+    assert Score.of(answers, targets).sequence_accuracy == 7999 / 8000
+    for length in setting.test_lengths:
+        longer = task.with_seq_len(length)
+        tokens, targets = longer.sample("test", 30)
+        assert tokens.shape == (30, length)
+        assert torch.equal(naive_targets(tokens, longer), targets)
+
+
+_ = X
+HANDMADE = [  # task, tokens, targets
+    (Parity(seq_len=5), [1, 1, 1, 0, 1], [1, 0, 1, 1, 0]),
+    (Parity(seq_len=5, scored="last"), [1, 1, 1, 0, 1], [_, _, _, _, 0]),
+    (Parity(seq_len=5, scored="last"), [1, 0, 0, 2, 2], [_, _, 1, _, _]),
+    (ModularCounting(seq_len=5, modulus=4), [3, 3, 3, 4, 4], [3, 2, 1, _, _]),
+    (ModularCounting(seq_len=3, modulus=7, scored="last"), [6, 6, 6], [_, _, 4]),
+    (CycleNavigation(seq_len=6, cycle_length=3), [0, 0, 0, 1, 2, 3], [2, 1, 0, 0, 1, _]),
+    (CycleNavigation(seq_len=4, cycle_length=2), [2, 2, 1, 3], [1, 0, 0, _]),
+    (ModularArithmetic(seq_len=4), [6, 3, 10, 11], [_, _, 2, _]),  # -3
+    (ModularArithmetic(seq_len=8), [8, 2, 6, 6, 4, 9, 10, 11], [_, _, _, _, _, _, 1, _]),  # (2--4) = 6
+    (ModularArithmetic(seq_len=6), [8, 6, 3, 9, 10, 11], [_, _, _, _, 2, _]),  # (-3)
+    # (2-(3*(-4))) = 14
+    (ModularArithmetic(seq_len=13), [8, 2, 6, 8, 3, 7, 8, 6, 4, 9, 9, 9, 10], [_] * 12 + [4]),
+    # ((4-3)-(1+1)) = -1
+    (ModularArithmetic(seq_len=15), [8, 8, 4, 6, 3, 9, 6, 8, 1, 5, 1, 9, 9, 10, 11], [_] * 13 + [4, _]),
+]
+
+
+@pytest.mark.parametrize(("task", "tokens", "targets"), HANDMADE, ids=lambda v: getattr(v, "name", None))
+def test_targets_of_handmade_sequences(task, tokens, targets):
+    assert task.oracle(np.array([tokens])).tolist() == [targets]
+    # rows have nothing to do with each other
+    both = np.array([tokens, task.sample("train", 1).tokens[0].tolist(), tokens])
+    assert task.oracle(both)[[0, 2]].tolist() == [targets, targets]
+
+
+@pytest.mark.parametrize("language", COUNTERS)
+def test_the_last_position_alone(language):
+    tokens, targets = language(seq_len=9).sample("test", 500)
+    same, last = language(seq_len=9, scored="last").sample("test", 500)
+    assert torch.equal(tokens, same)
+    assert ((last != X).sum(1) == 1).all()
+    for row, all_targets, last_targets in zip(tokens.tolist(), targets.tolist(), last.tolist(), strict=True):
+        end = len(unpadded(row, language(seq_len=9))) - 1
+        assert last_targets[end] == all_targets[end] != X
+
+
+def chi_square(counts: np.ndarray) -> float:
+    """Of equal shares, in standard deviations above its mean."""
+    expected, freedom = counts.sum() / counts.size, counts.size - 1
+    return (((counts - expected) ** 2).sum() / expected - freedom) / (2 * freedom) ** 0.5
+
+
+@each_language
+@each_split
+def test_lengths_are_uniform_and_inputs_too(language, split):
+    task = language(seq_len=30, min_len=16)
+    tokens = task.sample(split, 10_000, seed=3).tokens.numpy()
+    real = tokens != task.pad
+    lengths = real.sum(1)
+    assert (real == (np.arange(30) < lengths[:, None])).all()
+    assert chi_square(np.bincount(lengths - 16, minlength=15)) < 8
+    inputs = range(5) if language is ModularArithmetic else range(task.num_inputs)
+    counts = np.bincount(tokens[real], minlength=task.vocab_size)
+    assert chi_square(counts[inputs]) < 8
+    if language is ModularArithmetic:
+        assert (counts[:-1] > 0).all()
+        at_end = tokens[np.arange(10_000), lengths - 1]
+        assert (at_end == task.symbol("=")).all()
+    else:
+        assert counts.sum() == counts[inputs].sum()
+
+
+def test_operators_and_splits_of_expressions_are_uniform():
+    task = ModularArithmetic(seq_len=12, min_len=12, modulus=3)  # 11 tokens: "(", x, operator, y, ")", |x| in 1..7
+    tokens = task.generate(np.random.default_rng(0), 20_000, "train")  # of all splits: some expressions are few
+    operators = [task.symbol(c) for c in "+-*"]
+    places, kinds = [], []
+    for row in tokens.tolist():
+        depth = 0
+        for t, token in enumerate(row):
+            depth += (token == task.symbol("(")) - (token == task.symbol(")"))
+            # the operator of the outer brackets stands behind an operand, where a sign does not
+            if depth == 1 and token in operators and (row[t - 1] < 3 or row[t - 1] == task.symbol(")")):
+                places.append(t)
+                kinds.append(operators.index(token))
+    assert len(places) == 20_000
+    assert chi_square(np.bincount(places)[2:9]) < 8
+    assert set(places) == set(range(2, 9))
+    assert chi_square(np.bincount(kinds)) < 8
+
+
+def test_without_multiplication():
+    task = ModularArithmetic(multiplication=False)
+    assert task.vocab_size == ModularArithmetic().vocab_size
+    assert not (task.sample("train", 500).tokens == task.symbol("*")).any()
+    assert (ModularArithmetic().sample("train", 500).tokens == task.symbol("*")).any()
+
+
+@each_language
+def test_a_test_length_is_exact(language):
+    task = language().with_seq_len(64)
+    assert (task.seq_len, task.min_len, task.length) == (64, 64, 64)
+    assert not (task.sample("test", 100).tokens == task.pad).any()
+    assert language(seq_len=20).with_seq_len(20).min_len == 20
+
+
+@each_language
+def test_a_sequence_is_in_one_split_whatever_it_is_padded_to(language):
+    long, short = language(seq_len=9), language(seq_len=7, min_len=7)
+    train = {tuple(unpadded(row, long)) for row in long.sample("train", 6000).tokens.tolist()}
+    test = {tuple(row) for row in short.sample("test", 3000).tokens.tolist()}
+    assert {len(row) for row in train} == set(range(3, 10))
+    assert test.isdisjoint(train)
+    seen_in_training = {tuple(row) for row in short.sample("train", 3000).tokens.tolist()} & train
+    assert len(seen_in_training) > 10  # so they could have met
+
+
+# ---- bad input
+
+BAD = [  # languages, options, error, text
+    (LANGUAGES, {"seq_len": 0}, ValueError, "`seq_len` must be at least 1, got 0."),
+    (LANGUAGES, {"seq_len": 40.0}, TypeError, "`seq_len` must be an int, got 40.0."),
+    (LANGUAGES, {"seq_len": True}, TypeError, "`seq_len` must be an int, got True."),
+    (LANGUAGES, {"min_len": 0}, ValueError, "`min_len` must be at least 1, got 0."),
+    (LANGUAGES, {"min_len": "3"}, TypeError, "`min_len` must be an int, got '3'."),
+    (LANGUAGES, {"seq_len": 8, "min_len": 9}, ValueError, "`min_len` must be at most seq_len = 8, got 9."),
+    (COUNTERS, {"scored": "end"}, ValueError, "`scored` must be one of ['every', 'last'], got 'end'."),
+    (COUNTERS, {"scored": None}, ValueError, "`scored` must be one of ['every', 'last'], got None."),
+    ([ModularCounting, ModularArithmetic], {"modulus": 1}, ValueError, "`modulus` must be at least 2, got 1."),
+    ([ModularCounting, ModularArithmetic], {"modulus": 5.0}, TypeError, "`modulus` must be an int, got 5.0."),
+    ([CycleNavigation], {"cycle_length": 1}, ValueError, "`cycle_length` must be at least 2, got 1."),
+    ([CycleNavigation], {"cycle_length": False}, TypeError, "`cycle_length` must be an int, got False."),
+    ([ModularArithmetic], {"min_len": 1}, ValueError, "`min_len` must be at least 2, got 1."),
+    ([ModularArithmetic], {"multiplication": 1}, TypeError, "`multiplication` must be a bool, got 1."),
+]
+
+
+@pytest.mark.parametrize(
+    ("language", "options", "error", "text"),
+    [(language, *rest) for languages, *rest in BAD for language in languages],
+    ids=lambda v: str(v)[:40],
+)
+def test_bad_options(language, options, error, text):
+    with pytest.raises(error, match=f"^{re.escape(f'{language.name}: {text}')}$"):
+        language(**options)
+
+
+def test_a_length_without_sequences_for_a_split_says_so():
+    # two sequences of one bit: of three splits one at least has none
+    texts = []
+    for split in SPLITS:
+        try:
+            tokens = Parity(seq_len=1, min_len=1).sample(split, 4).tokens
+            assert len(tokens) == 4
+        except ValueError as error:
+            texts.append(str(error))
+    assert 1 <= len(texts) <= 2
+    for text in texts:
+        assert re.fullmatch(r"sample: no sequence of length 1 belongs to split '\w+': the task has too few .*", text)
