@@ -18,7 +18,7 @@ from statemix.mixers import BDLRU
 from statemix.mixers.base import LinearRecurrence
 from statemix.scan import block_scan, cpu
 
-SCAN = ["cpu", "associative", "loop", "copy", "mambapy", "assoc-scan"]
+SCAN = ["cpu", "associative", "loop", "copy", "softmax", "mambapy", "assoc-scan"]
 LAYERS = ["bdlru", "bdlru keep", "bdlru recompute", "associative", "hlru", "products", "lstm", "gru", "mamba2"]
 COMMANDS = {  # name -> (arguments, tables, contenders of each)
     "scan": ("scan --sizes 1x4,3x2 --batch 2 --length 9 --kinds block,companion", 12, SCAN),
@@ -186,7 +186,7 @@ def test_a_contender_that_is_wrong_by_a_thousandth_stops_the_run(capsys, monkeyp
 @pytest.mark.parametrize(
     ("contenders", "ours"),
     [
-        (scans.SCAN_CONTENDERS, {*SCAN} - {"copy"}),
+        (scans.SCAN_CONTENDERS, {*SCAN} - {"copy", "softmax"}),
         (layers.LAYER_CONTENDERS, {*LAYERS[:5]}),
         (layers.TRAIN_CONTENDERS, {"bdlru", "hlru"}),
         (layers.DECODE_CONTENDERS, {"bdlru", "hlru", "model of 4 layers"}),
@@ -270,6 +270,17 @@ def test_the_copy_moves_the_bytes_of_the_scan(kind, numbers, part, passes):
     target = scans.copy(shape).call()
     assert 2 * target.numel() == passes * numbers * 2 * 3 * 6  # half of it read and half written
     assert scans.copy(replace(shape, dtype="float64")).call().numel() == 2 * target.numel()
+
+
+@pytest.mark.parametrize("part", ["forward", "backward", "forward + backward"])
+@pytest.mark.parametrize("kind", ["block", "companion"])
+def test_the_softmax_is_that_of_the_raw_gates(kind, part):
+    shape = Shape(2, 5, batch=2, length=3, kind=kind, part=part)
+    results = scans.softmax(shape).call()
+    size = (2, 3, 2, 3, 5) if kind == "block" else (2, 3, 3, 5)
+    assert [tuple(x.shape) for x in results] == [size] * (2 if part == "forward + backward" else 1)
+    if part != "backward":
+        torch.testing.assert_close(results[0].sum(-2), torch.ones(size[:-2] + size[-1:]))
 
 
 def test_the_products_are_those_of_the_layer():
@@ -388,7 +399,7 @@ WRONG_OPTIONS = [
     ("scan --dtype bfloat16", r"bench: `dtype` must be one of \['float32', 'float64'\], got 'bfloat16'\."),
     ("layer --dtype float64", r"bench: `dtype` must be one of \['bfloat16', 'float32'\], got 'float64'\."),
     ("scan --kinds block,dense", r"bench: `kinds` must be one of \['block', 'companion', 'observer'\], got 'dense'\."),
-    ("scan --only cpu,gpu", r"bench: `only` must be one of \['assoc-scan', .*'mambapy'\], got 'gpu'\."),
+    ("scan --only cpu,gpu", r"bench: `only` must be one of \['assoc-scan', .*'softmax'\], got 'gpu'\."),
     ("scaling --lengths 1,two", r"bench: `lengths` must be numbers of at least 1, such as '256,1024', got '1,two'\."),
     ("scan --out /dev/null/it", r"bench: `out` must be a path in a folder that can be made, got '/dev/null/it': "),
     ("decode --length 4", r"Unrecognized .* options: --length"),

@@ -144,7 +144,7 @@ def run(benchmark: Benchmark, show: Callable[[Any], object]) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Scan(Benchmark):
-    """The bare scan against a plain copy of its bytes, the published log-depth scan, the loop, and peers for M = 1.
+    """The bare scan against a copy of its bytes, the softmax of its gates, the published scan, the loop, and peers.
 
     Args:
         batch: B.

@@ -1,4 +1,4 @@
-"""Scans: ours, the published log-depth scan, the loop, peers for M = 1, and a plain copy of the bytes."""
+"""Scans: ours, the published log-depth scan, the loop, peers for M = 1, a copy of the bytes, torch's softmax alone."""
 
 import math
 from collections.abc import Callable
@@ -89,6 +89,25 @@ def copy(shape: Shape) -> Work:
     return Work(lambda: target.copy_(source), note=f"{8 * len(source) / 1e6:.3g} MB")
 
 
+def softmax(shape: Shape) -> Work:
+    """The softmax of the raw gates alone, by torch: what the scan does before it scans."""
+    (gates,) = inputs(shape, _sizes(shape)[0])
+    cotangent = torch.ones_like(gates)
+
+    def forward() -> Results:
+        with torch.no_grad():
+            return (torch.softmax(gates, dim=-2),)
+
+    def both() -> Results:
+        weights = torch.softmax(gates, dim=-2)
+        return weights, *torch.autograd.grad(weights, gates, cotangent)
+
+    if shape.part != BACKWARD:
+        return Work(forward if shape.part == FORWARD else both)
+    weights = torch.softmax(gates, dim=-2)
+    return Work(lambda: torch.autograd.grad(weights, gates, cotangent, retain_graph=True))
+
+
 def _peer(name: str, scan: Callable[[], Diagonal]) -> Contender:
     """A peer's diagonal scan as the block scan of M = 1: with normalised gates, the initial state in b_1."""
 
@@ -123,6 +142,7 @@ SCAN_CONTENDERS = (
     own_scan("associative", "associative"),
     own_scan("loop", "reference"),
     Contender("copy", copy),
+    Contender("softmax", softmax),
     _peer("mambapy", _mambapy),
     _peer("assoc-scan", _assoc_scan),
 )
