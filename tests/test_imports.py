@@ -26,6 +26,7 @@ ALLOWED = {
     "statemix.analysis": ("statemix.gates",),
     "statemix.mixers": ("statemix.mixers", "statemix.gates", SCAN, "statemix.specs"),
     "statemix.model": ("statemix.mixers", "statemix.gates", SCAN, "statemix.specs"),
+    "statemix.sizing": ("statemix.mixers", "statemix.specs"),
     f"{BENCH}.contender": (),
     f"{BENCH}.results": (),
     f"{BENCH}.measure": (f"{BENCH}.contender", SCAN),
@@ -41,6 +42,9 @@ ONLY_BY = {
     "triton": (f"{SCAN}.gpu",),
     "statemix.cli": ("statemix.__main__",),
     "statemix.sweep": ("statemix.cli",),
+    "statemix.executors": ("statemix.sweep",),
+    "ray": ("statemix.executors",),
+    "pyarrow": ("statemix.runs",),
     "tests": (),
     "conftest": (),
     "experiments": (),
@@ -135,6 +139,9 @@ PLANTED = [  # (module, source, the names that are wrong)
     ("statemix.train", "import statemix.cli, triton", ["statemix.cli", "triton"]),
     (f"{BENCH}.measure", "from statemix.benchmark.scans import copy", [f"{BENCH}.scans.copy"]),
     (f"{BENCH}.commands", "from statemix.benchmark import layers, scans\nfrom statemix.files import write_whole", []),
+    ("statemix.runs", "import pyarrow\nfrom pyarrow import parquet\nimport ray", ["ray"]),
+    ("statemix.sweep", "import statemix.executors, statemix.runs\nimport pyarrow", ["pyarrow"]),
+    ("statemix.train", "from statemix.sweep import sweep", ["statemix.sweep.sweep"]),
     ("statemix", "from statemix import model\nfrom .cli import main", ["statemix.cli.main"]),
 ]
 
@@ -152,7 +159,7 @@ import sys
 asked = set()
 sys.addaudithook(lambda event, what: event == "import" and asked.add(what[0].split(".")[0]))
 import {module}
-asked &= {{"triton", "transformers", "matplotlib", "ray", "datasets", "tokenizers"}}
+asked &= {{"triton", "transformers", "matplotlib", "ray", "pyarrow", "datasets", "tokenizers"}}
 assert asked == {seen!r}, asked
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

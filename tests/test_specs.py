@@ -88,7 +88,15 @@ def test_a_spec_that_is_no_mapping_is_refused(spec):
 MIXER_SPECS = {
     "bd_lru": {"num_blocks": 3, "block_size": 2},
     "h_lru": {"num_channels": 3, "order": 2},
+    "lru": {"num_channels": 3},
+    "gru": {"hidden_size": 3},
     "lstm": {"hidden_size": 3},
+    "mlstm": {"head_dim": 3},
+    "mamba2": {"head_dim": 3},
+    "delta_net": {"head_dim": 3},
+    "gated_delta_net": {"head_dim": 3},
+    "delta_product": {"head_dim": 3},
+    "attention": {"head_dim": 2, "context": 3},
 }
 
 
@@ -127,7 +135,7 @@ def test_mixer_options_reach_the_mixer():
 def test_defaults_are_those_of_the_paper():
     assert complete_mixer({"name": "bd_lru", **MIXER_SPECS["bd_lru"]}) == {
         **{"name": "bd_lru", "num_blocks": 3, "block_size": 2},
-        **{"normalization": "softmax", "selective": True, "backend": "auto", "recompute": None},
+        **{"normalization": "softmax", "selective": True, "backend": "auto", "recompute": None, "gate_half_life": None},
     }
     assert complete_mixer({"name": "h_lru", **MIXER_SPECS["h_lru"]})["form"] == "companion"
 

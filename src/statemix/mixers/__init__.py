@@ -1,14 +1,40 @@
 """Sequence mixers by name."""
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from statemix.mixers.attention import Attention
 from statemix.mixers.base import Mixer
 from statemix.mixers.bd_lru import BDLRU
+from statemix.mixers.delta import DeltaNet, DeltaProduct, GatedDeltaNet
+from statemix.mixers.gru import GRU
 from statemix.mixers.h_lru import HLRU
+from statemix.mixers.lru import LRU
 from statemix.mixers.lstm import LSTM
+from statemix.mixers.mamba2 import Mamba2
+from statemix.mixers.mlstm import MLSTM
 from statemix.specs import Spec, complete
 
-MIXERS: dict[str, type[Mixer]] = {"bd_lru": BDLRU, "h_lru": HLRU, "lstm": LSTM}
+MIXERS: dict[str, type[Mixer]] = {
+    "bd_lru": BDLRU,
+    "h_lru": HLRU,
+    "lru": LRU,
+    "gru": GRU,
+    "lstm": LSTM,
+    "mlstm": MLSTM,
+    "mamba2": Mamba2,
+    "delta_net": DeltaNet,
+    "gated_delta_net": GatedDeltaNet,
+    "delta_product": DeltaProduct,
+    "attention": Attention,
+}
+
+# packages with GPU kernels of these mixers: what they would serve
+KERNEL_LIBRARIES = {
+    "flash-linear-attention": "delta_net, gated_delta_net, delta_product",
+    "mamba-ssm": "mamba2",
+    "mlstm-kernels": "mlstm",
+}
 
 
 def complete_mixer(spec: Spec) -> dict[str, Any]:
@@ -26,4 +52,33 @@ def build_mixer(spec: Spec, d_model: int) -> Mixer:
     return MIXERS[options.pop("name")](d_model, **options)
 
 
-__all__ = ["BDLRU", "HLRU", "LSTM", "MIXERS", "Mixer", "build_mixer", "complete_mixer"]
+def library_kernels() -> dict[str, str]:
+    """By package, in a few words, whether it is installed. None is used: these mixers run in torch on every device."""
+    facts = {}
+    for package, mixers in KERNEL_LIBRARIES.items():
+        try:
+            found = f"{version(package)} is installed"
+        except PackageNotFoundError:
+            found = "not installed"
+        facts[package] = f"{found}; not used, torch runs {mixers}"
+    return facts
+
+
+__all__ = [
+    "BDLRU",
+    "GRU",
+    "HLRU",
+    "LRU",
+    "LSTM",
+    "MIXERS",
+    "MLSTM",
+    "Attention",
+    "DeltaNet",
+    "DeltaProduct",
+    "GatedDeltaNet",
+    "Mamba2",
+    "Mixer",
+    "build_mixer",
+    "complete_mixer",
+    "library_kernels",
+]

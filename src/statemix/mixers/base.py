@@ -1,5 +1,10 @@
 """What every sequence mixer is: one call for a sequence, one for a step, and a state of fixed size."""
 
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -186,6 +191,13 @@ class RawGates(nn.Module):
         self.projection = nn.Linear(d_model, torch.Size(shape).numel()) if selective else None
         self.constant = None if selective else nn.Parameter(torch.randn(shape))
 
+    def start_from(self, gates: Tensor) -> None:
+        """Let the raw gates of x = 0, or the constant ones, be `gates`, (*shape) without N, in every block."""
+        start = self.constant if self.projection is None else self.projection.bias.view(self.shape)
+        assert start is not None
+        with torch.no_grad():
+            start.copy_(gates[..., None].expand(self.shape))
+
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, D) -> raw gates (B, T, *shape)."""
         if self.projection is None:
@@ -193,6 +205,49 @@ class RawGates(nn.Module):
             return self.constant.expand(*x.shape[:2], *self.shape)
         raw_gates: Tensor = self.projection(x)
         return raw_gates.unflatten(2, self.shape)
+
+
+def between_resets(
+    run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, state: Tensor, reset: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What `run`, a recurrence without a reset of its own, makes of x (B, T, D) and a state (B, M, N), piece by piece.
+
+    A piece ends before each step at which a sequence of the batch has a reset, (B, T) bool or None.
+    """
+    starts = [] if reset is None else torch.nonzero(reset.any(0)).flatten().tolist()
+    outputs = []
+    for begin, end in itertools.pairwise(sorted({0, *starts, x.shape[1]})):
+        if reset is not None:
+            state = state.masked_fill(reset[:, begin, None, None], 0)
+        y, state = run(x[:, begin:end], state)
+        outputs.append(y)
+    return torch.cat(outputs, dim=1), state
+
+
+def start_state(x: Tensor, state: Tensor | None, shape: tuple[int, int], reset: Tensor | None) -> Tensor:
+    """The state to begin with, (B, M, N), float32 or wider: zeros if None, and where the first step has a reset."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if state is None:
+        return x.new_zeros(x.shape[0], *shape, dtype=wide)
+    state = state.to(wide)
+    return state if reset is None else state.masked_fill(reset[:, 0, None, None], 0)
+
+
+def pack_state(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors (B, ...) side by side as one state (B, 1, N)."""
+    return torch.cat([part.flatten(1) for part in parts], dim=1)[:, None]
+
+
+def unpack_state(state: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """The tensors (B, *shape) that `pack_state` put side by side."""
+    parts = state[:, 0].split([math.prod(shape) for shape in shapes], dim=1)
+    return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """A context in which products keep the dtype of their factors: sums over time are float32 or wider."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def check_flags(owner: str, **flags: bool) -> None:
@@ -208,13 +263,20 @@ def check_recompute(owner: str, recompute: bool | None) -> None:
         raise TypeError(f"{owner}: `recompute` must be True, False or None, got {recompute!r}.")
 
 
-def check_sizes(owner: str, **sizes: int) -> None:
-    """Raise, in the name of `owner`, unless every size is an int of at least 1."""
+def check_sizes(owner: str, *, least: int = 1, **sizes: int) -> None:
+    """Raise, in the name of `owner`, unless every size is an int of at least `least`."""
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(f"{owner}: `{name}` must be an int, got {size!r}.")
-        if size < 1:
-            raise ValueError(f"{owner}: `{name}` must be at least 1, got {size}.")
+        if size < least:
+            raise ValueError(f"{owner}: `{name}` must be at least {least}, got {size}.")
+
+
+def check_numbers(owner: str, **numbers: float) -> None:
+    """Raise TypeError, in the name of `owner`, unless every value is a number."""
+    for name, number in numbers.items():
+        if not isinstance(number, (int, float)) or isinstance(number, bool):
+            raise TypeError(f"{owner}: `{name}` must be a number, got {number!r}.")
 
 
 def check_choice(owner: str, name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@ from torch import nn
 
 from statemix.gates import check_normalization
 from statemix.mixers.base import LinearRecurrence, RawGates, check_choice, check_flags, check_recompute, check_sizes
+from statemix.mixers.half_life import check_half_life, half_life_gates
 from statemix.scan import BACKENDS
 
 
@@ -24,7 +25,7 @@ class BDLRU(LinearRecurrence):
             kernels only.
 
     Raises:
-        TypeError, ValueError: a size is not a positive int, or a name is unknown.
+        TypeError, ValueError: a size is not a positive int, a half-life not above 0, or a name unknown.
 
     Source: Dubinin et al. 2026 (arXiv 2602.12021).
     """
@@ -39,6 +40,7 @@ class BDLRU(LinearRecurrence):
         selective: bool = True,
         backend: str = "auto",
         recompute: bool | None = None,
+        gate_half_life: float | None = None,
     ) -> None:
         super().__init__()
         check_sizes("BDLRU", d_model=d_model, num_blocks=num_blocks, block_size=block_size)
@@ -46,9 +48,12 @@ class BDLRU(LinearRecurrence):
         check_normalization("BDLRU", normalization)
         check_choice("BDLRU", "backend", backend, ("auto", *BACKENDS))
         check_recompute("BDLRU", recompute)
+        check_half_life("BDLRU", gate_half_life)
         self.d_model, self.state_shape, self.kind = d_model, (block_size, num_blocks), "block"
         self.normalization, self.backend, self.recompute = normalization, backend, recompute
         # rows [i, j, n] of the projection carry old component j to new component i of block n; j = M is the input gate
         self.raw_gates = RawGates(d_model, (block_size, block_size + 1, num_blocks), selective)
         self.values = nn.Linear(d_model, block_size * num_blocks, bias=False)
         self.output = nn.Linear(block_size * num_blocks, d_model, bias=False)
+        if gate_half_life is not None:
+            self.raw_gates.start_from(half_life_gates(self.kind, block_size, normalization, gate_half_life))

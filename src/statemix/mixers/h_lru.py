@@ -4,6 +4,7 @@ from torch import nn
 
 from statemix.gates import check_normalization
 from statemix.mixers.base import LinearRecurrence, RawGates, check_choice, check_flags, check_recompute, check_sizes
+from statemix.mixers.half_life import check_half_life, half_life_gates
 from statemix.scan import BACKENDS
 
 FORMS = ("companion", "observer")
@@ -28,7 +29,7 @@ class HLRU(LinearRecurrence):
             kernels only.
 
     Raises:
-        TypeError, ValueError: a size is not a positive int, or a name is unknown.
+        TypeError, ValueError: a size is not a positive int, a half-life not above 0, or a name unknown.
 
     Source: Dubinin et al. 2026 (arXiv 2602.12021).
     """
@@ -44,6 +45,7 @@ class HLRU(LinearRecurrence):
         form: str = "companion",
         backend: str = "auto",
         recompute: bool | None = None,
+        gate_half_life: float | None = None,
     ) -> None:
         super().__init__()
         check_sizes("HLRU", d_model=d_model, num_channels=num_channels, order=order)
@@ -52,6 +54,7 @@ class HLRU(LinearRecurrence):
         check_choice("HLRU", "form", form, FORMS)
         check_choice("HLRU", "backend", backend, ("auto", *BACKENDS))
         check_recompute("HLRU", recompute)
+        check_half_life("HLRU", gate_half_life)
         self.d_model, self.state_shape, self.form, self.kind = d_model, (order, num_channels), form, form
         self.normalization, self.backend, self.recompute = normalization, backend, recompute
         self.raw_gates = RawGates(
@@ -59,3 +62,5 @@ class HLRU(LinearRecurrence):
         )  # [j, n]: lag j + 1; j = M the input gate
         self.values = nn.Linear(d_model, num_channels, bias=False)
         self.output = nn.Linear(order * num_channels, d_model, bias=False)
+        if gate_half_life is not None:
+            self.raw_gates.start_from(half_life_gates(self.kind, order, normalization, gate_half_life))

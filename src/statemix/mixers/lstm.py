@@ -1,11 +1,9 @@
 """LSTM, the nonlinear baseline: torch.nn.LSTM with a linear read-out."""
 
-import itertools
-
 import torch
 from torch import Tensor, nn
 
-from statemix.mixers.base import Mixer, check_sizes
+from statemix.mixers.base import Mixer, between_resets, check_sizes, start_state, without_autocast
 
 
 class LSTM(Mixer):
@@ -30,17 +28,12 @@ class LSTM(Mixer):
 
     def mix(self, x: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `Mixer.forward`. The state is (h_T, c_T), (B, 2, H)."""
-        if state is None:
-            state = x.new_zeros(x.shape[0], *self.state_shape)
-        # torch's LSTM knows no reset: cut the batch wherever one of its sequences has one
-        starts = [] if reset is None else torch.nonzero(reset.any(0)).flatten().tolist()
-        cuts = sorted({0, *starts, x.shape[1]})
-        hidden = []
-        for begin, end in itertools.pairwise(cuts):
-            if reset is not None:
-                state = state.masked_fill(reset[:, begin, None, None], 0)
-            h, c = state.unbind(1)
-            out, (h, c) = self.lstm(x[:, begin:end], (h[None].contiguous(), c[None].contiguous()))
-            hidden.append(out)
-            state = torch.stack([h[0], c[0]], dim=1)
-        return self.output(torch.cat(hidden, dim=1)), state
+        state = start_state(x, state, self.state_shape, reset)
+        with without_autocast(x):
+            hidden, final_state = between_resets(self._run, x.to(self.dtype), state.to(self.dtype), reset)
+        return self.output(hidden.to(x.dtype)), final_state.to(state.dtype)
+
+    def _run(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        h, c = state.transpose(0, 1).unsqueeze(1).contiguous()
+        hidden, (h, c) = self.lstm(x, (h, c))
+        return hidden, torch.cat([h, c]).transpose(0, 1)
