@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import re
+from unittest import mock
 
 import pytest
 import torch
 
 from statemix.config import ModelConfig, OptimizerConfig, TrainConfig, first_difference
+from statemix.mixers import MIXERS
+from statemix.tasks import TASKS
 
 NOT_DEFAULT = [
     TrainConfig(),
@@ -16,7 +19,9 @@ NOT_DEFAULT = [
     TrainConfig(mixer={"name": "h_lru", "num_channels": 5, "order": 3, "form": "observer", "selective": False}),
     TrainConfig(mixer={"name": "lstm", "hidden_size": 4}, batch_size=3, eval_every=5, eval_sequences=9, log_every=2),
     TrainConfig(model=ModelConfig(d_model=3, num_layers=4, mlp_size=17, tied_embedding=True), mixed_precision="bf16"),
+    TrainConfig(model=ModelConfig(init_std=0.02), train_sequences=100, patience=3, stop_accuracy=0.999),
     TrainConfig(optimizer=OptimizerConfig(0.1, 1e-9, 1.0, (0.0, 0.5), 0.0, 1e300)),
+    TrainConfig(optimizer=OptimizerConfig(clip=None)),
 ]
 
 
@@ -40,9 +45,9 @@ def test_the_round_trip_covers_every_field():
 
 def test_a_missing_key_has_its_default_and_whole_numbers_serve_as_floats():
     assert TrainConfig.from_json("{}") == TrainConfig()
-    config = TrainConfig.from_json('{"optimizer": {"lr": 1, "betas": [0, 0.5]}, "test_lengths": [8]}')
-    assert config == TrainConfig(optimizer=OptimizerConfig(lr=1.0, betas=(0.0, 0.5)), test_lengths=(8,))
-    assert isinstance(config.optimizer.lr, float)
+    config = TrainConfig.from_json('{"optimizer": {"lr": 1, "clip": 2, "betas": [0, 0.5]}, "test_lengths": [8]}')
+    assert config == TrainConfig(optimizer=OptimizerConfig(lr=1.0, clip=2.0, betas=(0.0, 0.5)), test_lengths=(8,))
+    assert {type(config.optimizer.lr), type(config.optimizer.clip), type(config.test_lengths[0])} == {float, int}
 
 
 def test_specs_are_stored_with_their_defaults():
@@ -50,7 +55,7 @@ def test_specs_are_stored_with_their_defaults():
     assert config.task == {"name": "permutation", "group": "S3", "seq_len": 16, "generators": "all"}
     assert config.mixer == {
         **{"name": "h_lru", "num_channels": 4, "order": 2, "normalization": "softmax"},
-        **{"selective": True, "form": "companion", "backend": "auto", "recompute": None},
+        **{"selective": True, "form": "companion", "backend": "auto", "recompute": None, "gate_half_life": None},
     }
     written = TrainConfig(
         task={"name": "permutation", "group": "S3"},
@@ -78,7 +83,7 @@ def test_a_config_leaves_the_callers_random_state_as_it_was():
 # what is changed in the JSON of the default config -> the message
 WRONG_JSON = {
     # unknown keys, at every level
-    "step": (1, ValueError, r"unknown key `step`; there are \['batch_size', .*'steps', 'task', 'test_lengths'\]"),
+    "step": (1, ValueError, r"unknown key `step`; there are \['batch_size', .*'test_lengths', 'train_sequences'\]"),
     "model.width": (1, ValueError, r"unknown key `model\.width`; there are \['d_model', .*'tied_embedding'\]"),
     "optimizer.beta": (1, ValueError, r"unknown key `optimizer\.beta`; there are \['betas', .*'weight_decay'\]"),
     "mixer.blocks": (1, ValueError, r"mixer: `blocks` is not an option of 'bd_lru', which has \['backend', .*\]"),
@@ -96,7 +101,10 @@ WRONG_JSON = {
     "model.tied_embedding": (1, TypeError, r"`model\.tied_embedding` must be of type bool, got 1"),
     "optimizer": (None, TypeError, r"`optimizer` must be an object, got None"),
     "optimizer.lr": ("3e-3", TypeError, r"`optimizer\.lr` must be of type float, got '3e-3'"),
-    "optimizer.clip": (False, TypeError, r"`optimizer\.clip` must be of type float, got False"),
+    "optimizer.clip": (False, TypeError, r"`optimizer\.clip` must be of type float \| None, got False"),
+    "model.init_std": ("0.02", TypeError, r"`model\.init_std` must be of type float \| None, got '0\.02'"),
+    "train_sequences": (1.5, TypeError, r"`train_sequences` must be of type int \| None, got 1\.5"),
+    "patience": (True, TypeError, r"`patience` must be of type int \| None, got True"),
     "optimizer.betas": (0.9, TypeError, r"`optimizer\.betas` must be of type tuple\[float, float\], got 0\.9"),
     "optimizer.betas ": (
         [0.9, "x"],
@@ -156,21 +164,26 @@ def test_load_names_a_file_that_is_missing_or_no_text(tmp_path):
 
 
 BD_LRU = {"name": "bd_lru", "num_blocks": 2, "block_size": 3}
+ONE_OF_THE_MIXERS = rf"mixer: `name` must be one of {re.escape(str(sorted(MIXERS)))}"
+ONE_OF_THE_TASKS = rf"task: `name` must be one of {re.escape(str(sorted(TASKS)))}"
 WRONG_VALUES = [
     *((name, 0, r"at least 1") for name in ("steps", "batch_size", "eval_every", "eval_sequences", "log_every")),
+    *((name, 0, r"at least 1") for name in ("train_sequences", "patience")),
+    ("stop_accuracy", 0.0, r"above 0 and at most 1"),
+    ("stop_accuracy", 1.5, r"above 0 and at most 1"),
     ("seed", -1, r"at least 0"),
     ("test_lengths", (8, 0), r"all at least 1"),
     ("mixed_precision", "fp17", r"one of \['bf16', 'fp16', 'no'\]"),
-    ("mixer", {}, r"mixer: `name` must be one of \['bd_lru', 'h_lru', 'lstm'\], got None"),
-    ("mixer", {"name": "gru"}, r"mixer: `name` must be one of \['bd_lru', 'h_lru', 'lstm'\], got 'gru'"),
+    ("mixer", {}, rf"{ONE_OF_THE_MIXERS}, got None"),
+    ("mixer", {"name": "gpu"}, rf"{ONE_OF_THE_MIXERS}, got 'gpu'"),
     ("mixer", {"name": ["lstm"]}, r"mixer: `name` must be one of .*, got \['lstm'\]"),
     ("mixer", {"name": "bd_lru", "num_blocks": 2}, r"mixer: 'bd_lru' needs the option `block_size`"),
     ("mixer", {"name": "lstm"}, r"mixer: 'lstm' needs the option `hidden_size`"),
     ("mixer", BD_LRU | {"block_size": 0}, r"BDLRU: `block_size` must be at least 1, got 0"),
     ("mixer", BD_LRU | {"normalization": "max"}, r"BDLRU: `normalization` must be one of \['linear', .*\], got 'max'"),
     ("mixer", BD_LRU | {"backend": "tpu"}, r"BDLRU: `backend` must be one of \[.*'auto', 'cpu', .*\], got 'tpu'"),
-    ("task", {}, r"task: `name` must be one of \[.*'permutation'.*\], got None"),
-    ("task", {"name": "parrot"}, r"task: `name` must be one of \[.*'permutation'.*\], got 'parrot'"),
+    ("task", {}, rf"{ONE_OF_THE_TASKS}, got None"),
+    ("task", {"name": "party"}, rf"{ONE_OF_THE_TASKS}, got 'party'"),
     ("task", {"name": "permutation", "group": "Q8"}, r"permutation: `group` must be S<n>, .*, got 'Q8'"),
     ("task", {"name": "permutation", "group": "S8"}, r"permutation: `group` must have at most 5040 elements, got 'S8'"),
     ("task", {"name": "permutation", "seq_len": 0}, r"permutation: `seq_len` must be at least 1, got 0"),
@@ -180,6 +193,21 @@ WRONG_VALUES = [
         r"permutation: `generators` must be one of \[.*\], got 'some'",
     ),
 ]
+
+
+def test_a_mixer_is_checked_at_the_width_it_will_have():
+    spec = {"name": "bd_lru", "num_blocks": 2, "block_size": 3}
+    with mock.patch("statemix.config.build_mixer") as build:
+        TrainConfig(mixer=spec, model=ModelConfig(d_model=24))
+    assert build.call_args.args[1] == 24
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_scale_of_the_first_weights_out_of_range_is_named(value):
+    with pytest.raises(
+        ValueError, match=rf"^TrainConfig: `model\.init_std` must be above 0 and finite, got {value}\.$"
+    ):
+        ModelConfig(init_std=value)
 
 
 @pytest.mark.parametrize(("name", "value"), [("d_model", 0), ("num_layers", 0), ("mlp_size", -1)])

@@ -1,5 +1,6 @@
 """train.py: what a run learns, writes and returns, and how it refuses what it cannot do."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -16,7 +17,9 @@ import torch
 from safetensors.torch import load_file
 from test_checkpoint import CHANGES, TRAIN, Stopped, differing, disk, extra, run, small_config, snapshot
 
+import statemix
 from statemix import SequenceModel, TrainConfig, train
+from statemix.checkpoint import locked
 from statemix.config import ModelConfig, OptimizerConfig
 from statemix.tasks import PermutationComposition, build_task
 from statemix.train import build_model, evaluate, learning_rate
@@ -68,11 +71,9 @@ def test_a_small_run_learns_and_generalises_to_twice_the_length(tmp_path):
 def test_metrics_have_the_expected_lines(finished):
     lines = [json.loads(line) for line in (finished.out / "metrics.jsonl").read_text().splitlines()]
     assert lines == finished.metrics
-    training = ["step", "loss", "token_accuracy", "grad_norm", "lr", "tokens_per_s"]
-    validation = [
-        "step",
-        *(f"valid_{k}" for k in ("loss", "token_accuracy", "sequence_accuracy", "accuracy_by_position")),
-    ]
+    accuracies = ["token_accuracy", "sequence_accuracy", "macro_accuracy"]
+    training = ["step", "loss", *accuracies, "grad_norm", "lr", "tokens_per_s"]
+    validation = ["step", *(f"valid_{k}" for k in ("loss", *accuracies, "mad_accuracy", "accuracy_by_position"))]
     assert [(line["step"], list(line)) for line in lines] == [
         *((3, training), (4, validation), (6, training), (8, validation)),
         *((9, training), (10, training), (10, validation)),
@@ -105,6 +106,9 @@ def test_the_result_holds_the_scores_of_the_best_checkpoint(finished):
     assert summary["parameters"] == sum(p.numel() for p in model.parameters())
     assert summary["mixer_parameters"] == 2 * 3 * (4 * 9 + 2 * 8)  # N M ((M + 1)(D + 1) + 2 D)
     assert (summary["state_size"], summary["threads"]) == (6, 1)
+    assert (summary["steps"], summary["version"]) == (10, statemix.__version__)
+    [best] = [line for line in finished.metrics if line["step"] == summary["best_step"] and "valid_loss" in line]
+    assert {"step": best["step"], **{f"valid_{key}": value for key, value in summary["valid"].items()}} == best
     speeds = sorted(line["tokens_per_s"] for line in finished.metrics if "tokens_per_s" in line)
     assert summary["train_tokens_per_s"] == speeds[2]
     assert list(summary["test"]) == ["5", "12"]
@@ -120,7 +124,16 @@ def scores_in_numpy(model, length, sequences, batch_size):
     task = PermutationComposition("S3", length)
     sizes = [min(batch_size, sequences - start) for start in range(0, sequences, batch_size)]
     batches = [task.sample("test", size, index=i) for i, size in enumerate(sizes)]
-    right, losses = [], []
+    right, losses, by_target, macros = [], [], {}, []
+    for batch in batches:
+        counts = {}
+        for tokens, targets in zip(*batch, strict=True):
+            for target, prediction in zip(targets.tolist(), model(tokens[None])[0][0].argmax(-1).tolist(), strict=True):
+                counts.setdefault(target, []).append(prediction == target)
+                counts.setdefault(prediction, [])  # to MAD a class, even if only predicted
+        macros += [np.mean([np.mean(hits) if hits else 0 for hits in counts.values()])] * len(batch.tokens)
+        for target, hits in counts.items():
+            by_target.setdefault(target, []).extend(hits)
     for tokens, targets in ((x, y) for batch in batches for x, y in zip(*batch, strict=True)):
         with torch.no_grad():
             logits = model(tokens[None])[0][0].double().numpy()
@@ -133,6 +146,8 @@ def scores_in_numpy(model, length, sequences, batch_size):
         "loss": np.mean(losses),
         "token_accuracy": np.mean(right),
         "sequence_accuracy": np.mean(np.all(right, axis=1)),
+        "macro_accuracy": np.mean([np.mean(hits) for hits in by_target.values() if hits]),
+        "mad_accuracy": np.mean(macros),
         "accuracy_by_position": np.mean(right, axis=0).tolist(),
     }
 
@@ -145,6 +160,104 @@ def test_the_test_split_is_drawn_only_after_training(spied, tmp_path):
     assert set(splits[:first_test]) == {"train", "valid"}
     assert set(splits[first_test:]) == {"test"}
     assert {length for split, length, _ in spied if split != "test"} == {5}
+
+
+def test_a_test_that_cannot_be_drawn_is_found_before_training(spied, tmp_path):
+    """None of the 9 sequences of Z3 of length 2 belongs to the test; a run must not end with that news."""
+    config = ten_steps(task={"name": "permutation", "group": "Z3", "seq_len": 5}, test_lengths=(5, 2))
+    with pytest.raises(ValueError, match="no sequence of length 2 belongs to split 'test'"):
+        run(tmp_path / "run", config)
+    assert spied == []
+    assert list((tmp_path / "run").iterdir()) == []
+    with limited_length(5), pytest.raises(ValueError, match=r"permutation: `seq_len` must be at most 5, got 7"):
+        ten_steps(test_lengths=(5, 7))
+
+
+@contextlib.contextmanager
+def limited_length(most):
+    """Permutation composition that cannot be built at greater lengths."""
+    check = PermutationComposition.__post_init__
+
+    def checked(self):
+        check(self)
+        if self.seq_len > most:
+            raise ValueError(f"permutation: `seq_len` must be at most {most}, got {self.seq_len}.")
+
+    with mock.patch.object(PermutationComposition, "__post_init__", checked):
+        yield
+
+
+def test_a_finite_training_set_is_gone_through_in_epochs(spied, tmp_path):
+    """20 sequences in batches of 8: after 5 steps each was seen twice; resumed at step 8 the batches are the same."""
+    seen = []
+    batches = TRAIN.finite_batch
+
+    def spy(*args, **options):
+        batch = batches(*args, **options)
+        seen.append(batch.tokens)
+        return batch
+
+    with mock.patch.object(TRAIN, "finite_batch", spy):
+        whole = run(tmp_path / "run", ten_steps(train_sequences=20))
+        first = torch.cat(seen[:5]).tolist()
+        assert sorted(first[:20]) == sorted(first[20:])
+        assert first[:20] != first[20:]
+        assert len({tuple(row) for row in first}) == 20  # 6^5 sequences: two equal ones would be a rare accident
+        assert sorted(first[:20]) == sorted(spied_training_set(spied))
+        with pytest.raises(Stopped), mock.patch.object(TRAIN, "finite_batch", stopping_at(spy, 9)):
+            run(tmp_path / "stopped", ten_steps(train_sequences=20))
+        seen.clear()
+        run(tmp_path / "stopped", ten_steps(train_sequences=20))
+    assert len(seen) == 2
+    assert differing(tmp_path / "stopped", whole.out) == []
+
+
+def spied_training_set(spied):
+    [tokens] = {id(tokens): tokens for split, _, tokens in spied if split == "train"}.values()
+    return tokens.tolist()
+
+
+def stopping_at(batches, stop):
+    def call(*args, step, **options):
+        if step == stop:
+            raise Stopped
+        return batches(*args, step=step, **options)
+
+    return call
+
+
+def test_an_evaluation_leaves_the_model_in_the_mode_it_had(finished):
+    model = SequenceModel.load(finished.out / f"step-{finished.summary['best_step']}")
+    for training in (True, False):
+        model.train(training)
+        evaluate(model, build_task(ten_steps().task), "valid", 4, 4)
+        assert {module.training for module in model.modules()} == {training}
+
+
+def test_two_processes_do_not_share_a_folder(finished, tmp_path):
+    """The lock is of the open folder, so that a second one in this process stands for another process."""
+    out = tmp_path / "run"
+    refused = rf"^train: `out` must be a folder of its own, but another process is at work in '{out}'\. Wait for it"
+    with locked_by_another(out):
+        for resume in ("auto", "never"):
+            with pytest.raises(ValueError, match=refused):
+                run(out, ten_steps(), resume=resume)
+        assert list(out.iterdir()) == []
+    run(out, ten_steps())  # the end of the other is the end of its lock
+    assert differing(out, finished.out) == []
+
+
+def locked_by_another(out):
+    out.mkdir()
+    return locked(out, "another process")
+
+
+def test_a_folder_that_cannot_be_locked_is_used_all_the_same(finished, tmp_path):
+    """As on some network file systems, and where there is no fcntl."""
+    no_locks = mock.Mock(LOCK_EX=2, LOCK_NB=4, flock=mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    for number, module in enumerate((no_locks, None)):
+        with mock.patch("statemix.checkpoint.fcntl", module):
+            assert differing(run(tmp_path / str(number), ten_steps()).out, finished.out) == []
 
 
 def test_the_seed_changes_weights_and_training_data_but_not_validation_and_test(spied, tmp_path):

@@ -2,7 +2,7 @@
 
 from statemix.config import TrainConfig
 from statemix.mixers import BDLRU, HLRU, LSTM
-from statemix.model import SequenceModel
+from statemix.model import AutoEncoder, SequenceModel, load_model
 from statemix.scan import available_backends, block_scan, companion_scan, observer_scan
 from statemix.train import train
 
@@ -12,11 +12,13 @@ __all__ = [
     "BDLRU",
     "HLRU",
     "LSTM",
+    "AutoEncoder",
     "SequenceModel",
     "TrainConfig",
     "available_backends",
     "block_scan",
     "companion_scan",
+    "load_model",
     "observer_scan",
     "train",
 ]

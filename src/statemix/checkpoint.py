@@ -11,11 +11,12 @@ A checkpoint is written under another name and renamed when it is complete; then
 one operation of the file system; then what no longer counts is deleted. Weights are safetensors, all else JSON.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,12 @@ from torch import Tensor
 
 from statemix.config import TrainConfig
 from statemix.files import sync, write_whole
-from statemix.model import SequenceModel, read_tensors
+from statemix.model import TokenModel, read_tensors
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 OPTIMIZER_FILE, TRAIN_FILE = "optimizer.safetensors", "train.json"  # of a checkpoint
 POINTER_FILE, METRICS_FILE, CURVES_FILE = "checkpoints.json", "metrics.jsonl", "curves.png"
@@ -34,25 +40,10 @@ CLEARING_FILE = f".{POINTER_FILE}.partial"  # checkpoints.json while it is writt
 
 
 class RunFolder:
-    """The files of one training run.
-
-    Raises:
-        ValueError: the path is a file, or cannot be made or written to.
-    """
+    """The files of one training run. Raises as `make_folder`."""
 
     def __init__(self, path: str | Path) -> None:
-        if not str(path):
-            raise ValueError("train: `out` must be the path of a folder, got ''.")
-        self.path = Path(path)
-        rule = f"train: `out` must be a folder that can be written to, but '{path}'"
-        try:
-            if self.path.exists() and not self.path.is_dir():
-                raise ValueError(f"train: `out` must be a folder, but '{path}' is a file.")
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"{rule} cannot be made: {error}") from error
-        if not os.access(self.path, os.W_OK | os.X_OK):
-            raise ValueError(f"{rule} cannot.")
+        self.path = make_folder(path, "train")
 
     def write(self, name: str, content: bytes) -> None:
         """Replace a file whole."""
@@ -118,7 +109,7 @@ class RunFolder:
         return progress
 
     def save_checkpoint(
-        self, model: SequenceModel, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any], best: bool
+        self, model: TokenModel, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any], best: bool
     ) -> None:
         """Write model, optimizer and progress (its "step" names the folder) as the last, and maybe best, checkpoint."""
         name = f"step-{progress['step']}"
@@ -170,6 +161,55 @@ class RunFolder:
         """Add one line."""
         with (self.path / METRICS_FILE).open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def make_folder(path: str | Path, owner: str) -> Path:
+    """The folder at a path, made if it is not there.
+
+    Raises:
+        ValueError: the path is a file, or cannot be made or written to; in the name of `owner`.
+    """
+    if not str(path):
+        raise ValueError(f"{owner}: `out` must be the path of a folder, got ''.")
+    folder = Path(path)
+    rule = f"{owner}: `out` must be a folder that can be written to, but '{path}'"
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{owner}: `out` must be a folder, but '{path}' is a file.")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{rule} cannot be made: {error}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{rule} cannot.")
+    return folder
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """While it lasts no other process gets past here for this folder; the end of the process ends it too.
+
+    Two processes in one run folder would delete each other's checkpoints. The lock is on the folder itself and leaves
+    no file. Where the system has none (Windows, some network file systems) nothing is locked.
+
+    Raises:
+        ValueError: another process has the folder; the message begins with `what`.
+    """
+    descriptor = None if fcntl is None else os.open(path, os.O_RDONLY)
+    try:
+        if descriptor is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"{what} must be a folder of its own, but another process is at work in '{path}'. "
+                    "Wait for it, or use another folder."
+                ) from error
+            except OSError:
+                pass
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:

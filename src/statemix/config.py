@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
 import torch
@@ -18,25 +19,29 @@ PRECISIONS = ("no", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Width and depth of a SequenceModel.
+    """Width, depth and first weights of a model.
 
     Args:
         d_model: D, width of the residual stream.
         num_layers: number of (mixer, SwiGLU) pairs.
         mlp_size: inner width of the SwiGLU. None: 8/3 D, rounded up to a multiple of 32.
         tied_embedding: the head is the transposed embedding.
+        init_std: of the first weights, above 0; model.py says of which. None: torch's defaults.
     """
 
     d_model: int = 64
     num_layers: int = 1
     mlp_size: int | None = None
     tied_embedding: bool = False
+    init_std: float | None = None
 
     def __post_init__(self) -> None:
         _check_types(self, "model.")
         for name in ("d_model", "num_layers", "mlp_size"):
             size = getattr(self, name)
             _require(f"model.{name}", size, size is None or size >= 1, "at least 1")
+        std = self.init_std
+        _require("model.init_std", std, std is None or 0 < std < math.inf, "above 0 and finite")
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class OptimizerConfig:
         warmup: share of the steps that warm up, in [0, 1].
         betas: decay rates of the two moments, in [0, 1).
         weight_decay: of matrices (not of biases, norms or embeddings), at least 0.
-        clip: largest gradient norm, above 0.
+        clip: largest gradient norm, above 0. None: gradients are as they are.
     """
 
     lr: float = 3e-3
@@ -57,7 +62,7 @@ class OptimizerConfig:
     warmup: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
-    clip: float = 1.0
+    clip: float | None = 1.0
 
     def __post_init__(self) -> None:
         _check_types(self, "optimizer.")
@@ -67,7 +72,7 @@ class OptimizerConfig:
         _require("optimizer.betas", self.betas, len(self.betas) == 2, "two numbers")
         _require("optimizer.betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "in [0, 1)")
         _require("optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
-        _require("optimizer.clip", self.clip, self.clip > 0, "above 0")
+        _require("optimizer.clip", self.clip, self.clip is None or self.clip > 0, "above 0")
 
 
 @dataclass(frozen=True)
@@ -79,10 +84,15 @@ class TrainConfig:
         mixer: spec of a mixer: its name in `MIXERS` and its options.
         model: width and depth.
         optimizer: AdamW and its schedule.
-        steps: optimizer steps.
+        steps: optimizer steps; the schedule's length, also of a run that ends earlier.
         batch_size: sequences per step, over all processes.
+        train_sequences: size of the training set, gone through in epochs in an order of their own: the first so many of
+            the training stream. None: every batch is new.
         seed: of the initial weights and the training stream. Validation and test data are the same for every seed.
         eval_every: steps between validations; each also writes a checkpoint.
+        patience: training ends after so many validations in a row without a lower loss. None: after `steps`.
+        stop_accuracy: training ends when the token accuracy of a validation is at least this, in (0, 1]. None: after
+            `steps`.
         eval_sequences: sequences validated on each time, and tested on at each length at the end.
         test_lengths: sequence lengths of the final test, in tokens. Empty: the task's own.
         log_every: steps between lines of metrics.jsonl.
@@ -98,8 +108,11 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     steps: int = 600
     batch_size: int = 128
+    train_sequences: int | None = None
     seed: int = 0
     eval_every: int = 100
+    patience: int | None = None
+    stop_accuracy: float | None = None
     eval_sequences: int = 1024
     test_lengths: tuple[int, ...] = ()
     log_every: int = 10
@@ -109,6 +122,11 @@ class TrainConfig:
         _check_types(self)
         for name in ("steps", "batch_size", "eval_every", "eval_sequences", "log_every"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("train_sequences", "patience"):
+            number = getattr(self, name)
+            _require(name, number, number is None or number >= 1, "at least 1")
+        stop = self.stop_accuracy
+        _require("stop_accuracy", stop, stop is None or 0 < stop <= 1, "above 0 and at most 1")
         _require("seed", self.seed, self.seed >= 0, "at least 0")
         _require("test_lengths", self.test_lengths, all(n >= 1 for n in self.test_lengths), "all at least 1")
         allowed = self.mixed_precision in PRECISIONS
@@ -116,9 +134,15 @@ class TrainConfig:
         # specs are stored with their defaults, so that equal runs have equal configs, also after a default changes
         object.__setattr__(self, "task", complete_task(self.task))
         object.__setattr__(self, "mixer", complete_mixer(self.mixer))
-        build_task(self.task)
+        task = build_task(self.task)
+        for length in self.test_lengths:
+            own = not task.autoencoder or length == task.seq_len
+            _require(
+                "test_lengths", length, own, f"the task's `seq_len` = {task.seq_len}: an autoencoder has one length"
+            )
+            task.with_seq_len(length)
         with torch.device("meta"):  # checks the options; no memory, no random numbers drawn
-            build_mixer(self.mixer, d_model=1)
+            build_mixer(self.mixer, self.model.d_model)
 
     def to_json(self) -> str:
         """JSON text that `from_json` reads back to an equal config."""
@@ -173,6 +197,8 @@ def _check_types(config: Any, prefix: str = "") -> None:
 
 def _is(value: object, hint: Any) -> bool:
     """Whether a value is of a type; an int will do for a float, and a bool is no number."""
+    if isinstance(hint, UnionType):
+        return any(_is(value, part) for part in get_args(hint))
     if hint is float:
         hint = int | float
     if get_origin(hint) is dict:
@@ -182,7 +208,8 @@ def _is(value: object, hint: Any) -> bool:
 
 def _number(value: object, hint: Any) -> object:
     """JSON writes a whole float as an int: make it a float again where the field is one."""
-    return float(value) if hint is float and isinstance(value, int) and not isinstance(value, bool) else value
+    is_float = hint is float or (isinstance(hint, UnionType) and float in get_args(hint))
+    return float(value) if is_float and isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _from_mapping(cls: type, data: object, prefix: str) -> Any:

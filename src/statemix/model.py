@@ -1,9 +1,20 @@
-"""SequenceModel: embedding, pre-norm residual (mixer, SwiGLU) pairs, head. Weights are safetensors, the config JSON."""
+"""SequenceModel and AutoEncoder: embedding, pre-norm residual (mixer, SwiGLU) pairs, head.
+
+Initialisation is one rule for all mixers. The last map of every residual branch, `mixer.output` and `mlp.output`,
+starts small enough that the sum of all branches has the same scale at any depth. With `init_std` (0.02 in MAD and in
+the paper), the weights of every nn.Linear and nn.Embedding are N(0, init_std^2), and those of the branches' last maps
+N(0, init_std^2 / (2 num_layers)): there are 2 num_layers branches. Without it all are as torch or the mixer makes them,
+and the last maps are divided by sqrt(num_layers): a model of one pair is left as it is. Neither touches what else a
+mixer sets up: biases, the ring of LRU, the decays of Mamba-2, convolutions, the matrices within torch.nn.LSTM and GRU.
+
+Weights are saved as safetensors, the config as JSON.
+"""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from safetensors import SafetensorError
@@ -80,7 +91,143 @@ class Layer(nn.Module):
         return cpu.pair_step(x, *ready, weights, epsilons, normalization=mixer.normalization, kind=mixer.kind)
 
 
-class SequenceModel(nn.Module):
+class TokenModel(nn.Module):
+    """What both models share: embedding, layers, norm and head, their initialisation, saving and loading."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        num_layers: int,
+        mixer: Spec,
+        mlp_size: int | None,
+        tied_embedding: bool,
+        init_std: float | None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        check_sizes(name, vocab_size=vocab_size, d_model=d_model, num_layers=num_layers)
+        mlp_size = -(-8 * d_model // 96) * 32 if mlp_size is None else mlp_size
+        check_sizes(name, mlp_size=mlp_size)
+        check_flags(name, tied_embedding=tied_embedding)
+        if init_std is not None and not (type(init_std) in (int, float) and 0 < init_std < math.inf):
+            raise ValueError(f"{name}: `init_std` must be a finite number above 0, or None, got {init_std!r}.")
+        self.config: dict[str, Any] = {
+            **{"vocab_size": vocab_size, "d_model": d_model, "num_layers": num_layers, "mixer": complete_mixer(mixer)},
+            **{"mlp_size": mlp_size, "tied_embedding": tied_embedding, "init_std": init_std},
+        }
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.layers = nn.ModuleList(Layer(d_model, mixer, mlp_size) for _ in range(num_layers))
+        self.norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.head = nn.Linear(d_model, vocab_size, bias=False)
+        if tied_embedding:
+            self.head.weight = self.embedding.weight
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Apply the rule of the module's docstring; a subclass calls it once all its parts are there."""
+        init_std, depth = self.config["init_std"], len(self.layers)
+        layers = [cast(Layer, layer) for layer in self.layers]
+        branches = [cast(nn.Linear, last) for layer in layers for last in (layer.mixer.output, layer.mlp.output)]
+        if init_std is None:
+            for branch in branches:
+                branch.weight.div_(math.sqrt(depth))
+            return
+        stds = {  # by weight: a tied one is drawn once
+            module.weight: init_std / math.sqrt(2 * depth) if module in branches else init_std
+            for module in self.modules()
+            if isinstance(module, nn.Linear | nn.Embedding)
+        }
+        for weight, std in stds.items():
+            nn.init.normal_(weight, std=std)
+
+    @property
+    def mixers(self) -> list[Mixer]:
+        """The mixer of each layer, first to last."""
+        return [cast(Layer, layer).mixer for layer in self.layers]
+
+    @property
+    def state_size(self) -> int:
+        """Numbers carried per sequence, over all layers."""
+        return sum(mixer.state_size for mixer in self.mixers)
+
+    def num_parameters(self) -> int:
+        """Number of trained numbers; a tied head counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def _run_layers(self, tokens: Tensor, state: Sequence[Tensor] | None, reset: Tensor | None) -> tuple[Tensor, State]:
+        """Tokens (B, T) to the normalised residual stream (B, T, D) and the state of every layer."""
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            shape, name = tuple(tokens.shape), type(self).__name__
+            raise ValueError(f"{name}: `tokens` must have shape (B, T) with B, T of at least 1, got {shape}.")
+        self._check(tokens, state)
+        x, states = self.embedding(tokens), []
+        for i, layer in enumerate(self.layers):
+            x, layer_state = layer(x, None if state is None else state[i], reset)
+            states.append(layer_state)
+        return self.norm(x), tuple(states)
+
+    def _check(self, tokens: Tensor, state: Sequence[Tensor] | None) -> None:
+        name = type(self).__name__
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name}: `tokens` must be int64 or int32, got {tokens.dtype}.")
+        if state is not None and len(state) != len(self.layers):
+            raise ValueError(f"{name}: `state` must have one tensor per layer = {len(self.layers)}, got {len(state)}.")
+
+    def save(self, folder: str | Path) -> None:
+        """Write model.json and model.safetensors into an existing folder."""
+        folder = Path(folder)
+        config = {"kind": type(self).__name__} | self.config
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / WEIGHTS_FILE).write_bytes(save({name: w.contiguous() for name, w in self._own_weights().items()}))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """The model that `save` wrote, on the CPU, in the dtype it had.
+
+        Raises:
+            ValueError: a file is missing, truncated, or of another model; the message names it.
+        """
+        path = Path(folder) / CONFIG_FILE
+        kind, options = _read_config(f"{cls.__name__}.load", path)
+        if kind != cls.__name__:
+            raise ValueError(f"{cls.__name__}.load: '{path}' is of the kind {kind!r}. Use load_model.")
+        try:
+            with torch.random.fork_rng(devices=[]):  # the first weights are drawn in vain
+                model = cls(**options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{cls.__name__}.load: '{path}' is not a model config: {error}") from error
+        weights = read_tensors(Path(folder) / WEIGHTS_FILE)
+        if "embedding.weight" in weights:
+            model.to(weights["embedding.weight"].dtype)
+        model.load_weights(folder)
+        return model
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Fill this model with the weights that `save` wrote into the folder.
+
+        Raises:
+            ValueError: the file is missing, truncated, or of another model; this model is then unchanged.
+        """
+        name, path = type(self).__name__, Path(folder) / WEIGHTS_FILE
+        weights, own = read_tensors(path), self._own_weights()
+        if not (config := Path(folder) / CONFIG_FILE).exists():
+            raise ValueError(f"{name}: '{config}' is missing.")
+        for key in sorted(own.keys() | weights.keys()):
+            mine, theirs = own.get(key), weights.get(key)
+            if mine is None or theirs is None or mine.shape != theirs.shape:
+                wanted, got = (None if w is None else tuple(w.shape) for w in (mine, theirs))
+                raise ValueError(f"{name}: '{path}' is of another model: `{key}` must have shape {wanted}, got {got}.")
+        self.load_state_dict(weights, strict=False)  # a tied head is not in the file; all else was just checked
+
+    def _own_weights(self) -> dict[str, Tensor]:
+        """All tensors to save: a tied head is the embedding."""
+        return {
+            k: w for k, w in self.state_dict().items() if not (self.config["tied_embedding"] and k == "head.weight")
+        }
+
+
+class SequenceModel(TokenModel):
     """Token sequences to logits of the next token or of a target, with a state of constant size.
 
     Args:
@@ -90,6 +237,7 @@ class SequenceModel(nn.Module):
         mixer: a spec such as {"name": "bd_lru", "num_blocks": 16, "block_size": 3}; names in `MIXERS`.
         mlp_size: inner width of the SwiGLU. None: 8/3 D, rounded up to a multiple of 32.
         tied_embedding: True: the head is the transposed embedding.
+        init_std: of the first weights, see the module's docstring. None: torch's defaults.
 
     Raises:
         TypeError, ValueError: a size is not a positive int, or the mixer spec is wrong.
@@ -104,32 +252,10 @@ class SequenceModel(nn.Module):
         *,
         mlp_size: int | None = None,
         tied_embedding: bool = False,
+        init_std: float | None = None,
     ) -> None:
-        super().__init__()
-        check_sizes("SequenceModel", vocab_size=vocab_size, d_model=d_model, num_layers=num_layers)
-        mlp_size = -(-8 * d_model // 96) * 32 if mlp_size is None else mlp_size
-        check_sizes("SequenceModel", mlp_size=mlp_size)
-        check_flags("SequenceModel", tied_embedding=tied_embedding)
-        self.config: dict[str, Any] = {
-            **{"vocab_size": vocab_size, "d_model": d_model, "num_layers": num_layers, "mixer": complete_mixer(mixer)},
-            **{"mlp_size": mlp_size, "tied_embedding": tied_embedding},
-        }
-        self.embedding = nn.Embedding(vocab_size, d_model)
-        self.layers = nn.ModuleList(Layer(d_model, mixer, mlp_size) for _ in range(num_layers))
-        self.norm = nn.RMSNorm(d_model, eps=1e-6)
-        self.head = nn.Linear(d_model, vocab_size, bias=False)
-        if tied_embedding:
-            self.head.weight = self.embedding.weight
-
-    @property
-    def mixers(self) -> list[Mixer]:
-        """The mixer of each layer, first to last."""
-        return [cast(Layer, layer).mixer for layer in self.layers]
-
-    @property
-    def state_size(self) -> int:
-        """Numbers carried per sequence, over all layers."""
-        return sum(mixer.state_size for mixer in self.mixers)
+        super().__init__(vocab_size, d_model, num_layers, mixer, mlp_size, tied_embedding, init_std)
+        self._initialise()
 
     def forward(
         self, tokens: Tensor, state: Sequence[Tensor] | None = None, reset: Tensor | None = None
@@ -149,15 +275,8 @@ class SequenceModel(nn.Module):
             ValueError: a shape is wrong, T = 0, or the state is of another number of layers.
             IndexError: a token is outside the vocabulary.
         """
-        if tokens.ndim != 2 or 0 in tokens.shape:
-            shape = tuple(tokens.shape)
-            raise ValueError(f"SequenceModel: `tokens` must have shape (B, T) with B, T of at least 1, got {shape}.")
-        self._check(tokens, state)
-        x, states = self.embedding(tokens), []
-        for i, layer in enumerate(self.layers):
-            x, layer_state = layer(x, None if state is None else state[i], reset)
-            states.append(layer_state)
-        return self.head(self.norm(x)), tuple(states)
+        x, state = self._run_layers(tokens, state, reset)
+        return self.head(x), state
 
     def step(self, tokens: Tensor, state: Sequence[Tensor] | None = None) -> tuple[Tensor, State]:
         """One step: tokens (B,) and a state to logits (B, vocab_size) and the next state."""
@@ -170,67 +289,71 @@ class SequenceModel(nn.Module):
             states.append(layer_state)
         return self.head(self.norm(x)), tuple(states)
 
-    def _check(self, tokens: Tensor, state: Sequence[Tensor] | None) -> None:
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"SequenceModel: `tokens` must be int64 or int32, got {tokens.dtype}.")
-        if state is not None and len(state) != len(self.layers):
-            raise ValueError(
-                f"SequenceModel: `state` must have one tensor per layer = {len(self.layers)}, got {len(state)}."
-            )
 
-    def save(self, folder: str | Path) -> None:
-        """Write model.json and model.safetensors into an existing folder."""
-        folder = Path(folder)
-        (folder / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
-        (folder / WEIGHTS_FILE).write_bytes(save({name: w.contiguous() for name, w in self._own_weights().items()}))
+class AutoEncoder(TokenModel):
+    """Logits of all L tokens from what the layers hold at the last one: head(W_2 gelu(W_1 (x_L + p_t) + b_1) + b_2).
 
-    @classmethod
-    def load(cls, folder: str | Path) -> "SequenceModel":
-        """The model that `save` wrote, on the CPU, in the dtype it had.
+    x_L is the normalised residual stream at the last position, p a learned position embedding. MAD's own has fixed
+    sinusoids for p and a norm and a GELU after each map of the decoder.
 
-        Raises:
-            ValueError: a file is missing, truncated, or of another model; the message names it.
-        """
-        path = Path(folder) / CONFIG_FILE
-        try:
-            with torch.random.fork_rng(devices=[]):  # the first weights are drawn in vain
-                model = cls(**json.loads(path.read_text()))
-        except (OSError, TypeError, ValueError) as error:
-            raise ValueError(f"SequenceModel.load: '{path}' is not a model config: {error}") from error
-        weights = read_tensors(Path(folder) / WEIGHTS_FILE)
-        if "embedding.weight" in weights:
-            model.to(weights["embedding.weight"].dtype)
-        model.load_weights(folder)
-        return model
+    Args:
+        seq_len: L, in tokens: the only length it reads.
+        vocab_size, d_model, num_layers, mixer, mlp_size, tied_embedding, init_std: see `SequenceModel`.
 
-    def load_weights(self, folder: str | Path) -> None:
-        """Fill this model with the weights that `save` wrote into the folder.
+    Raises:
+        TypeError, ValueError: as of `SequenceModel`.
 
-        Raises:
-            ValueError: the file is missing, truncated, or of another model; this model is then unchanged.
-        """
-        path = Path(folder) / WEIGHTS_FILE
-        weights, own = read_tensors(path), self._own_weights()
-        if not (config := Path(folder) / CONFIG_FILE).exists():
-            raise ValueError(f"SequenceModel: '{config}' is missing.")
-        for name in sorted(own.keys() | weights.keys()):
-            mine, theirs = own.get(name), weights.get(name)
-            if mine is None or theirs is None or mine.shape != theirs.shape:
-                wanted, got = (None if w is None else tuple(w.shape) for w in (mine, theirs))
-                raise ValueError(
-                    f"SequenceModel: '{path}' is of another model: `{name}` must have shape {wanted}, got {got}."
-                )
-        self.load_state_dict(weights, strict=False)  # a tied head is not in the file; all else was just checked
+    Source: the compression task of Poli et al. 2024 (arXiv 2403.17844).
+    """
 
-    def _own_weights(self) -> dict[str, Tensor]:
-        """All tensors to save: a tied head is the embedding."""
-        return {
-            k: w for k, w in self.state_dict().items() if not (self.config["tied_embedding"] and k == "head.weight")
-        }
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        num_layers: int,
+        mixer: Spec,
+        *,
+        seq_len: int,
+        mlp_size: int | None = None,
+        tied_embedding: bool = False,
+        init_std: float | None = None,
+    ) -> None:
+        super().__init__(vocab_size, d_model, num_layers, mixer, mlp_size, tied_embedding, init_std)
+        check_sizes("AutoEncoder", seq_len=seq_len)
+        self.config["seq_len"] = seq_len
+        self.positions = nn.Embedding(seq_len, d_model)
+        self.decoder = nn.Sequential(nn.Linear(d_model, d_model), nn.GELU(), nn.Linear(d_model, d_model))
+        self._initialise()
 
-    def num_parameters(self) -> int:
-        """Number of trained numbers; a tied head counts once."""
-        return sum(p.numel() for p in self.parameters())
+    def forward(self, tokens: Tensor) -> tuple[Tensor, State]:
+        """Tokens (B, L) to logits (B, L, vocab_size), and the state after the last token. Raises as `SequenceModel`."""
+        x, state = self._run_layers(tokens, None, None)
+        if tokens.shape[1] != self.config["seq_len"]:
+            wanted, got = self.config["seq_len"], tuple(tokens.shape)
+            raise ValueError(f"AutoEncoder: `tokens` must have shape (B, L) with L = {wanted}, got {got}.")
+        return self.head(self.decoder(x[:, -1:] + self.positions.weight)), state
+
+
+def load_model(folder: str | Path) -> SequenceModel | AutoEncoder:
+    """The model in a folder, of whatever kind. Raises ValueError as `SequenceModel.load`."""
+    kinds: dict[str, type[SequenceModel] | type[AutoEncoder]] = {
+        "SequenceModel": SequenceModel,
+        "AutoEncoder": AutoEncoder,
+    }
+    path = Path(folder) / CONFIG_FILE
+    kind, _ = _read_config("load_model", path)
+    if kind not in kinds:
+        raise ValueError(f"load_model: `kind` in '{path}' must be one of {sorted(kinds)}, got {kind!r}.")
+    return kinds[kind].load(folder)
+
+
+def _read_config(owner: str, path: Path) -> tuple[Any, dict[str, Any]]:
+    """The kind and the options of a model.json; one without a kind is of a SequenceModel."""
+    try:
+        config = json.loads(path.read_text())
+        return config.pop("kind", "SequenceModel"), config
+    except (OSError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{owner}: '{path}' is not a model config: {error}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

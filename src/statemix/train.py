@@ -1,5 +1,6 @@
 """train(config): the training loop, its progress bar, and the final test."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -11,15 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from statemix.checkpoint import CONFIG_FILE, CURVES_FILE, RESULT_FILE, RunFolder, load_optimizer
+import statemix
+from statemix.checkpoint import CONFIG_FILE, CURVES_FILE, RESULT_FILE, RunFolder, load_optimizer, locked
 from statemix.config import OptimizerConfig, TrainConfig, first_difference
-from statemix.model import SequenceModel
+from statemix.model import AutoEncoder, SequenceModel, TokenModel, load_model
 from statemix.report import plot_curves
-from statemix.tasks import IGNORE_INDEX, Batch, Score, Task, build_task
+from statemix.tasks import IGNORE_INDEX, Batch, Score, build_task
+from statemix.tasks.base import Task, finite_batch
 
 RESUME = ("auto", "never")
 
@@ -27,8 +31,9 @@ RESUME = ("auto", "never")
 class Result(NamedTuple):
     """What training ends with. `summary` is also in out/result.json, `metrics` in out/metrics.jsonl.
 
-    summary: parameters, mixer_parameters and state_size (numbers), best_step, train_tokens_per_s (median over the log),
-    threads, and test: for each length, what `evaluate` returns for the best checkpoint.
+    summary: version of statemix, parameters, mixer_parameters and state_size (numbers), steps (taken), best_step,
+    train_tokens_per_s (median over the log), threads, and what `evaluate` returns for the best checkpoint: valid, and
+    test for each length.
     """
 
     out: Path
@@ -39,7 +44,7 @@ class Result(NamedTuple):
 def train(
     config: TrainConfig, out: str | Path = "runs/default", *, resume: str = "auto", progress: bool = True
 ) -> Result:
-    """Train a SequenceModel, keep the checkpoint with the lowest validation loss, and test that one once.
+    """Train the model of a config, keep the checkpoint with the lowest validation loss, and test that one once.
 
     A run that was killed goes on from its last checkpoint when called again with the same config and folder, and ends
     with the same weights and metrics as one that was never stopped, bit for bit on one process of as many threads.
@@ -54,7 +59,8 @@ def train(
         The result; that of the finished run if there is nothing left to do.
 
     Raises:
-        ValueError: `out` cannot be used, or holds a run with another config, or a damaged one.
+        ValueError: `out` cannot be used, or holds a run with another config, or a damaged one, or another process is at
+            work in it; or the task has no sequence for validation, or for the test at one of its lengths.
         RuntimeError: the loss is no longer finite, or the disk is full; earlier checkpoints are intact.
     """
     if resume not in RESUME:
@@ -75,11 +81,25 @@ def _train(config: TrainConfig, folder: RunFolder, resume: str, progress: bool) 
     with torch.random.fork_rng():  # the caller's random state is not ours to change
         torch.manual_seed(config.seed)
         model = build_model(config, task)
-    optimizer = _optimizer(model, config.optimizer)
     accelerator = _accelerator(config.mixed_precision)
+    main = accelerator.is_main_process
+    with locked(folder.path, "train: `out`") if main else contextlib.nullcontext():
+        return _run(config, task, model, accelerator, folder, resume, progress)
 
+
+def _run(
+    config: TrainConfig,
+    task: Task,
+    model: TokenModel,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    resume: str,
+    progress: bool,
+) -> Result:
+    """Resume or start, train, and test."""
+    optimizer = _optimizer(model, config.optimizer)
     last = None if resume == "never" else folder.checkpoint("last")
-    step, best_loss = 0, math.inf
+    step, best_loss, best_step, reached = 0, math.inf, 0, False
     if last is not None:
         state = folder.progress(last)
         step, best_loss = state["step"], state["best_loss"]
@@ -91,13 +111,20 @@ def _train(config: TrainConfig, folder: RunFolder, resume: str, progress: bool) 
         summary, metrics = folder.read_json(RESULT_FILE), folder.metrics()
         if summary is not None:
             return Result(folder.path, summary, metrics)
-        for which in ("best", "last"):  # a damaged best one is better found now than after training
-            model.load_weights(folder.checkpoint(which) or last)
+        best_checkpoint = folder.checkpoint("best")
+        assert best_checkpoint is not None
+        for checkpoint in (best_checkpoint, last):  # a damaged best one is better found now than after training
+            model.load_weights(checkpoint)
         load_optimizer(optimizer, last)
-    elif accelerator.is_main_process:
-        if resume == "auto":
-            folder.check_remains()
-        folder.clear()  # of a run that is not wanted, or that had no checkpoint yet
+        best_step = _step_of(best_checkpoint)
+        reached = any(_reached(config, line) for line in metrics if line["step"] <= step)
+    else:
+        for split, part in (("valid", task), *(("test", part) for part in _test_tasks(config, task))):
+            part.draw(split, 1, seed=0, index=0)  # what cannot be drawn is better found now than after training
+        if accelerator.is_main_process:
+            if resume == "auto":
+                folder.check_remains()
+            folder.clear()  # of a run that is not wanted, or that had no checkpoint yet
     accelerator.wait_for_everyone()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if accelerator.is_main_process:
@@ -107,22 +134,24 @@ def _train(config: TrainConfig, folder: RunFolder, resume: str, progress: bool) 
 
     with _Bar(config.steps, step, enabled=progress and accelerator.is_main_process) as bar:
         clock, clock_step = time.perf_counter(), step
-        while step < config.steps:
-            batch = task.sample("train", config.batch_size, seed=config.seed, index=step)
+        ends_early = config.patience is not None or config.stop_accuracy is not None
+        while step < config.steps and not reached and not _impatient(config, step, best_step):
+            batch = _training_batch(config, task, step)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.optimizer, step, config.steps)
             tokens, targets = _share(batch, accelerator)
             logits, _ = wrapped(tokens)
             loss = _cross_entropy(logits, targets)
             accelerator.backward(loss)
-            grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.optimizer.clip)
+            clip = math.inf if config.optimizer.clip is None else config.optimizer.clip
+            grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
 
-            if step % config.log_every == 0 or step == config.steps:
-                score = Score.of(logits.argmax(-1), targets)
-                line = {"step": step, "loss": loss.item(), "token_accuracy": score.token_accuracy}
+            may_end = step == config.steps or (ends_early and step % config.eval_every == 0)
+            if step % config.log_every == 0 or may_end:
+                line = {"step": step, "loss": loss.item(), **_accuracies(Score.of(logits.argmax(-1), targets))}
                 line |= {"grad_norm": float(grad_norm), "lr": optimizer.param_groups[0]["lr"]}
                 _require_finite(line, ("loss", "grad_norm"), config, folder)
                 now = time.perf_counter()
@@ -133,11 +162,13 @@ def _train(config: TrainConfig, folder: RunFolder, resume: str, progress: bool) 
                 bar.update(line)
             if step % config.eval_every == 0 or step == config.steps:
                 valid = evaluate(wrapped, task, "valid", config.eval_sequences, config.batch_size, accelerator.device)
+                [valid] = broadcast_object_list([valid])  # so that all processes stop at the same step
+                line = {"step": step} | {f"valid_{key}": value for key, value in valid.items()}
+                _require_finite(line, ("valid_loss",), config, folder)
+                best = valid["loss"] < best_loss
+                best_loss, best_step = (valid["loss"], step) if best else (best_loss, best_step)
+                reached = _reached(config, line)
                 if accelerator.is_main_process:
-                    line = {"step": step} | {f"valid_{key}": value for key, value in valid.items()}
-                    _require_finite(line, ("valid_loss",), config, folder)
-                    best = valid["loss"] < best_loss
-                    best_loss = min(best_loss, valid["loss"])
                     folder.append_metrics(line)
                     bar.update(line)
                     state = {"step": step, "best_loss": best_loss, "config": dataclasses.asdict(config)}
@@ -146,14 +177,17 @@ def _train(config: TrainConfig, folder: RunFolder, resume: str, progress: bool) 
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _test(config, task, folder, accelerator.device)
+        _test(config, task, folder, step, accelerator.device)
     accelerator.wait_for_everyone()
     return Result(folder.path, folder.read_json(RESULT_FILE), folder.metrics())
 
 
-def build_model(config: TrainConfig, task: Task) -> SequenceModel:
-    """The untrained model of a config, initialised from torch's global random state."""
-    return SequenceModel(task.vocab_size, mixer=config.mixer, **dataclasses.asdict(config.model))
+def build_model(config: TrainConfig, task: Task) -> SequenceModel | AutoEncoder:
+    """The untrained model of a config and its task, initialised from torch's global random state."""
+    options = dataclasses.asdict(config.model)
+    if task.autoencoder:
+        return AutoEncoder(task.vocab_size, mixer=config.mixer, seq_len=task.length, **options)
+    return SequenceModel(task.vocab_size, mixer=config.mixer, **options)
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -169,7 +203,8 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 def evaluate(
     model: torch.nn.Module, task: Task, split: str, sequences: int, batch_size: int, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """Loss in nats per scored token, token accuracy, sequence accuracy and accuracy by position on fresh sequences."""
+    """Loss in nats per scored token and the accuracies of a model on the first sequences of a split."""
+    training = model.training
     model.eval()
     total_loss, score = 0.0, None
     for index, start in enumerate(range(0, sequences, batch_size)):
@@ -179,37 +214,70 @@ def evaluate(
         part = Score.of(logits.argmax(-1), targets)
         score = part if score is None else score + part
         total_loss += _cross_entropy(logits, targets).item() * int(part.scored.sum())
-    model.train()
+    model.train(training)
     assert score is not None
-    return {
-        "loss": total_loss / int(score.scored.sum()),
-        "token_accuracy": score.token_accuracy,
-        "sequence_accuracy": score.sequence_accuracy,
-        "accuracy_by_position": score.accuracy_by_position,
-    }
+    loss = total_loss / int(score.scored.sum())
+    accuracies = {**_accuracies(score), "mad_accuracy": score.mad_accuracy}
+    return {"loss": loss, **accuracies, "accuracy_by_position": score.accuracy_by_position}
 
 
-def _test(config: TrainConfig, task: Task, folder: RunFolder, device: torch.device) -> None:
+def _accuracies(score: Score) -> dict[str, float]:
+    """All three: what one hides another shows."""
+    names = ("token_accuracy", "sequence_accuracy", "macro_accuracy")
+    return {name: getattr(score, name) for name in names}
+
+
+def _training_batch(config: TrainConfig, task: Task, step: int) -> Batch:
+    """The global batch of a step: a pure function of its arguments, so that a run can go on anywhere."""
+    if config.train_sequences is None:
+        return task.sample("train", config.batch_size, seed=config.seed, index=step)
+    return finite_batch(task, config.train_sequences, config.batch_size, seed=config.seed, step=step)
+
+
+def _reached(config: TrainConfig, line: dict[str, Any]) -> bool:
+    """Whether a line of metrics is a validation at the accuracy that ends training."""
+    return config.stop_accuracy is not None and line.get("valid_token_accuracy", 0.0) >= config.stop_accuracy
+
+
+def _impatient(config: TrainConfig, step: int, best_step: int) -> bool:
+    """Whether so many validations have passed since the best one that training ends."""
+    return config.patience is not None and step - best_step >= config.patience * config.eval_every
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _test_tasks(config: TrainConfig, task: Task) -> list[Task]:
+    """The task at every length of the final test."""
+    return [task.with_seq_len(length) for length in config.test_lengths or (task.seq_len,)]
+
+
+def _test(config: TrainConfig, task: Task, folder: RunFolder, step: int, device: torch.device) -> None:
     """Score the best checkpoint on the test split, plot the curves, and write result.json last: it marks the end."""
     best = folder.checkpoint("best")
     assert best is not None
-    model = SequenceModel.load(best).to(device)
+    best_step = _step_of(best)
+    model = load_model(best).to(device)
     metrics = folder.metrics()
     test = {}
-    for length in config.test_lengths or (task.seq_len,):
-        longer = task.with_seq_len(length)
+    for longer in _test_tasks(config, task):
         # no more tokens at once than in a training step
-        batch_size = max(1, config.batch_size * task.seq_len // length)
-        test[str(length)] = evaluate(model, longer, "test", config.eval_sequences, batch_size, device)
+        batch_size = max(1, config.batch_size * task.length // longer.length)
+        test[str(longer.seq_len)] = evaluate(model, longer, "test", config.eval_sequences, batch_size, device)
+    [valid] = [line for line in metrics if line["step"] == best_step and "valid_loss" in line]
     speeds = [line["tokens_per_s"] for line in metrics if "tokens_per_s" in line]
     plot_curves({config.mixer["name"]: metrics}, folder.path / CURVES_FILE)
     summary = {
+        "version": statemix.__version__,
         "parameters": model.num_parameters(),
         "mixer_parameters": sum(p.numel() for mixer in model.mixers for p in mixer.parameters()),
         "state_size": model.state_size,
-        "best_step": int(best.name.removeprefix("step-")),
+        "steps": step,
+        "best_step": best_step,
         "train_tokens_per_s": sorted(speeds)[len(speeds) // 2],
         "threads": torch.get_num_threads(),
+        "valid": {key.removeprefix("valid_"): value for key, value in valid.items() if key != "step"},
         "test": test,
     }
     folder.write_json(RESULT_FILE, summary)
@@ -236,10 +304,12 @@ def _require_finite(line: dict[str, Any], names: tuple[str, ...], config: TrainC
     )
 
 
-def _optimizer(model: SequenceModel, config: OptimizerConfig) -> torch.optim.Optimizer:
+def _optimizer(model: TokenModel, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW; only matrices decay: not biases, norms, embeddings or constant gates."""
     decayed = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
-    decayed |= {id(p) for m in model.modules() if isinstance(m, torch.nn.LSTM) for p in m.parameters() if p.ndim == 2}
+    decayed |= {
+        id(p) for m in model.modules() if isinstance(m, torch.nn.RNNBase) for p in m.parameters() if p.ndim == 2
+    }
     decayed -= {id(model.embedding.weight)}
     groups = [
         {"params": [p for p in model.parameters() if id(p) in decayed], "weight_decay": config.weight_decay},
