@@ -16,7 +16,9 @@ import statemix
 from statemix import TrainConfig, cli
 from statemix.config import ModelConfig, OptimizerConfig
 from statemix.mixers import MIXERS
-from statemix.tasks import TASKS, PermutationComposition
+from statemix.presets import preset_config
+from statemix.sweep import Sweep
+from statemix.tasks import PRESETS, TASKS, PermutationComposition
 
 SMALL = [
     *("--task.seq-len", "5", "--mixer.num-blocks", "2", "--mixer.block-size", "3", "--model.d-model", "8"),
@@ -68,13 +70,13 @@ def flags() -> list[str]:
 def test_help_names_every_field_option_and_name(capsys):
     status, text, errors = call(capsys, "train", "--help")
     assert (status, errors) == (0, "")
-    assert len(flags()) == 20
+    assert len(flags()) == 24
     options = [f"--task.{name}" for name in ("group", "seq-len", "generators")]
     options += [f"--mixer.{name}" for name in ("num-blocks", "block-size", "normalization", "selective", "backend")]
-    for flag in [*flags(), *options, "--config", "--out", "--resume"]:
+    for flag in [*flags(), *options, "--config", "--preset", "--out", "--resume"]:
         assert re.search(rf"{re.escape(flag)}[ ,]", text), flag
-    for name in (*MIXERS, *TASKS):
-        assert name in text
+    for name in (*MIXERS, *TASKS, *PRESETS):
+        assert name in plain(text), name
     for default in (
         "(default: 600)",
         "(default: 0.003)",
@@ -97,13 +99,32 @@ def test_usage(capsys):
         status, text, _ = call(capsys, *arguments)
         assert status == expected
         assert "usage: statemix COMMAND" in text
-        assert re.search(r"^  train .*\n  bench .*\n  info ", text, re.MULTILINE)
+        assert re.findall(r"^  (\w+) ", text, re.MULTILINE) == ["train", "sweep", "report", "bench", "info"]
 
 
 WRONG_CALLS = [
-    ("tran", r"COMMAND must be one of \['bench', 'info', 'train'\], got 'tran'"),
-    ("--steps 5", r"COMMAND must be one of \['bench', 'info', 'train'\], got '--steps'"),
-    ("info now", r"info: takes no arguments, got \['now'\]"),
+    ("tran", r"COMMAND must be one of \['bench', 'info', 'report', 'sweep', 'train'\], got 'tran'"),
+    ("--steps 5", r"COMMAND must be one of \[.*'train'\], got '--steps'"),
+    ("info now", r"Unrecognized options: now"),
+    ("info --budget 5", r"info: `--budget`, `--what` and `--d-model` are of `--sizes`\."),
+    ("info --sizes --what speed", r"invalid choice 'speed' for argument '--what'"),
+    ("info --sizes --budget 0", r"`budget` must be at least 1, got 0"),
+    ("sweep", r"Missing from statemix sweep: FILE"),
+    ("sweep none.py", r"sweep: `FILE` must be a Python file, but there is no 'none\.py'\."),
+    ("sweep none.py --executor slurm", r"invalid choice 'slurm' for argument '--executor'"),
+    ("sweep none.py --budget half", r"invalid choice 'half' for argument '--budget'"),
+    ("report", r"report: `runs` must hold at least one finished run, got none\."),
+    ("report none", r"runs: 'none' is not a folder\."),
+    ("report .", r"runs: there is no finished run in '\.': no result\.json at or below it\."),
+    ("train --preset mat", r"`preset` must be one of \['formal', 'mad'\], got 'mat'"),
+    ("train --preset mad", r"`task` must be one of \['compression', .*\], got 'permutation'"),
+    ("train --preset mad --task parity", r"`task` must be one of \['compression', .*\], got 'parity'"),
+    ("train --preset mad --config c.json", r"`--config` and `--preset` both give the defaults: use one of them"),
+    ("train --preset", r"`--preset` needs a value"),
+    ("train --preset mad --task in-context-recall --task.vocab-size 1", r"`vocab_size` must be at least \d+, got 1"),
+    ("train --task compression --test-lengths 8", r"`test_lengths` must be the task's `seq_len` = 32: an autoencoder"),
+    ("train --stop-accuracy 2", r"`stop_accuracy` must be above 0 and at most 1, got 2\.0"),
+    ("train --train-sequences 0", r"`train_sequences` must be at least 1, got 0"),
     ("train --stepz 5", r"Unrecognized options: --stepz"),
     ("train 5", r"Unrecognized options: 5"),
     ("train --mixer.hidden-size 4", r"Unrecognized options: --mixer\.hidden-size"),
@@ -120,14 +141,14 @@ WRONG_CALLS = [
     ("train --optimizer.lr -1", r"`optimizer\.lr` must be above 0 and finite, got -1\.0"),
     ("train --optimizer.betas 0.9 1.5", r"`optimizer\.betas` must be in \[0, 1\), got \(0\.9, 1\.5\)"),
     ("train --model.d-model 0", r"`(model\.)?d_model` must be at least 1, got 0"),
-    ("train --mixer gru", r"`--mixer` must be one of \['bd_lru', 'h_lru', 'lstm'\], got 'gru'"),
-    ("train --mixer --steps 5", r"`--mixer` must be one of \['bd_lru', 'h_lru', 'lstm'\], got '--steps'"),
+    ("train --mixer gpu", rf"`--mixer` must be one of {re.escape(str(sorted(MIXERS)))}, got 'gpu'"),
+    ("train --mixer --steps 5", r"`--mixer` must be one of \[.*'bd_lru'.*\], got '--steps'"),
     ("train --mixer", r"`--mixer` needs a value"),
     ("train --mixer lstm", r"--mixer\.hidden-size INT .*\(required\)"),
     ("train --mixer h_lru --mixer.order 2", r"--mixer\.num-channels INT .*\(required\)"),
     ("train --mixer.block-size 0", r"`block_size` must be at least 1, got 0"),
     ("train --mixer.normalization max", r"`normalization` must be one of \['linear', .*'tanh'\], got 'max'"),
-    ("train --task=parity", r"`--task` must be one of \['permutation'\], got 'parity'"),
+    ("train --task=party", rf"`--task` must be one of {re.escape(str(sorted(TASKS)))}, got 'party'"),
     ("train --task.group Q8", r"`group` must be S<n>, A<n>, Z<n> or a product such as A4xZ5, got 'Q8'"),
     ("train --task.seq-len 0", r"`seq_len` must be at least 1, got 0"),
     ("train --config", r"`--config` needs a value"),
@@ -165,8 +186,9 @@ def test_train_prints_the_result_and_the_folder(capsys):
     summary = json.loads(Path("run/result.json").read_text())
     for length in ("5", "9"):
         scores = summary["test"][length]
-        assert f"{scores['token_accuracy']:.3f} / {scores['sequence_accuracy']:.3f}" in text
-    assert "length 5" in text
+        for name in ("token", "sequence", "macro"):
+            assert f"test {length} {name}" in text
+            assert f" {scores[f'{name}_accuracy']:.3f} " in text
     assert "bd_lru" in text
     assert f"and the best weights in step-{summary['best_step']}." in text
     assert "The run is in run: " in text
@@ -177,16 +199,20 @@ def test_train_prints_the_result_and_the_folder(capsys):
 EVERY_FLAG = """--task=permutation --task.group A4xZ5 --task.seq-len 6 --task.generators all
     --mixer h_lru --mixer.num-channels 5 --mixer.order 2 --mixer.normalization tanh --mixer.no-selective
     --mixer.form observer --mixer.backend reference
-    --model.d-model 4 --model.num-layers 2 --model.mlp-size 5 --model.tied-embedding
+    --model.d-model 4 --model.num-layers 2 --model.mlp-size 5 --model.tied-embedding --model.init-std 0.5
     --optimizer.lr 0.5 --optimizer.final-lr 0.25 --optimizer.warmup 0.5 --optimizer.betas 0.5 0.75
     --optimizer.weight-decay 0.0 --optimizer.clip 2
     --steps 7 --batch-size 6 --seed 5 --eval-every 4 --eval-sequences 3 --test-lengths 2 1 --log-every 9
+    --train-sequences 8 --patience 2 --stop-accuracy 0.75
     --mixed-precision bf16"""
 
 
 def test_every_flag_sets_its_field(capsys):
     given = mock.Mock(return_value=mock.Mock(summary={"best_step": 0}))
-    with mock.patch.object(cli, "train", given), mock.patch.object(cli, "results_table", return_value=""):
+    with (
+        mock.patch.object(cli, "train", given),
+        mock.patch.multiple(cli, read_run=mock.Mock(), _print_tables=mock.Mock()),
+    ):
         assert call(capsys, "train", *EVERY_FLAG.split(), "--out", "there", "--resume=never")[0] == 0
     given.assert_called_once()
     assert given.call_args.args == (
@@ -196,15 +222,51 @@ def test_every_flag_sets_its_field(capsys):
                 **{"name": "h_lru", "num_channels": 5, "order": 2, "normalization": "tanh", "selective": False},
                 **{"form": "observer", "backend": "reference"},
             },
-            model=ModelConfig(4, 2, 5, True),
+            model=ModelConfig(4, 2, 5, True, 0.5),
             optimizer=OptimizerConfig(0.5, 0.25, 0.5, (0.5, 0.75), 0.0, 2.0),
             **{"steps": 7, "batch_size": 6, "seed": 5, "eval_every": 4, "eval_sequences": 3, "log_every": 9},
             **{"test_lengths": (2, 1), "mixed_precision": "bf16"},
+            **{"train_sequences": 8, "patience": 2, "stop_accuracy": 0.75},
         ),
         "there",
     )
     assert given.call_args.kwargs == {"resume": "never"}
     assert set(flags()) <= set(EVERY_FLAG.replace("=", " ").split())
+
+
+def trained_config(capsys, *arguments: str) -> TrainConfig:
+    """What `statemix train` would train."""
+    given = mock.Mock(return_value=mock.Mock(summary={"best_step": 0}))
+    with (
+        mock.patch.object(cli, "train", given),
+        mock.patch.multiple(cli, read_run=mock.Mock(), _print_tables=mock.Mock()),
+    ):
+        status, _, errors = call(capsys, "train", *arguments)
+    assert status == 0, errors
+    return given.call_args.args[0]
+
+
+def test_a_preset_gives_the_defaults_and_flags_change_them(capsys):
+    preset = ["--task", "in-context-recall", "--preset", "mad"]
+    base = preset_config("mad", "in-context-recall")
+    assert trained_config(capsys, *preset) == base
+    wide = trained_config(capsys, *preset, "--task.vocab-size", "64", "--optimizer.lr", "1e-4", "--seed", "3")
+    assert wide == dataclasses.replace(
+        base, task=base.task | {"vocab_size": 64}, optimizer=dataclasses.replace(base.optimizer, lr=1e-4), seed=3
+    )
+    mixed = trained_config(capsys, *preset, "--mixer", "lstm", "--mixer.hidden-size=4")
+    assert mixed == preset_config("mad", "in-context-recall", {"name": "lstm", "hidden_size": 4})
+    formal = trained_config(capsys, "--preset=formal", "--task=parity", "--test-lengths", "50")
+    assert formal == dataclasses.replace(preset_config("formal", "parity"), test_lengths=(50,))
+
+
+def test_the_epochs_of_a_preset_are_of_the_training_set_that_was_asked_for(capsys):
+    preset = ["--task", "in-context-recall", "--preset", "mad", "--train-sequences", "1600"]
+    small = trained_config(capsys, *preset)
+    assert (small.train_sequences, small.steps, small.eval_every) == (1600, 2500, 13)
+    large_batches = trained_config(capsys, *preset, "--batch-size=320", "--eval_every", "7")
+    assert (large_batches.steps, large_batches.eval_every) == (1000, 7)
+    assert trained_config(capsys, *preset, "--steps=20000").steps == 20_000
 
 
 def test_config_of_an_earlier_run_gives_the_same_config_and_flags_change_it(capsys):
@@ -265,6 +327,53 @@ def test_info(capsys):
         assert re.search(rf"^  {name} +\S", text, re.MULTILINE), name
     assert f"mixers: {', '.join(MIXERS)}\n" in text
     assert f"tasks: {', '.join(TASKS)}\n" in text
+
+
+def test_info_of_sizes(capsys):
+    status, text, errors = call(capsys, "info", "--sizes", "--budget", "5000", "--d-model", "32")
+    assert (status, errors) == (0, "")
+    first, head, *rows = text.splitlines()
+    assert first.startswith("one mixer of d_model 32 for 5,000 parameters")
+    assert head.split() == ["mixer", "width", "parameters", "state", "off"]
+    assert [row.split()[0] for row in rows] == list(MIXERS)
+    # N M ((M + 1)(D + 1) + 2 D) with M = 4: 916 a block, so that 5 blocks are nearest to 5000
+    [bd_lru] = [row.split() for row in rows if row.startswith("bd_lru ")]
+    assert bd_lru == ["bd_lru", "num_blocks=5", "4,580", "20", "-8.4%"]
+    _, text, _ = call(capsys, "info", "--sizes", "--budget", "64", "--what", "state")
+    assert "bd_lru num_blocks=16 " in re.sub(" +", " ", text)
+    assert " 64 state; off: " in text
+
+
+def test_report(capsys):
+    for seed in ("0", "1"):
+        assert call(capsys, "train", *SMALL, "--seed", seed, "--out", f"runs/{seed}")[0] == 0
+    Path("runs/2").mkdir()
+    Path("runs/2/config.json").write_text("{}")
+    status, text, errors = call(capsys, "report", "runs", "--out", "pages")
+    assert (status, errors) == (0, "")
+    summaries = [json.loads(Path(f"runs/{seed}/result.json").read_text()) for seed in (0, 1)]
+    mean = sum(summary["test"]["5"]["token_accuracy"] for summary in summaries) / 2
+    assert re.search(rf"^bd_lru +2 +{summaries[0]['parameters']:,} +6 .* {mean:.3f} ± \d\.\d{{3}} ", text, re.MULTILINE)
+    assert text.endswith("Runs without a result, left out: runs/2.\nThe page is pages/report.html.\n")
+    assert "Runs without a result, left out: runs/2." in Path("pages/report.html").read_text()
+    assert call(capsys, "report", "runs/0")[0] == 0
+    assert Path("report/report.html").exists()
+
+
+def test_sweep_prints_its_results_and_where_they_are(capsys):
+    Path("two.py").write_text(f"configs = [{{**{json.loads(SMALL_CONFIG.to_json())!r}, 'seed': s}} for s in (0, 1)]")
+    row = {"label": "0", "status": "done", "error": None, "folder": "there/a"}
+    assert call(capsys, "train", *SMALL, "--out", "there/a")[0] == 0
+    done = mock.Mock(return_value=Sweep([row], [Path("there/results.csv")]))
+    with mock.patch.object(cli, "sweep", done):
+        arguments = ["--out", "there", "--jobs", "3", "--executor", "ray", "--address", "auto"]
+        status, text, _ = call(capsys, "sweep", "two.py", *arguments)
+    assert status == 0
+    assert list(done.call_args.args[0]) == ["0", "1"]
+    assert done.call_args.args[1] == Path("there")
+    assert done.call_args.kwargs == {"jobs": 3, "executor": "ray", "address": "auto"}
+    assert re.search(r"^permutation\n.*\nbd_lru +1 ", text, re.MULTILINE)
+    assert text.endswith("1 of 1 runs have ended; all are in there/results.csv. statemix report there: a page.\n")
 
 
 def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,12 @@
-"""report.py: what tables say and what pictures show."""
+"""report.py and report_html.py: what tables say, what pictures show, and a page that needs nothing else."""
 
+import dataclasses
 import math
 import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -9,7 +14,11 @@ import pytest
 from PIL import Image
 from test_checkpoint import NEEDING_SPACE, disk, disk_is_full, snapshot
 
-from statemix.report import plot_curves, results_table
+from statemix import TrainConfig
+from statemix.report import align, estimate, group_rows, plot_curves, results_table
+from statemix.report_figures import figures
+from statemix.report_html import inline, sections_of, write_report
+from statemix.runs import Run
 
 
 def result(parameters, state, speed, **test):
@@ -140,3 +149,228 @@ def test_a_full_disk_leaves_the_old_picture(tmp_path):
         with disk(tmp_path, NEEDING_SPACE, at, disk_is_full), pytest.raises(OSError, match="No space left on device"):
             plot_curves({"bd_lru": metrics(steps=1)}, path)
         assert snapshot(tmp_path) == old, changes[at - 1]
+
+
+# ---- groups of runs
+
+
+MIXERS = {
+    0.9: {"name": "bd_lru", "num_blocks": 16, "block_size": 3},
+    0.5: {"name": "bd_lru", "num_blocks": 48, "block_size": 1},
+    0.8: {"name": "lstm", "hidden_size": 39},
+}
+
+
+def scores(accuracy: float) -> dict:
+    names = ("token_accuracy", "sequence_accuracy", "macro_accuracy", "mad_accuracy")
+    return {"loss": 2 - accuracy} | {name: accuracy / (i + 1) for i, name in enumerate(names)}
+
+
+def made_runs(tasks=("permutation",), lengths=(16, 64), seeds=(0, 1, 2)) -> list[Run]:
+    """Runs that never were: the accuracy of a mixer is its key, plus a hundredth a seed; the LSTM has one seed."""
+    runs = []
+    for task in tasks:
+        for accuracy, mixer in MIXERS.items():
+            for seed in seeds if mixer["name"] == "bd_lru" else seeds[:1]:
+                config = TrainConfig(task={"name": task, "seq_len": 16}, mixer=mixer, seed=seed, test_lengths=lengths)
+                own = accuracy + seed / 100
+                summary = {
+                    "parameters": 12345,
+                    "mixer_parameters": 99,
+                    "state_size": 48,
+                    "steps": 600,
+                    "best_step": 500,
+                }
+                summary |= {"train_tokens_per_s": 5e4 + seed, "threads": 1, "version": "0.1.0", "valid": scores(own)}
+                summary["test"] = {str(n): scores(own * 16 / n) for n in lengths}
+                runs.append(Run(Path(f"runs/{task}-{accuracy}-{seed}"), config, summary, metrics(start=3 - own)))
+    return runs
+
+
+def test_an_estimate_is_a_mean_and_its_interval():
+    assert estimate([0.9, 0.91, 0.92], ".3f") == "0.910 ± 0.025"  # t 4.303, deviation 0.01, root of 3
+    assert estimate([0.5], ".3f") == "0.500"
+    assert estimate([], ".3f") == ""
+
+
+def test_rows_of_groups():
+    [groups] = sections_of(made_runs()).values()
+    head, mixed, diagonal, lstm = group_rows(groups)
+    assert head == [
+        *("", "seeds", "parameters", "state", "valid token", "test 16 token", "test 16 sequence", "test 16 macro"),
+        *("test 64 token", "test 64 sequence", "test 64 macro", "steps", "tokens/s"),
+    ]
+    assert mixed[:6] == ["bd_lru, num_blocks=16, block_size=3", "3", "12,345", "48", "0.910 ± 0.025", "0.910 ± 0.025"]
+    assert mixed[6:9] == ["0.455 ± 0.012", "0.303 ± 0.008", "0.228 ± 0.006"]
+    assert diagonal[0] == "bd_lru, num_blocks=48, block_size=1"
+    assert " ".join(lstm) == "lstm 1 12,345 48 0.800 0.800 0.400 0.267 0.200 0.100 0.067 600 50,000"
+    assert len(align([head, lstm], markdown=True).splitlines()) == 3
+
+
+def test_a_length_that_only_some_runs_were_tested_at_has_empty_cells():
+    runs = [*made_runs(lengths=(16, 64), seeds=(0,)), *made_runs(lengths=(16, 32), seeds=(0,))[:1]]
+    rows = group_rows(sections_of(runs)["permutation"])
+    column = rows[0].index("test 32 token")
+    assert [row[column] for row in rows[1:]] == ["", "", "", "0.450"]
+
+
+class Page(HTMLParser):
+    """Tags that are open at the end or close another, what would be loaded from elsewhere, ids, and the text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.wrong, self.loaded, self.ids, self.text = [], [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "data", "action") and not (value or "").startswith("#"):
+                self.loaded.append((tag, name, value))
+            if name == "id":
+                self.ids.append(value)
+        if tag in ("script", "link", "iframe", "object"):
+            self.loaded.append((tag, "", ""))
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        if self.open.pop() != tag:
+            self.wrong.append(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A report of two tasks, with a note; its folder."""
+    out = tmp_path_factory.mktemp("report") / "new" / "folder"
+    files = write_report(made_runs(("permutation", "cycle-navigation")), out, ["Left out: <runs/a>."])
+    assert files[0] == out / "report.html"
+    assert sorted(files) == sorted(out.iterdir())
+    return out
+
+
+def test_the_page_is_whole_and_loads_nothing(report):
+    text = (report / "report.html").read_text()
+    page = Page(text)
+    assert (page.open, page.wrong, page.loaded) == ([], [], [])
+    assert len(page.ids) == len(set(page.ids)) > 50  # of eight drawings in one document
+    used = set(re.findall(r"url\(#([^)]+)\)|href=\"#([^\"]+)\"", text))
+    assert {a or b for a, b in used} <= set(page.ids)
+    assert '<meta name=viewport content="width=device-width, initial-scale=1">' in text
+    assert "prefers-color-scheme: dark" in text
+    assert not re.search(r"https?://(?!www\.w3\.org/)", text)  # the names of SVG's own vocabularies
+    assert "Left out: <runs/a>." in page.text
+    for row in group_rows(sections_of(made_runs(("permutation",)))["permutation"]):
+        assert all(cell in page.text for cell in row)
+    assert text.count("<svg") == 8  # bars, loss, accuracy and lengths of each task
+    assert "#3a3b3c" not in text  # drawn in the colour of the text, in the dark too
+
+
+def test_the_report_has_its_tables_and_pictures_as_files(report):
+    markdown = (report / "report.md").read_text()
+    assert markdown.startswith("Left out: <runs/a>.\n## permutation\n\n|  | seeds |")
+    assert markdown.count("| lstm | 1 |") == 2
+    assert len((report / "runs.csv").read_text().splitlines()) == 1 + 14
+    names = {f"{task}-{name}" for task in ("permutation", "cycle-navigation") for name in FIGURES}
+    assert {path.stem for path in report.glob("*.png")} == {path.stem for path in report.glob("*.svg")} == names
+    for path in report.glob("*.svg"):
+        assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    for path in report.glob("*.png"):
+        with Image.open(path) as picture:
+            assert picture.size[0] == 800
+    assert colored(report / "permutation-accuracy.png", (59, 130, 208)) > 1000
+
+
+FIGURES = ("accuracy", "loss", "learning", "lengths")
+
+
+def test_the_same_runs_give_the_same_pictures(report, tmp_path):
+    write_report(made_runs(), tmp_path)
+    for path in report.glob("permutation-*"):
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
+
+
+def test_figures_show_means_intervals_and_guessing():
+    [groups] = sections_of(made_runs()).values()
+    drawn = figures(groups)
+    assert tuple(drawn) == FIGURES
+    [bars] = drawn["accuracy"].axes
+    assert bars.get_title(loc="left") == "test token accuracy at length 16"
+    assert [bar.get_width() for bar in bars.patches] == pytest.approx([0.91, 0.51, 0.8])
+    [learning] = drawn["learning"].axes
+    assert list(learning.lines[0].get_xdata()) == [1, 2, 3, 4, 5]
+    assert learning.lines[-1].get_ydata()[0] == pytest.approx(1 / 6)
+    [loss] = drawn["loss"].axes
+    assert list(loss.lines[0].get_ydata()) == pytest.approx(
+        [2.09 / step + 0.1 for step in range(1, 6)]
+    )  # mean of seeds
+    assert [text.get_text() for text in drawn["loss"].legends[0].get_texts()] == list(groups)
+    [lengths] = drawn["lengths"].axes
+    mean_line = lengths.containers[0][0]
+    assert list(mean_line.get_xdata()) == [16, 64]
+    assert list(mean_line.get_ydata()) == pytest.approx([0.91, 0.91 / 4])
+
+
+def test_runs_of_one_length_have_no_picture_of_lengths_and_many_groups_fit():
+    runs = made_runs(lengths=(16,), seeds=(0,))
+    many = [
+        run._replace(config=dataclasses.replace(run.config, batch_size=size)) for run in runs for size in range(1, 9)
+    ]
+    drawn = figures(sections_of(many)["permutation"])
+    assert "lengths" not in drawn
+    for figure in drawn.values():  # a warning, which is an error here, says that the axes have no room left
+        figure.draw_without_rendering()
+        assert figure.axes[0].get_position().height * figure.get_figheight() > 1.5
+
+
+def test_a_report_of_nothing_and_of_several_versions(tmp_path):
+    with pytest.raises(ValueError, match=r"^report: `runs` must hold at least one finished run, got none\.$"):
+        write_report([], tmp_path)
+    one, two = made_runs(seeds=(0,), lengths=(16,))[:2]
+    two = two._replace(summary=two.summary | {"version": "0.2.0"})
+    write_report([one, two], tmp_path)
+    assert "of several versions of statemix: 0.1.0, 0.2.0." in (tmp_path / "report.md").read_text()
+
+
+def test_labels_cannot_break_the_page():
+    svg = b'<?xml version="1.0"?>\n<svg width="360pt" height="9pt" id="a"><use href="#a"/><metadata>x</metadata></svg>'
+    assert inline(svg, 'a"b<') == '<svg role="img" aria-label="a&quot;b&lt;" id="a-b--a"><use href="#a-b--a"/></svg>'
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the page in")
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (500, False), (500, True)])
+def test_a_browser_shows_the_page_without_scrolling_sideways(report, tmp_path, width, dark):
+    """A copy of the page writes how wide it is into its title; it is opened from disk, and a picture is taken."""
+    measure = "<script>onload = () => document.title = [document.documentElement.scrollWidth, innerWidth]</script>"
+    page = tmp_path / "page.html"
+    page.write_text((report / "report.html").read_text().replace("</body>", f"{measure}</body>"))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1400"]
+    command += ["--blink-settings=preferredColorScheme=0"] if dark else []
+    dumped = browse([*command, "--dump-dom", page.as_uri()])
+    [(scrolled, inner)] = re.findall(r"<title>(\d+),(\d+)</title>", dumped)
+    assert int(inner) == width
+    assert int(scrolled) <= width
+    browse([*command, f"--screenshot={tmp_path / 'page.png'}", page.as_uri()])
+    pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)
+    assert pixels.shape == (1400, width, 3)
+    paper, ink = ((13, 17, 23), (230, 237, 243)) if dark else ((255, 255, 255), (31, 35, 40))
+    assert tuple(pixels[0, 0]) == paper
+    assert (abs(pixels - ink).sum(-1) < 30).sum() > 200  # text, in tables and in drawings
+    assert (abs(pixels - (59, 130, 208)).sum(-1) < 30).sum() > 500  # the first bar
+
+
+def browse(command) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -1,11 +1,12 @@
-"""The command line: statemix train | bench | info."""
+"""The command line: statemix train | sweep | report | bench | info."""
 
 import dataclasses
 import inspect
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -15,25 +16,34 @@ import statemix
 from statemix.benchmark import BENCHMARKS, run
 from statemix.config import TrainConfig
 from statemix.mixers import MIXERS
-from statemix.report import results_table
+from statemix.presets import preset_config, preset_steps
+from statemix.report import align, group_rows
+from statemix.report_html import sections_of, write_report
+from statemix.runs import Run, find_runs, read_run, unfinished_runs
 from statemix.scan import BACKENDS, backend_problem, cpu
+from statemix.sizing import WIDTH, table
 from statemix.specs import Spec, options
-from statemix.tasks import TASKS
+from statemix.sweep import load_configs, sweep
+from statemix.tasks import PRESETS, TASKS
 from statemix.train import train
 
 USAGE = """usage: statemix COMMAND [options]
 
 commands:
   train   train a model on a task; `statemix train --help` lists every option with its default
+  sweep   train many: every config of a Python file, side by side; started again, what is missing
+  report  tables, pictures and one HTML page of runs
   bench   time and memory of scans, layers and training steps against baselines, in one run
-  info    versions, backends and the instruction set in use, and why a backend is missing
+  info    versions, backends and the instruction set in use, and why a backend is missing; --sizes: of all mixers
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 if a run failed, 2 if it was asked for wrongly."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "bench": _bench, "info": _info}
+    commands: dict[str, Callable[[list[str]], None]] = {
+        **{"train": _train, "sweep": _sweep, "report": _report, "bench": _bench, "info": _info}
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -44,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # from tyro, which has said why
         return int(stop.code or 0)
     except KeyboardInterrupt:
-        remedy = ": the same command goes on from the last checkpoint" if arguments[0] == "train" else ""
+        remedy = ": the same command goes on from the last checkpoint" if arguments[0] in ("train", "sweep") else ""
         print(f"stopped{remedy}.", file=sys.stderr)
         return 130
     except (TypeError, ValueError, RuntimeError) as error:
@@ -53,9 +63,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+@dataclasses.dataclass(frozen=True)
+class _Info:
+    """Versions, backends and the instruction set in use; or the sizes of all mixers.
+
+    Args:
+        sizes: print, instead, what each mixer of about one budget has: a fair comparison starts from it.
+        budget: numbers per mixer.
+        what: the numbers that the budget is of.
+        d_model: D, the width of the model.
+    """
+
+    sizes: bool = False
+    budget: int = 65_536
+    what: Literal["parameters", "state"] = "parameters"
+    d_model: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sweep:
+    """Train every config of a Python file. Started again, it does what is missing.
+
+    Args:
+        file: ends with `configs`: a list of TrainConfig, a dict {label: config}, or a function of the budget.
+        out: folder of the sweep: a folder per run, results.csv, and results.parquet where pyarrow is installed. None:
+            runs/ and the name of the file.
+        jobs: runs at a time, a process of one thread each. None: as many as there are cores.
+        executor: processes of this machine, or workers of a Ray cluster that see `out` under the same path.
+        address: of the Ray cluster. None: a Ray of this machine's own.
+        budget: what `configs` is called with if it is a function.
+    """
+
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    out: Path | None = None
+    jobs: int | None = None
+    executor: Literal["local", "ray"] = "local"
+    address: str | None = None
+    budget: Literal["quick", "full"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Report:
+    """Tables and pictures of runs, and report.html with all of them.
+
+    Args:
+        runs: folders of runs or of sweeps. Runs that differ only in their seed are one row.
+        out: folder of the report.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUNS...")]
+    out: Path = Path("report")
+
+
 def _info(arguments: list[str]) -> None:
-    if arguments:
-        raise ValueError(f"info: takes no arguments, got {arguments}.")
+    given = tyro.cli(_Info, args=arguments, prog="statemix info")
+    if given.sizes:
+        return _print_sizes(given)
+    if given != _Info():
+        raise ValueError("info: `--budget`, `--what` and `--d-model` are of `--sizes`.")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GPU"
     print(f"statemix {statemix.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"machine: {platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, {gpu}")
@@ -71,10 +136,24 @@ def _info(arguments: list[str]) -> None:
     print(f"mixers: {', '.join(MIXERS)}\ntasks: {', '.join(TASKS)}")
 
 
+def _print_sizes(given: _Info) -> None:
+    rows = [["mixer", "width", "parameters", "state", "off"]]
+    for solution in table(given.d_model, given.budget, given.what):
+        name = solution.spec["name"]
+        width = f"{WIDTH[name]}={solution.spec[WIDTH[name]]}"
+        rows.append([name, width, f"{solution.parameters:,}", f"{solution.state_size:,}", f"{solution.off:+.1%}"])
+    print(f"one mixer of d_model {given.d_model} for {given.budget:,} {given.what}; off: what it has over that, less 1")
+    print(align(rows, markdown=False))
+
+
 def _train(arguments: list[str]) -> None:
-    # these three decide which other options exist, so they are taken out before the rest is parsed
-    path, task, mixer = (_take(arguments, flag) for flag in ("--config", "--task", "--mixer"))
+    # these decide which other options exist, or their defaults, so they are taken out before the rest is parsed
+    path, preset, task, mixer = (_take(arguments, flag) for flag in ("--config", "--preset", "--task", "--mixer"))
+    if path is not None and preset is not None:
+        raise ValueError("train: `--config` and `--preset` both give the defaults: use one of them.")
     base = TrainConfig() if path is None else TrainConfig.load(path)
+    if preset is not None:
+        base = preset_config(preset, task or base.task["name"])
     task, mixer = task or base.task["name"], mixer or base.mixer["name"]
     for flag, name, known in (("--task", task, sorted(TASKS)), ("--mixer", mixer, sorted(MIXERS))):
         if name not in known:
@@ -84,7 +163,8 @@ def _train(arguments: list[str]) -> None:
     description = f"""Train a model on a task, keep the checkpoint that validates best, and test it once.
 
 --task NAME and --mixer NAME choose what is trained on and what is trained: {", ".join(TASKS)}; {", ".join(MIXERS)}.
-They bring the options below that begin with their names. --config FILE gives other defaults: a config.json of a run.
+They bring the options below that begin with their names. --config FILE gives other defaults: a config.json of a run;
+--preset NAME ({", ".join(PRESETS)}) those of the task in a known benchmark, as presets.py says.
 
 Args:{config_help.split("Raises:")[0]}
     out: folder of the run: checkpoints, metrics.jsonl, result.json, curves.png.
@@ -102,14 +182,50 @@ Args:{config_help.split("Raises:")[0]}
     form = dataclasses.make_dataclass("Train", fields, kw_only=True, namespace={"__doc__": description})
     given = dict(vars(tyro.cli(form, args=arguments, prog="statemix train")))
     out, resume = given.pop("out"), given.pop("resume")
+    if preset is not None:  # its epochs are of the training set that was asked for
+        written = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+        steps, eval_every = preset_steps(preset, given["train_sequences"], given["batch_size"])
+        given |= {} if "--steps" in written else {"steps": steps}
+        given |= {} if "--eval-every" in written else {"eval_every": eval_every}
     given["task"] = {"name": task, **vars(given["task"])}
     given["mixer"] = {"name": mixer, **vars(given["mixer"])}
     result = train(TrainConfig(**given), out, resume=resume)
-    print(results_table({mixer: [result.summary]}))
+    _print_tables([read_run(result.out)])
     print(
         f"The run is in {result.out}: metrics.jsonl, curves.png, result.json, and the best weights in "
         f"step-{result.summary['best_step']}."
     )
+
+
+def _sweep(arguments: list[str]) -> None:
+    given = tyro.cli(_Sweep, args=arguments, prog="statemix sweep")
+    entries = load_configs(given.file, given.budget)
+    out = given.out or Path("runs") / given.file.stem
+    done = sweep(entries, out, jobs=given.jobs, executor=given.executor, address=given.address)
+    runs = [read_run(row["folder"]) for row in done.rows if row["status"] == "done"]
+    _print_tables(runs)
+    print(
+        f"{len(runs)} of {len(done.rows)} runs have ended; all are in {done.tables[0]}. statemix report {out}: a page."
+    )
+    if done.failed:
+        errors = "".join(f"\n  {row['label']}: {row['error']}" for row in done.failed)
+        raise RuntimeError(
+            f"sweep: {len(done.failed)} of {len(done.rows)} runs failed; the same command tries them again:{errors}"
+        )
+
+
+def _report(arguments: list[str]) -> None:
+    given = tyro.cli(_Report, args=arguments, prog="statemix report")
+    runs, left = find_runs(given.runs), unfinished_runs(given.runs)
+    notes = [f"Runs without a result, left out: {', '.join(map(str, left))}."] if left else []
+    page, *_ = write_report(runs, given.out, notes)
+    _print_tables(runs)
+    print("\n".join([*notes, f"The page is {page}."]))
+
+
+def _print_tables(runs: Sequence[Run]) -> None:
+    for task, groups in sections_of(runs).items():
+        print(f"{task}\n{align(group_rows(groups), markdown=False)}\n")
 
 
 def _bench(arguments: list[str]) -> None:

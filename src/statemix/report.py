@@ -1,4 +1,4 @@
-"""Tables and plots of runs."""
+"""Tables of runs, and the curves that every run leaves in its folder. report_html.py makes the page of them all."""
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from statemix.files import write_whole
+from statemix.runs import Run, interval
 
 Metrics = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl
+Groups = Mapping[str, Sequence[Run]]  # label -> runs that differ in their seed
+
+ACCURACIES = {"token": "token_accuracy", "sequence": "sequence_accuracy", "macro": "macro_accuracy"}
 
 
 def plot_curves(runs: Mapping[str, Metrics], path: str | Path, *, title: str = "", chance: float | None = None) -> None:
@@ -69,11 +73,7 @@ def results_table(results: Mapping[str, Sequence[Mapping[str, Any]]], *, markdow
             accuracies = [_spread([t[key] for t in tests], ".3f") for key in ("token_accuracy", "sequence_accuracy")]
             cells.append(" / ".join(filter(None, accuracies)))
         rows.append([*cells, _spread([run["train_tokens_per_s"] for run in runs], ",.0f")])
-    if markdown:
-        rows.insert(1, ["---", *["---:"] * (len(rows[0]) - 1)])
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+    return align(rows, markdown=markdown)
 
 
 def _spread(numbers: Sequence[float], form: str) -> str:
@@ -82,3 +82,41 @@ def _spread(numbers: Sequence[float], form: str) -> str:
         return ""
     mean = format(sum(numbers) / len(numbers), form)
     return mean if len(numbers) == 1 else f"{mean} ({min(numbers):{form}}-{max(numbers):{form}})"
+
+
+def group_rows(groups: Groups) -> list[list[str]]:
+    """A head and a row per group: sizes, the validation, the three accuracies at every tested length, the time.
+
+    Several seeds are shown as mean +- half of the 95 % interval of Student's t.
+    """
+    lengths = sorted({length for runs in groups.values() for run in runs for length in run.summary["test"]}, key=int)
+    tests = [(length, name) for length in lengths for name in ACCURACIES]
+    head = ["", "seeds", "parameters", "state", "valid token"]
+    rows = [[*head, *(f"test {length} {name}" for length, name in tests), "steps", "tokens/s"]]
+    for label, runs in groups.items():
+        summaries = [run.summary for run in runs]
+        cells = [label, str(len(runs)), f"{summaries[0]['parameters']:,}", f"{summaries[0]['state_size']:,}"]
+        cells.append(estimate([summary["valid"]["token_accuracy"] for summary in summaries], ".3f"))
+        for length, name in tests:
+            scores = [summary["test"][length] for summary in summaries if length in summary["test"]]
+            cells.append(estimate([score[ACCURACIES[name]] for score in scores], ".3f"))
+        cells.append(estimate([summary["steps"] for summary in summaries], ",.0f"))
+        rows.append([*cells, estimate([summary["train_tokens_per_s"] for summary in summaries], ",.0f")])
+    return rows
+
+
+def estimate(numbers: Sequence[float], form: str) -> str:
+    """Mean +- half of the 95 % interval; the number alone if there is one; nothing if there is none."""
+    if not numbers:
+        return ""
+    mean, half_width, _ = interval(numbers)
+    return format(mean, form) if half_width is None else f"{mean:{form}} ± {half_width:{form}}"
+
+
+def align(rows: Sequence[Sequence[str]], *, markdown: bool) -> str:
+    """Rows of cells as text: the first column to the left, the others to the right."""
+    if markdown:
+        ruled = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
+        return "\n".join(f"| {' | '.join(row)} |" for row in ruled)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)

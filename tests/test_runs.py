@@ -1,0 +1,255 @@
+"""runs.py: runs as rows, groups over seeds with their intervals, and a selection that never sees the test."""
+
+import csv
+import dataclasses
+import json
+import math
+import re
+import shutil
+import statistics
+
+import pytest
+from test_checkpoint import run, small_config
+
+from statemix.config import OptimizerConfig, TrainConfig
+from statemix.runs import (
+    find_runs,
+    flatten,
+    group_over_seeds,
+    interval,
+    read_run,
+    row_of,
+    select,
+    t_quantile,
+    train_seconds,
+    unfinished_runs,
+    write_table,
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 3 steps with a test at two lengths; not to be changed."""
+    return run(tmp_path_factory.mktemp("runs") / "run", small_config(test_lengths=(5, 9)))
+
+
+# ---- intervals
+
+
+# two-sided 95 % points of Student's t, from a printed table
+TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 29: 2.045, 30: 2.042, 120: 1.980}
+
+
+@pytest.mark.parametrize("freedom", TABLE)
+def test_the_quantile_is_that_of_the_printed_table(freedom):
+    assert t_quantile(freedom) == pytest.approx(TABLE[freedom], abs=5e-4)
+
+
+def test_an_interval_by_hand():
+    """Of 1, 2, 3: mean 2, standard deviation 1, t 4.303: 2 +- 4.303 / sqrt(3)."""
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / math.sqrt(3), 3), rel=1e-3)
+    assert interval([0.25, 0.25]) == (0.25, 0.0, 2)
+    assert interval([0.7]) == (0.7, None, 1)
+    numbers = [0.1, 0.9, 0.4, 0.35, 0.7]
+    mean, half_width, n = interval(numbers)
+    assert (mean, n) == (pytest.approx(statistics.mean(numbers)), 5)
+    assert half_width == pytest.approx(2.776 * statistics.stdev(numbers) / math.sqrt(5), rel=1e-3)
+
+
+# ---- reading
+
+
+def test_a_run_is_read_as_it_was_returned(finished):
+    read = read_run(str(finished.out))
+    assert (read.folder, read.summary, read.metrics) == (finished.out, finished.summary, finished.metrics)
+    assert read.config == small_config(test_lengths=(5, 9))
+
+
+def test_runs_are_found_below_a_folder_each_once_and_unfinished_ones_apart(finished, tmp_path):
+    for name in ("b", "a", "deep/c", "stopped"):
+        shutil.copytree(finished.out, tmp_path / name)
+    (tmp_path / "stopped" / "result.json").unlink()
+    names = [found.folder.relative_to(tmp_path).as_posix() for found in find_runs([tmp_path, tmp_path / "a"])]
+    assert names == ["a", "b", "deep/c"]
+    assert unfinished_runs([tmp_path, tmp_path / "a"]) == [tmp_path / "stopped"]
+    with pytest.raises(ValueError, match=rf"^runs: there is no finished run in '{tmp_path}/stopped': no result\.json"):
+        find_runs([tmp_path / "a", tmp_path / "stopped"])
+    with pytest.raises(ValueError, match=rf"^runs: '{tmp_path}/none' is not a folder\.$"):
+        find_runs([tmp_path / "none"])
+
+
+def edit(path, change) -> None:
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+OTHER_VERSIONS = {
+    "result without validation": ("result.json", lambda data: data.pop("valid"), r"result\.json has no `valid`"),
+    "result of the first version": ("result.json", lambda data: data.pop("version"), r"result\.json has no `version`"),
+    "config with another key": ("config.json", lambda data: data.update(epochs=3), r"unknown key `epochs`"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_VERSIONS)
+def test_a_run_of_another_version_is_told_as_one(finished, tmp_path, case):
+    name, change, problem = OTHER_VERSIONS[case]
+    out = tmp_path / "run"
+    shutil.copytree(finished.out, out)
+    edit(out / "result.json", lambda data: data.update(version="9.8.7"))
+    edit(out / name, change)
+    theirs = "another version of statemix" if "first" in case else r"statemix 9\.8\.7"
+    with pytest.raises(ValueError, match=rf"^runs: '{out}' was written by {theirs}, this is .*{problem}"):
+        read_run(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("result.json", None, r"^runs: '.*' is not a finished run: it has no result\.json"),
+        ("metrics.jsonl", None, r"^runs: '.*' is not a finished run: it has no metrics\.jsonl"),
+        ("result.json", "{", r"^runs: a file of '.*' is damaged: Expecting"),
+        ("metrics.jsonl", "{}\n{", r"^runs: a file of '.*' is damaged: Expecting"),
+        ("result.json", "3", r"^runs: a file of '.*' is damaged: "),
+    ],
+)
+def test_a_damaged_run_is_named(finished, tmp_path, name, content, problem):
+    out = tmp_path / "run"
+    shutil.copytree(finished.out, out)
+    (out / name).unlink() if content is None else (out / name).write_text(content)
+    with pytest.raises(ValueError, match=problem):
+        read_run(out)
+
+
+# ---- rows
+
+
+def test_a_row_is_flat(finished):
+    row = row_of(read_run(finished.out))
+    assert row["task.group"] == "S3"
+    assert row["mixer.block_size"] == 3
+    assert row["optimizer.betas"] == "[0.9, 0.95]"
+    assert row["test_lengths"] == "[5, 9]"
+    assert (row["steps"], row["trained_steps"]) == (3, 3)
+    for name in ("loss", "token_accuracy", "sequence_accuracy", "macro_accuracy", "mad_accuracy"):
+        assert row[f"valid_{name}"] == finished.summary["valid"][name]
+        for length in ("5", "9"):
+            assert row[f"test_{length}_{name}"] == finished.summary["test"][length][name]
+    assert row["chance"] == pytest.approx(1 / 6)
+    assert row["test_9_scaled_accuracy"] == pytest.approx((row["test_9_token_accuracy"] - 1 / 6) / (5 / 6))
+    assert row["folder"] == str(finished.out)
+    assert all(isinstance(value, int | float | str | None) for value in row.values())
+    assert flatten(read_run(finished.out).config).items() <= row.items()
+
+
+def test_the_seconds_are_those_of_the_steps(finished):
+    """Batches of 10 tokens; 3 and 2 steps, a validation, and 5 more steps, at 10, 5 and 25 tokens a second."""
+    config = small_config(batch_size=2, task={"name": "permutation", "group": "S3", "seq_len": 5})
+    metrics = [{"step": 3, "tokens_per_s": 10.0}, {"step": 5, "tokens_per_s": 5.0}, {"step": 5, "valid_loss": 1.0}]
+    metrics += [{"step": 7, "valid_loss": 1.0}, {"step": 10, "tokens_per_s": 25.0}]
+    made = read_run(finished.out)._replace(config=config, metrics=metrics)
+    assert train_seconds(made) == pytest.approx(3 + 4 + 3 * 10 / 25)  # the clock starts again after a validation
+
+
+ROWS = [
+    {"label": 'a, "b"', "seed": 0, "valid_loss": 0.5, "mixer.width": 3, "option": True},
+    {"label": "c\nd", "seed": 1, "error": "failed", "mixer.width": 4.5, "option": "auto"},
+]
+
+
+def test_a_table_as_csv(tmp_path):
+    files = write_table(ROWS, tmp_path, "table")
+    assert files[0] == tmp_path / "table.csv"
+    with files[0].open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert list(read[0]) == ["label", "seed", "valid_loss", "mixer.width", "option", "error"]
+    assert [row["label"] for row in read] == ['a, "b"', "c\nd"]
+    assert (read[1]["valid_loss"], read[0]["error"], read[0]["option"]) == ("", "", "True")
+
+
+def test_a_table_as_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed: pip install statemix[table]")
+    [_, path] = write_table(ROWS, tmp_path, "table")
+    read = parquet.read_table(path).to_pylist()
+    assert read[0] == {
+        "label": 'a, "b"',
+        "seed": 0,
+        "valid_loss": 0.5,
+        "mixer.width": 3.0,
+        "option": "True",
+        "error": None,
+    }
+    assert (read[1]["valid_loss"], read[1]["option"]) == (None, "auto")
+
+
+# ---- selection
+
+
+def rows_of(figures) -> list[dict]:
+    """(lr, decay, seed, valid loss, test accuracy) as rows."""
+    base = flatten(TrainConfig())
+    return [
+        base
+        | {"optimizer.lr": lr, "optimizer.weight_decay": decay, "seed": seed, "valid_loss": loss}
+        | {"valid_token_accuracy": 1 - loss, "test_16_token_accuracy": test, "folder": f"{lr}-{decay}-{seed}"}
+        for lr, decay, seed, loss, test in figures
+    ]
+
+
+def test_the_best_mean_validation_is_chosen_whatever_the_test_says():
+    rows = rows_of(
+        [(1e-3, 0.0, 0, 0.30, 0.99), (1e-3, 0.0, 1, 0.40, 0.99), (3e-3, 0.0, 0, 0.29, 0.1), (3e-3, 0.0, 1, 0.31, 0.1)]
+    )
+    assert select(rows, ("optimizer.lr",)) == rows[2:]
+    assert select(rows, ("optimizer.lr",), by="valid_token_accuracy") == rows[2:]
+    unseen = [{key: value for key, value in row.items() if not key.startswith("test")} for row in rows]
+    assert select(unseen, ("optimizer.lr",)) == unseen[2:]
+
+
+def test_each_setting_has_its_own_choice():
+    """Of two weight decays each has its learning rate; over both there is one."""
+    rows = rows_of([(1e-3, 0.0, 0, 0.3, 0), (3e-3, 0.0, 0, 0.4, 0), (1e-3, 0.1, 0, 0.6, 0), (3e-3, 0.1, 0, 0.5, 0)])
+    assert select(rows, ("optimizer.lr",)) == [rows[0], rows[3]]
+    assert select(rows, ("optimizer.lr", "optimizer.weight_decay")) == [rows[0]]
+    assert select(rows, ()) == rows
+
+
+def test_a_choice_that_lost_runs_is_not_chosen_over_one_that_did_not():
+    rows = rows_of([(1e-3, 0.0, 0, 0.5, 0), (1e-3, 0.0, 1, 0.5, 0), (1.0, 0.0, 0, 0.1, 0), (1.0, 0.0, 1, 9, 0)])
+    failed = {key: value for key, value in rows[3].items() if not key.startswith(("valid", "test"))}
+    assert select([*rows[:3], failed], ("optimizer.lr",)) == rows[:2]
+    assert select([rows[0], rows[2]], ("optimizer.lr",)) == [rows[2]]
+    nan = rows[2] | {"valid_loss": math.nan}
+    assert select([rows[0], nan], ("optimizer.lr",)) == [rows[0]]
+
+
+def test_a_selection_on_the_test_is_refused():
+    rows = rows_of([(1e-3, 0.0, 0, 0.5, 0)])
+    with pytest.raises(
+        ValueError, match=r"^select: `by` must be a figure of the validation split .*'test_16_token_acc"
+    ):
+        select(rows, ("optimizer.lr",), by="test_16_token_accuracy")
+    with pytest.raises(ValueError, match=r"^select: `over` must hold names of \['batch_size', .*, got 'lr'\.$"):
+        select(rows, ("lr",))
+    assert select([], ("optimizer.lr",)) == []
+
+
+# ---- groups
+
+
+def test_groups_differ_in_more_than_the_seed_and_are_labelled_by_what_differs(finished):
+    made = read_run(finished.out)
+    slow = dataclasses.replace(made.config, optimizer=OptimizerConfig(lr=0.01, final_lr=0.01, warmup=0.0))
+    lstm = dataclasses.replace(made.config, mixer={"name": "lstm", "hidden_size": 5})
+    configs = [dataclasses.replace(c, seed=s) for s in (1, 0) for c in (made.config, slow, lstm)]
+    groups = group_over_seeds([made._replace(config=config) for config in configs])
+    assert {label: [run.config.seed for run in runs] for label, runs in groups.items()} == {
+        "bd_lru, lr=0.1, final_lr=0.1": [0, 1],
+        "bd_lru, lr=0.01, final_lr=0.01": [0, 1],
+        "lstm, lr=0.1, final_lr=0.1": [0, 1],
+    }
+    assert list(group_over_seeds([made])) == ["bd_lru"]
+    wide = dataclasses.replace(made.config, mixer={"name": "bd_lru", "num_blocks": 4, "block_size": 3})
+    both = group_over_seeds([made, made._replace(config=wide), made._replace(config=lstm)])
+    assert list(both) == ["bd_lru, num_blocks=2", "bd_lru, num_blocks=4", "lstm"]
+    assert not re.search("hidden_size", "".join(both))
