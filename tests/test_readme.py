@@ -31,15 +31,25 @@ def test_python_of_the_readme_runs():
     assert names["states"].shape == (8, 1000, 4, 16)
 
 
-def test_statemix_commands_of_the_readme_run(tmp_path, capsys):
+def test_statemix_commands_of_the_readme_run(tmp_path, capsys, monkeypatch):
     commands = [command[1:] for command in shell_commands() if command[0] == "statemix"]
-    assert [command[0] for command in commands] == ["train", "train", "info", "bench"]
+    names = [command[0] for command in commands]
+    assert names == ["train", "train", "info", "bench", "train", "sweep", "report", "info"]
+    shown = (ROOT / "experiments" / "recall.py").read_text()
+    monkeypatch.chdir(tmp_path)  # as written but shorter, and not into the reader's folder
+    Path("experiments").mkdir()
+    Path("experiments/recall.py").write_text(
+        f"{shown}\nfrom dataclasses import replace\n"
+        "configs = [replace(configs[m], steps=2, batch_size=2, eval_sequences=2) for m in ('LRU', 'Mamba-2')]\n"
+    )
     for command in commands:
-        # as written but shorter, and not into the reader's folder
-        short = ["--steps", "2", "--eval-sequences", "8", "--out", str(tmp_path)] if "--out" in command else []
+        short = []
+        if command[0] == "train" and "--out" in command:
+            short = ["--steps", "2", "--eval-sequences", "8"]
         if command[0] == "bench":
             short = ["--sizes", "1x4", "--length", "16", "--seconds", "0.01", "--out", str(tmp_path / "bench")]
         assert main(command + short) == 0, capsys.readouterr().err
+    assert Path("runs/recall-report/report.html").exists()
 
 
 def test_make_commands_of_the_readme_exist():
