@@ -253,3 +253,24 @@ def test_groups_differ_in_more_than_the_seed_and_are_labelled_by_what_differs(fi
     both = group_over_seeds([made, made._replace(config=wide), made._replace(config=lstm)])
     assert list(both) == ["bd_lru, num_blocks=2", "bd_lru, num_blocks=4", "lstm"]
     assert not re.search("hidden_size", "".join(both))
+
+
+def test_groups_have_the_names_that_a_sweep_gave_them(finished, tmp_path):
+    made = read_run(finished.out)
+    lstm = dataclasses.replace(made.config, mixer={"name": "lstm", "hidden_size": 5})
+    runs = [
+        made._replace(folder=tmp_path / f"{number}", config=dataclasses.replace(config, seed=seed))
+        for number, (config, seed) in enumerate([(made.config, 0), (made.config, 1), (lstm, 0), (lstm, 1)])
+    ]
+
+    def labels(*names: str) -> list[str]:
+        given = {str(number): name for number, name in enumerate(names)}
+        (tmp_path / "sweep.json").write_text(json.dumps({"version": "1", "labels": given}))
+        return list(group_over_seeds(runs))
+
+    assert labels("mixing, seed 0", "mixing, seed 1", "gates", "gates") == ["mixing", "gates"]
+    assert labels("mixing, seed 0", "other, seed 1", "gates", "gates") == ["bd_lru", "gates"]  # two names
+    assert labels("one", "one", "one", "one") == ["bd_lru", "lstm"]  # whose it is cannot be told
+    assert labels("0", "0", "2", "2") == ["bd_lru", "lstm"]  # numbers of a list
+    (tmp_path / "sweep.json").write_text("{")
+    assert list(group_over_seeds(runs)) == ["bd_lru", "lstm"]

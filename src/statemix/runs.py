@@ -19,6 +19,8 @@ from statemix.config import TrainConfig
 from statemix.files import write_whole
 from statemix.tasks import build_task, scaled_accuracy
 
+SWEEP_FILE = "sweep.json"  # in the folder of a sweep, above those of its runs
+
 Row = dict[str, Any]
 
 FIELDS = tuple(field.name for field in dataclasses.fields(TrainConfig))
@@ -203,7 +205,8 @@ def select(rows: Sequence[Row], over: Sequence[str], by: str = "valid_loss") -> 
 def group_over_seeds(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs that differ in their seed alone, under a label that tells the groups apart.
 
-    The label is the mixer and every option, of whatever part, that is not the same in all groups that have it.
+    The label is the one a sweep's file gave all its runs, but for ", seed 0" and so on at its end. Where there is none,
+    or two groups have the same, it is the mixer and every option that is not the same in all groups that have it.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -215,11 +218,29 @@ def group_over_seeds(runs: Sequence[Run]) -> dict[str, list[Run]]:
         for column, value in option.items():
             values.setdefault(column, set()).add(json.dumps(value))
     labels = {}
-    for option, group in zip(options, groups.values(), strict=True):
+    given = [given_label(group) for group in groups.values()]
+    for option, group, name in zip(options, groups.values(), given, strict=True):
+        if name is not None and given.count(name) == 1:
+            labels[name] = sorted(group, key=lambda run: run.config.seed)
+            continue
         differing = [column for column in option if len(values[column]) > 1 and column != "mixer.name"]
         parts = [f"{column.rpartition('.')[2]}={option[column]}" for column in differing]
         labels[", ".join([option["mixer.name"], *parts])] = sorted(group, key=lambda run: run.config.seed)
     return labels
+
+
+def given_label(group: Sequence[Run]) -> str | None:
+    """What the file of a sweep called these runs, seeds apart; None if they are not of one name, or of none."""
+    names = set()
+    for run in group:
+        try:
+            labels = json.loads((run.folder.parent / SWEEP_FILE).read_text())["labels"]
+            name = str(labels[run.folder.name])
+        except (OSError, TypeError, ValueError, KeyError):  # it is no run of a sweep
+            return None
+        names.add(name.removesuffix(f", seed {run.config.seed}"))
+    name = names.pop()
+    return None if names or name.isdecimal() else name  # a list of configs has numbers only
 
 
 class Interval(NamedTuple):

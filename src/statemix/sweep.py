@@ -29,9 +29,9 @@ from statemix.checkpoint import METRICS_FILE, RESULT_FILE, locked, make_folder
 from statemix.config import TrainConfig
 from statemix.executors import EXECUTORS, LOG_FILE, Executor, Job
 from statemix.files import write_whole
-from statemix.runs import Row, flatten, read_run, row_of, write_table
+from statemix.runs import SWEEP_FILE, Row, flatten, read_run, row_of, write_table
 
-SWEEP_FILE, TABLE_NAME = "sweep.json", "results"
+TABLE_NAME = "results"
 BUDGETS = ("quick", "full")
 POLL_SECONDS = 0.2
 
