@@ -23,7 +23,8 @@ struct Lanes;
 template <>
 struct Lanes<float> {
   typedef float V __attribute__((vector_size(STATEMIX_VECTOR_BYTES)));
-  typedef int32_t I __attribute__((vector_size(STATEMIX_VECTOR_BYTES)));
+  typedef int32_t Int;
+  typedef Int I __attribute__((vector_size(STATEMIX_VECTOR_BYTES)));
   static constexpr int mantissa = 23, bias = 127;
   static constexpr int32_t all_but_sign = INT32_MAX;
   static constexpr float round = 12582912.f;                                  // 1.5 * 2^23: x + round - round is rint(x)
@@ -36,7 +37,8 @@ struct Lanes<float> {
 template <>
 struct Lanes<double> {
   typedef double V __attribute__((vector_size(STATEMIX_VECTOR_BYTES)));
-  typedef int64_t I __attribute__((vector_size(STATEMIX_VECTOR_BYTES)));
+  typedef int64_t Int;
+  typedef Int I __attribute__((vector_size(STATEMIX_VECTOR_BYTES)));
   static constexpr int mantissa = 52, bias = 1023;
   static constexpr int64_t all_but_sign = INT64_MAX;
   static constexpr double round = 6755399441055744.;
@@ -68,16 +70,39 @@ STATEMIX_INLINE void store(T* p, V<T> x) {
   std::memcpy(p, &x, sizeof x);
 }
 
-// The sum of all lanes, by halves.
+// Four numbers: what is left of vectors of any size when their lanes are added up.
 template <class T>
-STATEMIX_INLINE T total(V<T> x) {
-  T part[width<T>];
-  store(part, x);
+struct Quad {
+  typedef T V __attribute__((vector_size(4 * sizeof(T))));
+  typedef typename Lanes<T>::Int I __attribute__((vector_size(4 * sizeof(T))));
+};
+#if defined(__clang__)
+#define STATEMIX_SHUFFLE(T, a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define STATEMIX_SHUFFLE(T, a, b, i, j, k, l) __builtin_shuffle(a, b, typename Quad<T>::I{i, j, k, l})
+#endif
+
+// The sum of the lanes of each of four vectors. One by one they would take longer than the products that made them.
+template <class T>
+STATEMIX_INLINE typename Quad<T>::V totals(const V<T>* x) {
+  using Q = typename Quad<T>::V;
+  Q part[4];
 #pragma GCC unroll 4
-  for (int half = width<T> / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-    for (int l = 0; l < half; ++l) part[l] += part[l + half];
-  return part[0];
+  for (int i = 0; i < 4; ++i) {
+    constexpr int quads = width<T> < 4 ? 1 : width<T> / 4;
+    T lanes[4 * quads] = {};
+    store(lanes, x[i]);
+    Q sum[quads];
+    std::memcpy(sum, lanes, sizeof sum);
+#pragma GCC unroll 3
+    for (int half = quads / 2; half > 0; half /= 2)
+#pragma GCC unroll 2
+      for (int k = 0; k < half; ++k) sum[k] += sum[k + half];
+    part[i] = sum[0];
+  }
+  const Q low = STATEMIX_SHUFFLE(T, part[0], part[1], 0, 4, 2, 6) + STATEMIX_SHUFFLE(T, part[0], part[1], 1, 5, 3, 7);
+  const Q high = STATEMIX_SHUFFLE(T, part[2], part[3], 0, 4, 2, 6) + STATEMIX_SHUFFLE(T, part[2], part[3], 1, 5, 3, 7);
+  return STATEMIX_SHUFFLE(T, low, high, 0, 1, 4, 5) + STATEMIX_SHUFFLE(T, low, high, 2, 3, 6, 7);
 }
 
 // A comparison with NaN is false: the order of the operands below is what lets NaN through, `larger` that in b.

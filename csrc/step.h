@@ -5,8 +5,8 @@
 #pragma once
 #include "scans.h"
 
+#include <algorithm>
 #include <cmath>
-#include <type_traits>
 
 namespace statemix {
 namespace {
@@ -24,26 +24,24 @@ struct Team {
 template <class T, class Use>
 void times_vector(Team team, const T* weight, const T* bias, const T* x, int64_t count, int64_t width, const Use& use) {
   constexpr int lanes = statemix::width<T>;
-  const auto rows = [&](int64_t r, auto few) {
-    constexpr int n = decltype(few)::value;
-    V<T> sum[n] = {};
+  const int64_t end = share(count, team.thread + 1, team.threads);
+  for (int64_t r = share(count, team.thread, team.threads); r < end; r += 4) {
+    const T* row[4];
+    for (int i = 0; i < 4; ++i) row[i] = weight + std::min(r + i, end - 1) * width;  // past the end the last row again
+    V<T> sum[4] = {};
     int64_t d = 0;
     for (; d + lanes <= width; d += lanes) {
       const V<T> at = load(x + d);
 #pragma GCC unroll 4
-      for (int i = 0; i < n; ++i) sum[i] += load(weight + (r + i) * width + d) * at;
+      for (int i = 0; i < 4; ++i) sum[i] += load(row[i] + d) * at;
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < n; ++i) {
+    const auto total = totals<T>(sum);
+    for (int i = 0; i < 4 && r + i < end; ++i) {
       T rest = bias ? bias[r + i] : T(0);
-      for (int64_t left = d; left < width; ++left) rest += weight[(r + i) * width + left] * x[left];
-      use(r + i, total<T>(sum[i]) + rest);
+      for (int64_t left = d; left < width; ++left) rest += row[i][left] * x[left];
+      use(r + i, total[i] + rest);
     }
-  };
-  int64_t r = share(count, team.thread, team.threads);
-  const int64_t end = share(count, team.thread + 1, team.threads);
-  for (; r + 4 <= end; r += 4) rows(r, std::integral_constant<int, 4>{});
-  for (; r < end; ++r) rows(r, std::integral_constant<int, 1>{});
+  }
 }
 
 // Numbers that pass from one thread to another for one token of a mixer: raw gates, values, states.
