@@ -79,3 +79,8 @@ def test_unknown_names_are_told_with_the_known():
         preset_config("mad", "parity")
     with pytest.raises(ValueError, match=r"mixer: `name` must be one of \[.*'h_lru'.*\], got 'mamba9'"):
         preset_config("mad", "memorization", {"name": "mamba9"})
+
+
+def test_an_unknown_preset_has_no_grid():
+    with pytest.raises(ValueError, match=r"^settings: `preset` must be one of \['formal', 'mad'\], got 'madd'\.$"):
+        preset_grid("madd", "compression", {"name": "lstm", "hidden_size": 4})

@@ -25,6 +25,7 @@ from statemix.runs import (
     unfinished_runs,
     write_table,
 )
+from statemix.tasks import build_task
 
 
 @pytest.fixture(scope="module")
@@ -143,12 +144,12 @@ def test_a_row_is_flat(finished):
 
 
 def test_the_seconds_are_those_of_the_steps(finished):
-    """Batches of 10 tokens; 3 and 2 steps, a validation, and 5 more steps, at 10, 5 and 25 tokens a second."""
+    """Batches of 10 tokens: 3 and 2 steps, a validation, 2 steps, another, 3 steps; at 10, 5 and 25 tokens a second."""
     config = small_config(batch_size=2, task={"name": "permutation", "group": "S3", "seq_len": 5})
     metrics = [{"step": 3, "tokens_per_s": 10.0}, {"step": 5, "tokens_per_s": 5.0}, {"step": 5, "valid_loss": 1.0}]
     metrics += [{"step": 7, "valid_loss": 1.0}, {"step": 10, "tokens_per_s": 25.0}]
     made = read_run(finished.out)._replace(config=config, metrics=metrics)
-    assert train_seconds(made) == pytest.approx(3 + 4 + 3 * 10 / 25)  # the clock starts again after a validation
+    assert train_seconds(made) == pytest.approx(3 + 4 + 5 * 10 / 25)  # steps 6 and 7 have no speed but the next
 
 
 ROWS = [
@@ -274,3 +275,26 @@ def test_groups_have_the_names_that_a_sweep_gave_them(finished, tmp_path):
     assert labels("0", "0", "2", "2") == ["bd_lru", "lstm"]  # numbers of a list
     (tmp_path / "sweep.json").write_text("{")
     assert list(group_over_seeds(runs)) == ["bd_lru", "lstm"]
+
+
+def test_a_selection_by_an_unknown_figure_is_refused():
+    rows = rows_of([(1e-3, 0.0, 0, 0.5, 0)])
+    with pytest.raises(ValueError, match=r"^select: `by` must be one of \['valid_.*\], got 'valid_acc'\.$"):
+        select(rows, ("optimizer.lr",), by="valid_acc")
+
+
+def test_a_run_of_two_names_is_one(finished, monkeypatch):
+    monkeypatch.chdir(finished.out.parent)
+    assert len(find_runs([finished.out.name, finished.out, f"./{finished.out.name}"])) == 1
+
+
+def test_the_time_of_steps_between_lines_counts(finished):
+    made = read_run(finished.out)
+    tokens = made.config.batch_size * build_task(made.config.task).length
+    lines = [
+        *({"step": step, "valid_loss": 1.0} for step in (10, 20)),
+        {"step": 25, "tokens_per_s": 25.0 * tokens},
+        *({"step": step, "valid_loss": 1.0} for step in (30, 40)),
+        {"step": 50, "tokens_per_s": 50.0 * tokens},
+    ]
+    assert train_seconds(made._replace(metrics=lines)) == pytest.approx(1.0 + 0.5)

@@ -8,7 +8,9 @@ from conftest import TOLERANCE, relative_error
 from torch import Tensor, nn
 
 from statemix.gates import NORMALIZATIONS
-from statemix.model import Layer, SequenceModel
+from statemix.mixers import BDLRU
+from statemix.mixers.base import RawGates
+from statemix.model import Layer, SequenceModel, SwiGLU
 from statemix.scan import cpu
 
 MIXERS = {
@@ -115,6 +117,78 @@ def test_what_the_kernel_does_not_serve_is_done_by_the_modules(generator, calls,
         assert y.requires_grad
     else:
         assert_step(pair, x, None)
+    assert "statemix_pair_step" not in calls
+
+
+class Halved(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+class Doubled(SwiGLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Shifted(BDLRU):
+    def mix(self, x, state, reset):
+        y, state = super().mix(x, state, reset)
+        return y + 1, state
+
+
+class SlowGates(RawGates):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+class Wrapped(Tensor):
+    """A tensor without memory of its own, as quantised and distributed ones are."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor):
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args = torch.utils._pytree.tree_map(lambda x: x.inner if isinstance(x, cls) else x, args)
+        result = function(*args, **(kwargs or {}))
+        return cls(result) if function is torch.ops.aten.detach.default else result
+
+
+EXCHANGED = {
+    "mixer_norm": lambda: nn.LayerNorm(20),
+    "mlp_norm": lambda: nn.RMSNorm(20, eps=None),
+    "mlp": lambda: Doubled(20, 33),
+    "mlp.output": lambda: nn.Linear(33, 20, bias=True),
+    "mlp.gate_and_input": lambda: Halved(20, 66, bias=False),
+    "mixer": lambda: Shifted(20, 5, 3),
+    "mixer.raw_gates": lambda: SlowGates(20, (3, 4, 5), True),
+    "mixer.output": lambda: Halved(15, 20, bias=False),
+}
+
+
+@pytest.mark.parametrize("part", EXCHANGED)
+def test_a_part_that_was_exchanged_is_called(generator, calls, part):
+    """The kernel has the arithmetic of the parts that a Layer is made of, and of no others."""
+    pair = make_pair(MIXERS["block"])
+    pair.set_submodule(part, EXCHANGED[part]())
+    assert_step(pair, torch.randn(2, 20, generator=generator), None)
+    assert "statemix_pair_step" not in calls
+
+
+@pytest.mark.parametrize("part", ["mlp.output", "mlp_norm", "mixer.values", "mixer.raw_gates.projection"])
+def test_a_weight_without_an_address_is_not_read(generator, calls, part):
+    pair, x = make_pair(MIXERS["block"]), torch.randn(2, 20, generator=generator)
+    expected = by_the_modules(pair, x, None)[0]
+    module = pair.get_submodule(part)
+    module.weight = nn.Parameter(Wrapped(module.weight.detach()), requires_grad=False)
+    with torch.no_grad():
+        assert relative_error(pair.step(x, None)[0], expected) <= TOLERANCE[x.dtype]
+        y, _ = pair.mixer(torch.randn(2, 40, 20, generator=generator))
+    assert y.isfinite().all()
     assert "statemix_pair_step" not in calls
 
 

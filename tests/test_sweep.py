@@ -18,6 +18,7 @@ from test_checkpoint import differing, run, small_config
 import statemix
 from statemix import TrainConfig, cli
 from statemix.checkpoint import locked
+from statemix.config import OptimizerConfig
 from statemix.executors import EXECUTORS, Local
 from statemix.sweep import load_configs, run_name, sweep
 
@@ -313,3 +314,23 @@ def test_a_sweep_on_a_ray_of_two_workers(tmp_path):
     assert rows[2][3].startswith("its Ray worker was lost: ")
     for seed in (1, 2, 3):
         assert_same_run(tmp_path / "out" / run_name(tiny(seed)), run(tmp_path / str(seed), tiny(seed)).out)
+
+
+def test_equal_configs_have_one_name():
+    whole, real = (TrainConfig(optimizer=OptimizerConfig(weight_decay=decay)) for decay in (0, 0.0))
+    assert whole == real
+    assert run_name(whole) == run_name(real) == run_name(TrainConfig.from_json(whole.to_json()))
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path):
+    """Its runs import it again and end before they begin; the others are not lost, and the message says what to do."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from statemix import TrainConfig\n"
+        "from statemix.sweep import sweep\n"
+        "rows = sweep({'a': TrainConfig(steps=1)}, 'out', jobs=1)\n"
+        "print(rows)\n"
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert "needs `if __name__ == '__main__':`" in done.stdout + done.stderr
+    assert "FileNotFoundError" not in done.stderr

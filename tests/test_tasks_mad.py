@@ -495,3 +495,10 @@ def all_rows(task) -> np.ndarray:
     """Every sequence of a memorization task."""
     keys = itertools.product(range(task.num_keys), repeat=task.seq_len // 2)
     return np.array([[x for key in row for x in (key, task.insert)] for row in keys])
+
+
+def test_memorization_serves_a_batch_of_one_sequence_of_two_keys():
+    """Both orders of two keys may belong to other splits: then two other keys are drawn."""
+    task = Memorization(seq_len=4)
+    for index in range(50):
+        assert task.sample("train", 1, index=index).tokens.shape == (1, 4)

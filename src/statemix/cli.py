@@ -52,14 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"statemix: COMMAND must be one of {sorted(commands)}, got {arguments[0]!r}.")
         commands[arguments[0]](list(arguments[1:]))
     except SystemExit as stop:  # from tyro, which has said why
-        return int(stop.code or 0)
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         remedy = ": the same command goes on from the last checkpoint" if arguments[0] in ("train", "sweep") else ""
         print(f"stopped{remedy}.", file=sys.stderr)
         return 130
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, RuntimeError) else 2
+        return 1 if isinstance(error, RuntimeError | OSError) else 2
     return 0
 
 

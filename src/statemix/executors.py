@@ -69,6 +69,7 @@ class Local:
 
     def start(self, config: str, folder: Path) -> Job:
         """See `Executor`."""
+        (folder / LOG_FILE).unlink(missing_ok=True)  # of an earlier try
         # daemon: ended with this process
         process = self.context.Process(target=_train_in_process, args=(config, str(folder)), daemon=True)
         process.start()
@@ -89,7 +90,10 @@ class _Process:
         if code < 0:
             name = signal.Signals(-code).name
             return f"killed by {name}" + (", as when memory runs out" if name == "SIGKILL" else "")
-        lines = self.log.read_text(errors="replace").splitlines()
+        try:
+            lines = self.log.read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            return f"exit status {code} before it began; a script that sweeps needs `if __name__ == '__main__':`"
         said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         return said[-1] if said else f"exit status {code}; its log ends with: {' / '.join(lines[-3:])}"
 

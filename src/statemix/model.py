@@ -72,22 +72,33 @@ class Layer(nn.Module):
 
     def _fused_step(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The step as one call, or None where that does not serve."""
-        # dictionaries, as in LinearRecurrence._fused_weights
-        parts = cast(tuple[nn.RMSNorm, Mixer, nn.RMSNorm, SwiGLU], tuple(self._modules.values()))
-        norm, mixer, mlp_norm, mlp = parts
-        if not isinstance(mixer, LinearRecurrence) or (ready := mixer.step_inputs(x, state)) is None:
+        # dictionaries, as in LinearRecurrence._fused_weights; fused, a module is not called: only these are passed over
+        parts = tuple(self._modules.get(name) for name in ("mixer_norm", "mixer", "mlp_norm", "mlp"))
+        norm, mixer, mlp_norm, mlp = cast(tuple[nn.RMSNorm, Mixer, nn.RMSNorm, SwiGLU], parts)
+        if type(norm) is not nn.RMSNorm or type(mlp_norm) is not nn.RMSNorm or type(mlp) is not SwiGLU:
+            return None
+        if norm.eps is None or mlp_norm.eps is None:
+            return None
+        linears = mlp._modules["gate_and_input"], mlp._modules["output"]
+        if any(type(linear) is not nn.Linear or linear._parameters.get("bias") is not None for linear in linears):
+            return None
+        if not isinstance(mixer, LinearRecurrence) or type(mixer).step is not LinearRecurrence.step:
+            return None
+        if (ready := mixer.step_inputs(x, state)) is None:
             return None
         weights = []
-        for module in cast(tuple[nn.Module, ...], (norm, mlp_norm, *mlp._modules.values())):
+        for module in cast(tuple[nn.Module, ...], (norm, mlp_norm, *linears)):
             weight = module._parameters.get("weight")
             if module._forward_hooks or module._forward_pre_hooks or weight is None:
                 return None
-            if weight.dtype != x.dtype or not weight.is_cpu or not weight.is_contiguous():
+            if type(weight) not in (Tensor, nn.Parameter) or weight.dtype != x.dtype:
+                return None  # a subclass may have no address
+            if not weight.is_cpu or not weight.is_contiguous():
                 return None
             weights.append(weight)
         if mixer._forward_hooks or mixer._forward_pre_hooks or mlp._forward_hooks or mlp._forward_pre_hooks:
             return None
-        epsilons = cast(tuple[float, float], (norm.eps, mlp_norm.eps))
+        epsilons = (norm.eps, mlp_norm.eps)
         return cpu.pair_step(x, *ready, weights, epsilons, normalization=mixer.normalization, kind=mixer.kind)
 
 

@@ -60,8 +60,9 @@ def preset_grid(preset: str, task: str, mixer: Spec) -> list[TrainConfig]:
     In MAD a setting's score is the best of its runs (`select(rows, ("optimizer.lr", "optimizer.weight_decay"))`), and
     the task's the mean over settings.
     """
-    protocol, configs = PROTOCOLS[preset], []
-    for setting in settings(preset, task):
+    chosen, configs = settings(preset, task), []
+    protocol = PROTOCOLS[preset]
+    for setting in chosen:
         config = _config(preset, setting, mixer)
         for lr, decay in itertools.product(protocol.learning_rates, protocol.weight_decays):
             optimizer = dataclasses.replace(config.optimizer, lr=lr, weight_decay=decay)

@@ -127,8 +127,8 @@ def _styles() -> Iterator[Mapping[str, Any]]:
 
 
 def _wrap(label: str) -> str:
-    """In lines that fit into a picture."""
-    return textwrap.fill(label, 76)
+    """In lines that fit into a picture; not as mathematics, and not hidden from the legend as "_..." would be."""
+    return textwrap.fill(label, 76).replace("$", r"\$").replace("_", "\N{WORD JOINER}_", label.startswith("_"))
 
 
 def _mark_chance(line: Callable[..., object], groups: Groups) -> None:

@@ -74,15 +74,16 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     Raises:
         ValueError: a path does not exist or has no finished run, or a run cannot be read.
     """
-    folders: dict[Path, None] = {}
+    folders: dict[Path, Path] = {}  # by their resolved names: a folder has many
     for path in map(Path, paths):
         if not path.is_dir():
             raise ValueError(f"runs: '{path}' is not a folder.")
         found = sorted(file.parent for file in path.rglob(RESULT_FILE))
         if not found:
             raise ValueError(f"runs: there is no finished run in '{path}': no {RESULT_FILE} at or below it.")
-        folders |= dict.fromkeys(found)
-    return [read_run(folder) for folder in folders]
+        for folder in found:
+            folders.setdefault(folder.resolve(), folder)
+    return [read_run(folder) for folder in folders.values()]
 
 
 def unfinished_runs(paths: Iterable[str | Path]) -> list[Path]:
@@ -126,7 +127,7 @@ def train_seconds(run: Run) -> float:
     for line in run.metrics:
         if "tokens_per_s" in line:
             seconds += (line["step"] - before) * tokens / line["tokens_per_s"]
-        before = line["step"]
+            before = line["step"]
     return seconds
 
 
@@ -179,9 +180,12 @@ def select(rows: Sequence[Row], over: Sequence[str], by: str = "valid_loss") -> 
     Raises:
         ValueError: `by` is not of the validation, or a name in `over` is no option of these runs.
     """
-    rows = [row for row in rows if by in row]
     if not by.startswith("valid_"):
         raise ValueError(f"select: `by` must be a figure of the validation split ('valid_...'), got {by!r}.")
+    figures = sorted({column for row in rows for column in row if column.startswith("valid_")})
+    if figures and by not in figures:
+        raise ValueError(f"select: `by` must be one of {figures}, got {by!r}.")
+    rows = [row for row in rows if by in row]
     known = {column for row in rows for column in row if column.split(".")[0] in FIELDS and column != "seed"}
     for name in over:
         if rows and name not in known:

@@ -75,7 +75,7 @@ def load_configs(path: str | Path, budget: str | None = None) -> dict[str, objec
             configs = configs(budget or "full")
         elif budget is not None:
             raise ValueError("`budget` has no use: `configs` is not a function of it")
-    except Exception as error:  # whatever a file of the user's raises
+    except (Exception, SystemExit) as error:  # whatever a file of the user's raises
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f", line {lines[-1]}" if lines else ""
         raise ValueError(f"sweep: '{path}'{where}: {type(error).__name__}: {error}") from error
@@ -92,6 +92,7 @@ def load_configs(path: str | Path, budget: str | None = None) -> dict[str, objec
 
 def run_name(config: TrainConfig) -> str:
     """task-mixer-hash: the same for equal configs and one version, another for any other."""
+    config = TrainConfig.from_json(config.to_json())  # where 0 and 0.0 of two equal configs are one
     content = f"{statemix.__version__}\n{config.to_json()}"
     digest = hashlib.sha256(content.encode()).hexdigest()[:12]
     return f"{config.task['name']}-{config.mixer['name']}-{digest}"

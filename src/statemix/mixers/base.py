@@ -142,9 +142,13 @@ class LinearRecurrence(Mixer):
         batch, width = x.shape
         if not 0 < batch <= 8 or width != self.d_model or (weights := self._fused_weights(x)) is None:
             return None
+        if type(self).mix is not LinearRecurrence.mix or any(type(w) not in (Tensor, nn.Parameter) for w in weights):
+            return None  # a subclass's own mix, or weights without an address
         wanted = (batch, *self.state_shape)
         if state is None:
             state = x.new_zeros(wanted)
+        if type(state) is not Tensor:
+            return None
         if state.shape != wanted or state.dtype != x.dtype or state.device != x.device:
             return None
         if not all(tensor.is_contiguous() for tensor in (x, state, *weights)):
@@ -163,8 +167,11 @@ class LinearRecurrence(Mixer):
             or x.dtype not in (torch.float32, torch.float64)
             or not cpu.serves(x.device, self.state_shape[0])
             or torch.is_autocast_enabled("cpu")
+            or type(raw_gates) is not RawGates
             or raw_gates._forward_hooks
             or raw_gates._forward_pre_hooks
+            or raw_gates._backward_hooks
+            or raw_gates._backward_pre_hooks
         ):
             return None
         for linear in linears:  # fused, a module is not called: a subclass or a hook would be passed over

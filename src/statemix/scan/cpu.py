@@ -122,9 +122,10 @@ def serves(device: torch.device, order: int) -> bool:
 
 
 def transformed() -> bool:
-    """Whether torch.compile, functorch or forward-mode differentiation looks at the operations now made."""
+    """Whether torch.compile, a trace, functorch or forward-mode differentiation looks at the operations now made."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )

@@ -77,10 +77,12 @@ class Memorization(Task):
         if split != "train" or self.compat == "mad":
             return super().draw(split, count, seed, index)
         rng = stream(split, count, seed, index)
-        keys = rng.permutation(np.resize(rng.permutation(self.num_keys), (count, self.seq_len // 2)).ravel())
-        keys = keys.reshape(count, -1)
-        # sequences of other splits exchange keys among themselves and with one that may be right, until none is left
-        for _ in range(TRIES):
+        # sequences of other splits exchange keys among themselves and with one that may be right, until none is left;
+        # the keys of a small deck may have no such order: then a new deck
+        for attempt in range(TRIES**2):
+            if attempt % TRIES == 0:
+                deck = np.resize(rng.permutation(self.num_keys), (count, self.seq_len // 2))
+                keys = rng.permutation(deck.ravel()).reshape(count, -1)
             wrong = ~in_split(self._with_inserts(keys), split)
             if not wrong.any():
                 return self._with_inserts(keys)
