@@ -15,7 +15,7 @@ from rich.console import Console
 import statemix
 from statemix.benchmark import BENCHMARKS, run
 from statemix.config import TrainConfig
-from statemix.mixers import MIXERS
+from statemix.mixers import MIXERS, library_kernels
 from statemix.presets import preset_config, preset_steps
 from statemix.report import align, group_rows
 from statemix.report_html import sections_of, write_report
@@ -134,6 +134,9 @@ def _info(arguments: list[str]) -> None:
     for name in BACKENDS:
         print(f"  {name:<12} {facts.get(name) or f'NOT AVAILABLE: {backend_problem(name)}'}")
     print(f"mixers: {', '.join(MIXERS)}\ntasks: {', '.join(TASKS)}")
+    print("kernels of other libraries for the mixers:")
+    for name, fact in library_kernels().items():
+        print(f"  {name:<22} {fact}")
 
 
 def _print_sizes(given: _Info) -> None:
