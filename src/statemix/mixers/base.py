@@ -189,6 +189,23 @@ class LinearRecurrence(Mixer):
         return weights  # type: ignore[return-value]
 
 
+class NonlinearRecurrence(Mixer):
+    """A recurrence of torch's with a linear read-out: LSTM and GRU. A subclass sets `output` and defines `run`."""
+
+    output: nn.Linear
+
+    def mix(self, x: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See `Mixer.forward`."""
+        state = start_state(x, state, self.state_shape, reset)
+        with without_autocast(x):
+            hidden, final_state = between_resets(self.run, x.to(self.dtype), state.to(self.dtype), reset)
+        return self.output(hidden.to(x.dtype)), final_state.to(state.dtype)
+
+    def run(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) and a state (B, M, H) -> hidden states (B, T, H), final state; torch's modules know no reset."""
+        raise NotImplementedError
+
+
 class RawGates(nn.Module):
     """Raw gates z_t = W x_t + b (selective), or learned numbers z that are the same at every step (not selective)."""
 

@@ -2,10 +2,10 @@
 
 from torch import Tensor, nn
 
-from statemix.mixers.base import Mixer, between_resets, check_sizes, start_state, without_autocast
+from statemix.mixers.base import NonlinearRecurrence, check_sizes
 
 
-class GRU(Mixer):
+class GRU(NonlinearRecurrence):
     """h_t = GRU(x_t, h_{t-1}), y_t = W_o h_t.
 
     Parameters: 3 H (D + H + 2) + H D.
@@ -27,13 +27,7 @@ class GRU(Mixer):
         self.gru = nn.GRU(d_model, hidden_size, batch_first=True)
         self.output = nn.Linear(hidden_size, d_model, bias=False)
 
-    def mix(self, x: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See `Mixer.forward`. The state is h_T, (B, 1, H)."""
-        state = start_state(x, state, self.state_shape, reset)
-        with without_autocast(x):
-            hidden, final_state = between_resets(self._run, x.to(self.dtype), state.to(self.dtype), reset)
-        return self.output(hidden.to(x.dtype)), final_state.to(state.dtype)
-
-    def _run(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """See `NonlinearRecurrence`. The state is h_T, (B, 1, H)."""
         hidden, h = self.gru(x, state.transpose(0, 1).contiguous())
         return hidden, h.transpose(0, 1)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from statemix.mixers.base import Mixer, between_resets, check_sizes, start_state, without_autocast
+from statemix.mixers.base import NonlinearRecurrence, check_sizes
 
 
-class LSTM(Mixer):
+class LSTM(NonlinearRecurrence):
     """(h_t, c_t) = LSTM(x_t, h_{t-1}, c_{t-1}), y_t = W_o h_t.
 
     Parameters: 4 H (D + H + 2) + H D.
@@ -26,14 +26,8 @@ class LSTM(Mixer):
         self.lstm = nn.LSTM(d_model, hidden_size, batch_first=True)
         self.output = nn.Linear(hidden_size, d_model, bias=False)
 
-    def mix(self, x: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See `Mixer.forward`. The state is (h_T, c_T), (B, 2, H)."""
-        state = start_state(x, state, self.state_shape, reset)
-        with without_autocast(x):
-            hidden, final_state = between_resets(self._run, x.to(self.dtype), state.to(self.dtype), reset)
-        return self.output(hidden.to(x.dtype)), final_state.to(state.dtype)
-
-    def _run(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """See `NonlinearRecurrence`. The state is (h_T, c_T), (B, 2, H)."""
         h, c = state.transpose(0, 1).unsqueeze(1).contiguous()
         hidden, (h, c) = self.lstm(x, (h, c))
         return hidden, torch.cat([h, c]).transpose(0, 1)
