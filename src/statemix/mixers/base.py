@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from statemix.analysis import transitions
 from statemix.scan import cpu, lagged_states, scan_to_state
 
 
@@ -128,6 +129,10 @@ class LinearRecurrence(Mixer):
     def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Mixer.step`. Without gradients it is one fused call, which allocates its results and nothing else."""
         return self._fused_step(x, state) or super().step(x, state)
+
+    def transitions(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A_t (B, T, N, M, M) and a0_t (B, T, N, M) at every step of x (B, T, D): see `analysis.transitions`."""
+        return transitions(self.raw_gates(x), normalization=self.normalization, kind=self.kind)
 
     def _fused_step(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The step as one call, or None where that does not serve."""
