@@ -22,6 +22,7 @@ NOT_DEFAULT = [
     TrainConfig(model=ModelConfig(init_std=0.02), train_sequences=100, patience=3, stop_accuracy=0.999),
     TrainConfig(optimizer=OptimizerConfig(0.1, 1e-9, 1.0, (0.0, 0.5), 0.0, 1e300)),
     TrainConfig(optimizer=OptimizerConfig(clip=None)),
+    TrainConfig(task={"name": "text", "test": 0.0, "tokenizer": "characters"}, accumulate=4, carry=True),
 ]
 
 
@@ -83,7 +84,7 @@ def test_a_config_leaves_the_callers_random_state_as_it_was():
 # what is changed in the JSON of the default config -> the message
 WRONG_JSON = {
     # unknown keys, at every level
-    "step": (1, ValueError, r"unknown key `step`; there are \['batch_size', .*'test_lengths', 'train_sequences'\]"),
+    "step": (1, ValueError, r"unknown key `step`; there are \['accumulate', .*'test_lengths', 'train_sequences'\]"),
     "model.width": (1, ValueError, r"unknown key `model\.width`; there are \['d_model', .*'tied_embedding'\]"),
     "optimizer.beta": (1, ValueError, r"unknown key `optimizer\.beta`; there are \['betas', .*'weight_decay'\]"),
     "mixer.blocks": (1, ValueError, r"mixer: `blocks` is not an option of 'bd_lru', which has \['backend', .*\]"),

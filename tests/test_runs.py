@@ -230,7 +230,7 @@ def test_a_selection_on_the_test_is_refused():
         ValueError, match=r"^select: `by` must be a figure of the validation split .*'test_16_token_acc"
     ):
         select(rows, ("optimizer.lr",), by="test_16_token_accuracy")
-    with pytest.raises(ValueError, match=r"^select: `over` must hold names of \['batch_size', .*, got 'lr'\.$"):
+    with pytest.raises(ValueError, match=r"^select: `over` must hold names of \['accumulate', .*, got 'lr'\.$"):
         select(rows, ("lr",))
     assert select([], ("optimizer.lr",)) == []
 

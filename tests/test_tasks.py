@@ -120,7 +120,7 @@ def slow_targets(group: str, tokens: np.ndarray) -> list[list[int]]:
 @pytest.mark.parametrize("group", ["S3", "S4", "S5", "A4", "A5", "Z2", "Z7"])
 def test_targets_equal_a_slow_loop(group, split):
     task = PermutationComposition(group, seq_len=23)
-    tokens, targets = task.sample(split, 20, seed=3)
+    tokens, targets, _ = task.sample(split, 20, seed=3)
     assert tokens.shape == targets.shape == (20, 23)
     assert tokens.dtype == targets.dtype == torch.int64
     assert targets.tolist() == slow_targets(group, tokens.numpy())
@@ -130,7 +130,7 @@ def test_targets_equal_a_slow_loop(group, split):
 @pytest.mark.parametrize("seq_len", [12, 64])
 def test_the_oracle_scores_1(group, seq_len):
     task = PermutationComposition(group, seq_len)
-    tokens, targets = task.sample("test", 50, seed=9)
+    tokens, targets, _ = task.sample("test", 50, seed=9)
     answers = torch.from_numpy(task.oracle(tokens.numpy()))
     score = Score.of(answers, targets)
     assert score.token_accuracy == score.sequence_accuracy == 1
@@ -155,7 +155,7 @@ def test_the_example_of_the_docstring():
 
 
 def digest(batches) -> str:
-    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for batch in batches for tensor in batch)).hexdigest()
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for batch in batches for tensor in batch[:2])).hexdigest()
 
 
 STREAM = """
@@ -251,7 +251,7 @@ def chi_square(counts: np.ndarray) -> float:
 
 @each_split
 def test_every_split_is_uniform(split):
-    tokens, targets = (x.numpy() for x in PermutationComposition("S3", 16).sample(split, 20_000, seed=1))
+    tokens, targets = (x.numpy() for x in PermutationComposition("S3", 16).sample(split, 20_000, seed=1)[:2])
     for values in (tokens, targets):
         assert chi_square(np.bincount(values.ravel(), minlength=6)) < 8
         for t in range(16):  # every position, and every neighbouring pair
@@ -289,7 +289,7 @@ def test_transpositions(group, count):
     task = PermutationComposition(group, 20, generators="transpositions")
     swaps = [i for i, p in enumerate(elements(group)) if sum(a != b for a, b in enumerate(p)) == 2]
     assert len(swaps) == count
-    tokens, targets = task.sample("train", 2000)
+    tokens, targets, _ = task.sample("train", 2000)
     assert sorted(set(tokens.flatten().tolist())) == swaps
     assert chi_square(np.bincount(tokens.flatten(), minlength=task.vocab_size)[swaps]) < 8
     assert targets.tolist()[:5] == slow_targets(group, tokens[:5].numpy())
@@ -300,7 +300,7 @@ def test_transpositions(group, count):
 def test_12800_sequences_of_s5_take_under_2_seconds():
     task = PermutationComposition("S5", 128)
     begin = time.process_time()  # of all threads, and of no other process
-    tokens, _ = task.sample("train", 12_800)
+    tokens, _, _ = task.sample("train", 12_800)
     assert time.process_time() - begin < 2
     assert tokens.shape == (12_800, 128)
 

@@ -69,7 +69,7 @@ def test_a_naive_solution_scores_1_on_10000_sequences(name):
     task = build_task(setting.task)
     total = None
     for split, count in (("valid", 1000), ("test", 1000), ("train", 8000)):
-        tokens, targets = task.sample(split, count, seed=5)
+        tokens, targets, _ = task.sample(split, count, seed=5)
         assert tokens.shape == targets.shape == (count, 40)
         answers = naive_targets(tokens, task)
         assert torch.equal(answers, targets)
@@ -81,7 +81,7 @@ def test_a_naive_solution_scores_1_on_10000_sequences(name):
     assert Score.of(answers, targets).sequence_accuracy == 7999 / 8000
     for length in setting.test_lengths:
         longer = task.with_seq_len(length)
-        tokens, targets = longer.sample("test", 30)
+        tokens, targets, _ = longer.sample("test", 30)
         assert tokens.shape == (30, length)
         assert torch.equal(naive_targets(tokens, longer), targets)
 
@@ -115,8 +115,8 @@ def test_targets_of_handmade_sequences(task, tokens, targets):
 
 @pytest.mark.parametrize("language", COUNTERS)
 def test_the_last_position_alone(language):
-    tokens, targets = language(seq_len=9).sample("test", 500)
-    same, last = language(seq_len=9, scored="last").sample("test", 500)
+    tokens, targets, _ = language(seq_len=9).sample("test", 500)
+    same, last, _ = language(seq_len=9, scored="last").sample("test", 500)
     assert torch.equal(tokens, same)
     assert ((last != X).sum(1) == 1).all()
     for row, all_targets, last_targets in zip(tokens.tolist(), targets.tolist(), last.tolist(), strict=True):

@@ -127,14 +127,14 @@ def scores_in_numpy(model, length, sequences, batch_size):
     right, losses, by_target, macros = [], [], {}, []
     for batch in batches:
         counts = {}
-        for tokens, targets in zip(*batch, strict=True):
+        for tokens, targets in zip(*batch[:2], strict=True):
             for target, prediction in zip(targets.tolist(), model(tokens[None])[0][0].argmax(-1).tolist(), strict=True):
                 counts.setdefault(target, []).append(prediction == target)
                 counts.setdefault(prediction, [])  # to MAD a class, even if only predicted
         macros += [np.mean([np.mean(hits) if hits else 0 for hits in counts.values()])] * len(batch.tokens)
         for target, hits in counts.items():
             by_target.setdefault(target, []).extend(hits)
-    for tokens, targets in ((x, y) for batch in batches for x, y in zip(*batch, strict=True)):
+    for tokens, targets in ((x, y) for batch in batches for x, y in zip(*batch[:2], strict=True)):
         with torch.no_grad():
             logits = model(tokens[None])[0][0].double().numpy()
         right.append(logits.argmax(-1) == targets.numpy())

@@ -1,9 +1,11 @@
 """A run's folder: checkpoints, metrics and results, written so that a process killed at any moment loses nothing.
 
     out/config.json       the TrainConfig
+    out/tokenizer.json    of a text: what its tokens stand for
     out/metrics.jsonl     one JSON object a line: training steps and validations
     out/checkpoints.json  {"last": "step-600", "best": "step-400"}: which checkpoints count
-    out/step-600/         model.json, model.safetensors, optimizer.safetensors, train.json
+    out/step-600/         model.json, model.safetensors, optimizer.safetensors, train.json, and of a run that carries
+                          its state, state.safetensors
     out/result.json       the test scores, once training has ended
     out/curves.png        loss and accuracy
 
@@ -16,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,15 @@ from torch import Tensor
 from statemix.config import TrainConfig
 from statemix.files import sync, write_whole
 from statemix.model import TokenModel, read_tensors
+from statemix.processes import part_like, whole
+from statemix.tokenizer import TOKENIZER_FILE
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-OPTIMIZER_FILE, TRAIN_FILE = "optimizer.safetensors", "train.json"  # of a checkpoint
+OPTIMIZER_FILE, STATE_FILE, TRAIN_FILE = "optimizer.safetensors", "state.safetensors", "train.json"  # of a checkpoint
 POINTER_FILE, METRICS_FILE, CURVES_FILE = "checkpoints.json", "metrics.jsonl", "curves.png"
 CONFIG_FILE, RESULT_FILE = "config.json", "result.json"
 CLEARING_FILE = f".{POINTER_FILE}.partial"  # checkpoints.json while it is written, or while the run is deleted
@@ -67,7 +71,7 @@ class RunFolder:
         if (self.path / POINTER_FILE).exists():  # from here on there is nothing to resume, and CLEARING_FILE says why
             (self.path / POINTER_FILE).replace(self.path / CLEARING_FILE)
         self._delete_checkpoints_but(set())
-        for name in (RESULT_FILE, CONFIG_FILE, CURVES_FILE, METRICS_FILE):
+        for name in (RESULT_FILE, CONFIG_FILE, CURVES_FILE, METRICS_FILE, TOKENIZER_FILE):
             (self.path / name).unlink(missing_ok=True)
             (self.path / f".{name}.partial").unlink(missing_ok=True)
         (self.path / CLEARING_FILE).unlink(missing_ok=True)
@@ -101,7 +105,7 @@ class RunFolder:
         return self.path / str(pointer[which])
 
     def progress(self, checkpoint: Path) -> dict[str, Any]:
-        """What `save_checkpoint` was given: "step", "best_loss", "config"."""
+        """What `save_checkpoint` was given: "step", "best_loss", "config", "data"."""
         progress = self.read_json(f"{checkpoint.name}/{TRAIN_FILE}")
         kinds = {"step": int, "best_loss": float, "config": dict}
         if not isinstance(progress, dict) or not all(isinstance(progress.get(k), kind) for k, kind in kinds.items()):
@@ -109,15 +113,30 @@ class RunFolder:
         return progress
 
     def save_checkpoint(
-        self, model: TokenModel, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any], best: bool
+        self,
+        model: TokenModel,
+        moments: Mapping[str, Tensor],
+        progress: Mapping[str, Any],
+        best: bool,
+        state: Sequence[Tensor] | None = None,
     ) -> None:
-        """Write model, optimizer and progress (its "step" names the folder) as the last, and maybe best, checkpoint."""
+        """Write a checkpoint as the last, and maybe best; the "step" of its progress names the folder.
+
+        Args:
+            model: with its weights.
+            moments: of the optimizer, as `optimizer_tensors` gives them.
+            progress: JSON.
+            best: whether it validates better than those before.
+            state: carried by the training rows to the next step, a tensor (B, M, N) per layer. None: nothing is.
+        """
         name = f"step-{progress['step']}"
         target, partial = self.path / name, self.path / f".{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         model.save(partial)
-        (partial / OPTIMIZER_FILE).write_bytes(save(_optimizer_tensors(optimizer)))
+        (partial / OPTIMIZER_FILE).write_bytes(save(dict(moments)))
+        if state is not None:
+            (partial / STATE_FILE).write_bytes(save({str(i): part.contiguous() for i, part in enumerate(state)}))
         (partial / TRAIN_FILE).write_text(json.dumps(progress, indent=2) + "\n")
         for file in partial.iterdir():
             sync(file)
@@ -228,13 +247,27 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
     )
     if not fits:
         raise ValueError(f"train: '{path}' is of another model. Use --resume=never.")
+    state = {
+        i: {key: value if key == "step" else part_like(value, parameters[i]) for key, value in moments.items()}
+        for i, moments in state.items()
+    }
     optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's moments and step counts as "<parameter>.<name>"."""
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's moments and step counts as "<parameter>.<name>", whole; every process must call it."""
     state = optimizer.state_dict()["state"]
-    return {f"{i}.{key}": value.contiguous() for i, moments in state.items() for key, value in moments.items()}
+    return {f"{i}.{key}": whole(value).contiguous() for i, moments in state.items() for key, value in moments.items()}
+
+
+def load_state(checkpoint: Path, model: TokenModel, rows: int) -> list[Tensor]:
+    """The state that the training rows of a checkpoint carry on. Raises ValueError if it is cut short or unfit."""
+    path = checkpoint / STATE_FILE
+    tensors = read_tensors(path)
+    wanted = {str(i): (rows, *mixer.state_shape) for i, mixer in enumerate(model.mixers)}
+    if {name: tuple(part.shape) for name, part in tensors.items()} != wanted:
+        raise ValueError(f"train: '{path}' is of another model. Use --resume=never.")
+    return [tensors[name] for name in wanted]
 
 
 def _damaged(path: Path, what: object) -> ValueError:

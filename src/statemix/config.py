@@ -15,6 +15,7 @@ from statemix.mixers import build_mixer, complete_mixer
 from statemix.tasks import build_task, complete_task
 
 PRECISIONS = ("no", "bf16", "fp16")
+LATER = ("accumulate", "carry")  # fields of TrainConfig that version 0.1.0 has not had from its start
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,15 @@ class TrainConfig:
         patience: training ends after so many validations in a row without a lower loss. None: after `steps`.
         stop_accuracy: training ends when the token accuracy of a validation is at least this, in (0, 1]. None: after
             `steps`.
-        eval_sequences: sequences validated on each time, and tested on at each length at the end.
+        eval_sequences: sequences validated on each time, and tested on at each length at the end; of a text at most as
+            many as it has.
         test_lengths: sequence lengths of the final test, in tokens. Empty: the task's own.
         log_every: steps between lines of metrics.jsonl.
         mixed_precision: "no", "bf16" or "fp16", through accelerate.
+        accumulate: parts in which a step goes through its batch, one after another, to need less memory; the gradients
+            are those of the whole batch. The parts of all processes divide the batch.
+        carry: in training, each row of a batch begins with the state that the same row of the last batch ended with,
+            and reads on where that stopped; gradients end at the batch. In validation and test too. Text alone does.
 
     Raises:
         TypeError, ValueError: a value is of the wrong type or out of range; the message names the field.
@@ -117,14 +123,18 @@ class TrainConfig:
     test_lengths: tuple[int, ...] = ()
     log_every: int = 10
     mixed_precision: str = "no"
+    accumulate: int = 1
+    carry: bool = False
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in ("steps", "batch_size", "eval_every", "eval_sequences", "log_every"):
+        for name in ("steps", "batch_size", "eval_every", "eval_sequences", "log_every", "accumulate"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("train_sequences", "patience"):
             number = getattr(self, name)
             _require(name, number, number is None or number >= 1, "at least 1")
+        parts = self.accumulate
+        _require("accumulate", parts, self.batch_size % parts == 0, f"a divisor of `batch_size` = {self.batch_size}")
         stop = self.stop_accuracy
         _require("stop_accuracy", stop, stop is None or 0 < stop <= 1, "above 0 and at most 1")
         _require("seed", self.seed, self.seed >= 0, "at least 0")
@@ -135,8 +145,12 @@ class TrainConfig:
         object.__setattr__(self, "task", complete_task(self.task))
         object.__setattr__(self, "mixer", complete_mixer(self.mixer))
         task = build_task(self.task)
+        _require("carry", self.carry, task.can_carry or not self.carry, f"False for the task {task.name!r}")
+        _require("carry", self.carry, self.train_sequences is None or not self.carry, "False with `train_sequences`")
         for length in self.test_lengths:
             own = not task.autoencoder or length == task.seq_len
+            there = "test" in task.splits
+            _require("test_lengths", self.test_lengths, there, "empty: the text has no part for the test")
             _require(
                 "test_lengths", length, own, f"the task's `seq_len` = {task.seq_len}: an autoencoder has one length"
             )
@@ -145,8 +159,13 @@ class TrainConfig:
             build_mixer(self.mixer, self.model.d_model)
 
     def to_json(self) -> str:
-        """JSON text that `from_json` reads back to an equal config."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        """JSON text that `from_json` reads back to an equal config.
+
+        A field of LATER is left out at its default: the runs of a sweep are named by this text, also the older ones.
+        """
+        content = dataclasses.asdict(self)
+        defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in LATER}
+        return json.dumps({k: v for k, v in content.items() if k not in LATER or v != defaults[k]}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:

@@ -25,7 +25,9 @@ SIZE = (5.0, 3.4)  # inches: its text can still be read on a screen of that widt
 
 def figures(groups: Groups) -> dict[str, "Figure"]:
     """Every picture that the groups allow, by name."""
-    drawn = {"accuracy": bars(groups), "loss": curves(groups, "loss"), "learning": curves(groups, "token_accuracy")}
+    drawn = {"loss": curves(groups, "loss"), "learning": curves(groups, "token_accuracy")}
+    if all(run.summary["test"] for runs in groups.values() for run in runs):  # a text may have no part for it
+        drawn = {"accuracy": bars(groups)} | drawn
     if any(len(run.summary["test"]) > 1 for runs in groups.values() for run in runs):
         drawn["lengths"] = lengths(groups)
     return drawn

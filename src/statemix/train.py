@@ -11,19 +11,29 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 import statemix
-from statemix.checkpoint import CONFIG_FILE, CURVES_FILE, RESULT_FILE, RunFolder, load_optimizer, locked
+from statemix.checkpoint import (
+    CONFIG_FILE,
+    CURVES_FILE,
+    RESULT_FILE,
+    RunFolder,
+    load_optimizer,
+    load_state,
+    locked,
+    optimizer_tensors,
+)
 from statemix.config import OptimizerConfig, TrainConfig, first_difference
-from statemix.model import AutoEncoder, SequenceModel, TokenModel, load_model
+from statemix.model import AutoEncoder, SequenceModel, State, TokenModel, load_model
+from statemix.processes import all_rows, make_accelerator, own_rows, prepare, whole, whole_model
 from statemix.report import plot_curves
 from statemix.tasks import IGNORE_INDEX, Batch, Score, build_task
 from statemix.tasks.base import Task, finite_batch
+from statemix.tokenizer import save_tokenizer
 
 RESUME = ("auto", "never")
 
@@ -32,8 +42,9 @@ class Result(NamedTuple):
     """What training ends with. `summary` is also in out/result.json, `metrics` in out/metrics.jsonl.
 
     summary: version of statemix, parameters, mixer_parameters and state_size (numbers), steps (taken), best_step,
-    train_tokens_per_s (median over the log), threads, and what `evaluate` returns for the best checkpoint: valid, and
-    test for each length.
+    train_tokens_per_s (median over the log), threads, processes, and what `evaluate` returns for the best checkpoint:
+    valid, and test for each length, of which there is none for a text without a part for the test. Of a text also data,
+    the fingerprint of the tokens.
     """
 
     out: Path
@@ -81,7 +92,7 @@ def _train(config: TrainConfig, folder: RunFolder, resume: str, progress: bool) 
     with torch.random.fork_rng():  # the caller's random state is not ours to change
         torch.manual_seed(config.seed)
         model = build_model(config, task)
-    accelerator = _accelerator(config.mixed_precision)
+    accelerator = make_accelerator(config.mixed_precision)
     main = accelerator.is_main_process
     with locked(folder.path, "train: `out`") if main else contextlib.nullcontext():
         return _run(config, task, model, accelerator, folder, resume, progress)
@@ -97,9 +108,15 @@ def _run(
     progress: bool,
 ) -> Result:
     """Resume or start, train, and test."""
-    optimizer = _optimizer(model, config.optimizer)
+    parts = config.accumulate * accelerator.num_processes
+    if config.batch_size % parts:
+        raise ValueError(
+            f"train: `batch_size` must be a multiple of `accumulate` times the number of processes = {parts}, "
+            f"got {config.batch_size}."
+        )
     last = None if resume == "never" else folder.checkpoint("last")
     step, best_loss, best_step, reached = 0, math.inf, 0, False
+    carried: State | None = None  # of this process's rows, from one step to the next
     if last is not None:
         state = folder.progress(last)
         step, best_loss = state["step"], state["best_loss"]
@@ -108,6 +125,11 @@ def _run(
             raise ValueError(
                 f"train: checkpoint '{last}' {difference}. Use --resume=never, another folder, or change the config."
             )
+        if state.get("data") != task.fingerprint:
+            raise ValueError(
+                f"train: checkpoint '{last}' was made with another text: what `task.source` names has changed since. "
+                "Use --resume=never, another folder, or the text as it was."
+            )
         summary, metrics = folder.read_json(RESULT_FILE), folder.metrics()
         if summary is not None:
             return Result(folder.path, summary, metrics)
@@ -115,20 +137,25 @@ def _run(
         assert best_checkpoint is not None
         for checkpoint in (best_checkpoint, last):  # a damaged best one is better found now than after training
             model.load_weights(checkpoint)
-        load_optimizer(optimizer, last)
+        if config.carry:
+            carried = tuple(own_rows(accelerator, rows) for rows in load_state(last, model, config.batch_size))
         best_step = _step_of(best_checkpoint)
         reached = any(_reached(config, line) for line in metrics if line["step"] <= step)
     else:
-        for split, part in (("valid", task), *(("test", part) for part in _test_tasks(config, task))):
+        for split, part in (("train", task), ("valid", task), *(("test", part) for part in _test_tasks(config, task))):
             part.draw(split, 1, seed=0, index=0)  # what cannot be drawn is better found now than after training
         if accelerator.is_main_process:
             if resume == "auto":
                 folder.check_remains()
             folder.clear()  # of a run that is not wanted, or that had no checkpoint yet
     accelerator.wait_for_everyone()
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    wrapped, optimizer = prepare(accelerator, model, lambda model: _optimizer(model, config.optimizer))
+    if last is not None:
+        load_optimizer(optimizer, last)
     if accelerator.is_main_process:
         folder.write(CONFIG_FILE, config.to_json().encode())
+        if task.vocabulary is not None:
+            save_tokenizer(task.vocabulary, folder.path)
         folder.forget_metrics_after(step)
         folder.delete_unused()
 
@@ -139,20 +166,22 @@ def _run(
             batch = _training_batch(config, task, step)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.optimizer, step, config.steps)
-            tokens, targets = _share(batch, accelerator)
-            logits, _ = wrapped(tokens)
-            loss = _cross_entropy(logits, targets)
-            accelerator.backward(loss)
+            may_end = step + 1 == config.steps or (ends_early and (step + 1) % config.eval_every == 0)
+            logged = (step + 1) % config.log_every == 0 or may_end
+            done = _gradients(wrapped, accelerator, batch, carried, config.accumulate, predict=logged)
+            carried = done.state if config.carry else None
             clip = math.inf if config.optimizer.clip is None else config.optimizer.clip
             grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
 
-            may_end = step == config.steps or (ends_early and step % config.eval_every == 0)
-            if step % config.log_every == 0 or may_end:
-                line = {"step": step, "loss": loss.item(), **_accuracies(Score.of(logits.argmax(-1), targets))}
-                line |= {"grad_norm": float(grad_norm), "lr": optimizer.param_groups[0]["lr"]}
+            if logged:
+                loss = float(accelerator.reduce(done.loss, "sum"))
+                predictions, targets = (all_rows(accelerator, rows) for rows in (done.predictions, done.targets))
+                line = {"step": step, "loss": loss, **_accuracies(Score.of(predictions, targets))}
+                line |= _text_figures(task, loss, targets)
+                line |= {"grad_norm": float(whole(grad_norm)), "lr": optimizer.param_groups[0]["lr"]}
                 _require_finite(line, ("loss", "grad_norm"), config, folder)
                 now = time.perf_counter()
                 line["tokens_per_s"] = (step - clock_step) * batch.tokens.numel() / (now - clock)
@@ -161,23 +190,28 @@ def _run(
                     folder.append_metrics(line)
                 bar.update(line)
             if step % config.eval_every == 0 or step == config.steps:
-                valid = evaluate(wrapped, task, "valid", config.eval_sequences, config.batch_size, accelerator.device)
+                rows, device = config.batch_size, accelerator.device
+                valid = evaluate(wrapped, task, "valid", config.eval_sequences, rows, device, carry=config.carry)
                 [valid] = broadcast_object_list([valid])  # so that all processes stop at the same step
                 line = {"step": step} | {f"valid_{key}": value for key, value in valid.items()}
                 _require_finite(line, ("valid_loss",), config, folder)
                 best = valid["loss"] < best_loss
                 best_loss, best_step = (valid["loss"], step) if best else (best_loss, best_step)
                 reached = _reached(config, line)
+                saved = whole_model(accelerator, wrapped), optimizer_tensors(optimizer)
+                all_carried = None if carried is None else [all_rows(accelerator, rows) for rows in carried]
                 if accelerator.is_main_process:
                     folder.append_metrics(line)
                     bar.update(line)
-                    state = {"step": step, "best_loss": best_loss, "config": dataclasses.asdict(config)}
-                    folder.save_checkpoint(accelerator.unwrap_model(wrapped), optimizer, state, best)
+                    state = {"step": step, "best_loss": best_loss, "config": json.loads(config.to_json())}
+                    state |= {} if task.fingerprint is None else {"data": task.fingerprint}
+                    state |= {} if task.vocabulary is None else {"tokenizer": task.vocabulary.fingerprint}
+                    folder.save_checkpoint(*saved, state, best, all_carried)
                 clock, clock_step = time.perf_counter(), step
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _test(config, task, folder, step, accelerator.device)
+        _test(config, task, folder, step, accelerator)
     accelerator.wait_for_everyone()
     return Result(folder.path, folder.read_json(RESULT_FILE), folder.metrics())
 
@@ -199,26 +233,106 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+class _Done(NamedTuple):
+    """What a step leaves besides gradients: `loss` is this process's share of it, and the rest is of its rows.
+
+    predictions: (rows, T), or (0,) where they were not asked for.
+    """
+
+    loss: Tensor
+    predictions: Tensor
+    targets: Tensor
+    state: State
+
+
+def _gradients(
+    model: torch.nn.Module, accelerator: Accelerator, batch: Batch, state: State | None, parts: int, *, predict: bool
+) -> _Done:
+    """Add up the gradients of the mean loss over the scored targets of a global batch, in so many parts.
+
+    The mean is over the targets of all parts and processes, so that it is one loss however they divide the batch.
+    """
+    scored = max(1, int((batch.targets != IGNORE_INDEX).sum()))  # 0 if each of few short windows ends its document
+    tokens, targets, reset = (None if rows is None else own_rows(accelerator, rows) for rows in batch)
+    assert tokens is not None
+    assert targets is not None
+    losses, predictions, states = [], [], []
+    for number in range(parts):
+        rows = slice(number * len(tokens) // parts, (number + 1) * len(tokens) // parts)
+        before = None if state is None else tuple(layer[rows] for layer in state)
+        with contextlib.nullcontext() if number == parts - 1 else accelerator.no_sync(model):
+            logits, after = _logits(model, tokens[rows], before, None if reset is None else reset[rows])
+            loss = _cross_entropy(logits, targets[rows]) / scored
+            accelerator.backward(loss * accelerator.num_processes)  # whose gradients are averaged, not added up
+        losses.append(loss.detach())
+        predictions.append(logits.argmax(-1) if predict else targets.new_empty(0))
+        states.append([layer.detach() for layer in after])
+    whole_state = tuple(torch.cat(layer) if parts > 1 else layer[0] for layer in zip(*states, strict=True))
+    return _Done(torch.stack(losses).sum(), torch.cat(predictions), targets, whole_state)
+
+
+def _logits(model: torch.nn.Module, tokens: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
+    """The model's answer; an autoencoder has no use for a state."""
+    logits, state = model(tokens) if state is None and reset is None else model(tokens, state, reset)
+    return logits, state
+
+
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module, task: Task, split: str, sequences: int, batch_size: int, device: torch.device | str = "cpu"
+    model: torch.nn.Module,
+    task: Task,
+    split: str,
+    sequences: int,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    *,
+    carry: bool = False,
 ) -> dict[str, Any]:
-    """Loss in nats per scored token and the accuracies of a model on the first sequences of a split."""
+    """Loss in nats per scored token and the accuracies of a model on the first sequences of a split.
+
+    Args:
+        model: of tokens, on the device.
+        task: whose `evaluation` has the sequences.
+        split: "valid" or "test".
+        sequences: how many.
+        batch_size: of them at a time, at most.
+        device: of the model.
+        carry: each row of a batch begins with the state that the same row of the last one ended with. False: with none.
+
+    Returns:
+        loss, the accuracies; and of a text bits_per_byte and perplexity, exp(loss).
+    """
     training = model.training
     model.eval()
-    total_loss, score = 0.0, None
-    for index, start in enumerate(range(0, sequences, batch_size)):
-        batch = task.sample(split, min(batch_size, sequences - start), index=index)
+    total_loss, score, state, all_targets = 0.0, None, None, []
+    for batch in task.evaluation(split, sequences, batch_size):
+        rows, reset = len(batch.tokens), batch.reset
+        state = tuple(layer[:rows] for layer in state) if carry and state is not None else None
         targets = batch.targets.to(device)
-        logits, _ = model(batch.tokens.to(device))
+        logits, state = _logits(model, batch.tokens.to(device), state, None if reset is None else reset.to(device))
         part = Score.of(logits.argmax(-1), targets)
         score = part if score is None else score + part
-        total_loss += _cross_entropy(logits, targets).item() * int(part.scored.sum())
+        total_loss += _cross_entropy(logits, targets).item()
+        all_targets.append(batch.targets.flatten())
     model.train(training)
     assert score is not None
     loss = total_loss / int(score.scored.sum())
-    accuracies = {**_accuracies(score), "mad_accuracy": score.mad_accuracy}
-    return {"loss": loss, **accuracies, "accuracy_by_position": score.accuracy_by_position}
+    figures = {**_accuracies(score), "mad_accuracy": score.mad_accuracy}
+    figures |= _text_figures(task, loss, torch.cat(all_targets))
+    return {"loss": loss, **figures, "accuracy_by_position": score.accuracy_by_position}
+
+
+def _text_figures(task: Task, loss: float, targets: Tensor) -> dict[str, float]:
+    """Of a text, the loss in bits per byte of the scored targets, comparable between tokenizers, and exp(loss).
+
+    Of any other task nothing.
+    """
+    if task.vocabulary is None:
+        return {}
+    scored = targets[targets != IGNORE_INDEX].cpu().numpy()
+    size = int(task.vocabulary.byte_lengths[scored].sum())
+    perplexity = math.exp(loss) if loss < 700 else math.inf  # beyond lies an OverflowError
+    return {"bits_per_byte": loss * len(scored) / math.log(2) / size, "perplexity": perplexity}
 
 
 def _accuracies(score: Score) -> dict[str, float]:
@@ -229,6 +343,8 @@ def _accuracies(score: Score) -> dict[str, float]:
 
 def _training_batch(config: TrainConfig, task: Task, step: int) -> Batch:
     """The global batch of a step: a pure function of its arguments, so that a run can go on anywhere."""
+    if config.carry:
+        return task.carried(config.batch_size, seed=config.seed, index=step)
     if config.train_sequences is None:
         return task.sample("train", config.batch_size, seed=config.seed, index=step)
     return finite_batch(task, config.train_sequences, config.batch_size, seed=config.seed, step=step)
@@ -249,22 +365,25 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _test_tasks(config: TrainConfig, task: Task) -> list[Task]:
-    """The task at every length of the final test."""
+    """The task at every length of the final test; none if there is nothing to test on."""
+    if "test" not in task.splits:
+        return []
     return [task.with_seq_len(length) for length in config.test_lengths or (task.seq_len,)]
 
 
-def _test(config: TrainConfig, task: Task, folder: RunFolder, step: int, device: torch.device) -> None:
+def _test(config: TrainConfig, task: Task, folder: RunFolder, step: int, accelerator: Accelerator) -> None:
     """Score the best checkpoint on the test split, plot the curves, and write result.json last: it marks the end."""
     best = folder.checkpoint("best")
     assert best is not None
     best_step = _step_of(best)
-    model = load_model(best).to(device)
+    model, device = load_model(best).to(accelerator.device), accelerator.device
     metrics = folder.metrics()
     test = {}
     for longer in _test_tasks(config, task):
         # no more tokens at once than in a training step
         batch_size = max(1, config.batch_size * task.length // longer.length)
-        test[str(longer.seq_len)] = evaluate(model, longer, "test", config.eval_sequences, batch_size, device)
+        scores = evaluate(model, longer, "test", config.eval_sequences, batch_size, device, carry=config.carry)
+        test[str(longer.seq_len)] = scores
     [valid] = [line for line in metrics if line["step"] == best_step and "valid_loss" in line]
     speeds = [line["tokens_per_s"] for line in metrics if "tokens_per_s" in line]
     plot_curves({config.mixer["name"]: metrics}, folder.path / CURVES_FILE)
@@ -277,18 +396,12 @@ def _test(config: TrainConfig, task: Task, folder: RunFolder, step: int, device:
         "best_step": best_step,
         "train_tokens_per_s": sorted(speeds)[len(speeds) // 2],
         "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
         "valid": {key.removeprefix("valid_"): value for key, value in valid.items() if key != "step"},
         "test": test,
     }
+    summary |= {} if task.fingerprint is None else {"data": task.fingerprint}
     folder.write_json(RESULT_FILE, summary)
-
-
-def _accelerator(mixed_precision: str) -> Accelerator:
-    gpu = torch.cuda.is_available()
-    if mixed_precision == "fp16" and not gpu:
-        raise ValueError("train: `mixed_precision` must be 'no' or 'bf16' without a GPU, got 'fp16'.")
-    AcceleratorState._reset_state()  # or the precision of an earlier run of this process would stay
-    return Accelerator(mixed_precision=mixed_precision, cpu=not gpu)
 
 
 def _require_finite(line: dict[str, Any], names: tuple[str, ...], config: TrainConfig, folder: RunFolder) -> None:
@@ -318,15 +431,10 @@ def _optimizer(model: TokenModel, config: OptimizerConfig) -> torch.optim.Optimi
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
 
-def _share(batch: Batch, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-    """This process's rows of the global batch, on its device."""
-    rows = slice(accelerator.process_index, None, accelerator.num_processes)
-    return batch.tokens[rows].to(accelerator.device), batch.targets[rows].to(accelerator.device)
-
-
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over scored targets, in nats, summed in float32."""
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+    """Sum over scored targets, in nats, in float32."""
+    flat = logits.flatten(0, 1).float()
+    return torch.nn.functional.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 class _Bar:

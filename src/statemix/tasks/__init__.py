@@ -13,6 +13,7 @@ from statemix.tasks.permutation import PermutationComposition
 from statemix.tasks.presets import PRESETS, Setting, settings
 from statemix.tasks.regular import CycleNavigation, ModularCounting, Parity
 from statemix.tasks.selective_copying import SelectiveCopying
+from statemix.tasks.text import Text
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
@@ -28,6 +29,7 @@ TASKS: dict[str, type[Task]] = {
         ModularCounting,
         CycleNavigation,
         ModularArithmetic,
+        Text,
     )
 }
 
@@ -67,6 +69,7 @@ __all__ = [
     "SelectiveCopying",
     "Setting",
     "Task",
+    "Text",
     "build_task",
     "complete_task",
     "finite_batch",

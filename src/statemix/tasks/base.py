@@ -1,17 +1,21 @@
 """What every task shares: its contract, batches, disjoint splits, finite training sets, accuracies.
 
-A split is a property of the sequence itself: a hash of its tokens says whether it belongs to training, validation or
-test. So the three never overlap, whatever the seeds, the number of batches, or the number of processes.
+Of a task that draws its sequences, a split is a property of the sequence itself: a hash of its tokens says whether it
+belongs to training, validation or test. So the three never overlap, whatever the seeds, the number of batches, or the
+number of processes. A text is cut by position instead.
 """
 
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from statemix.tokenizer import Tokenizer
 
 IGNORE_INDEX = -100  # a target that is not scored
 
@@ -27,10 +31,14 @@ Mask = np.ndarray[tuple[int], np.dtype[np.bool_]]
 
 
 class Batch(NamedTuple):
-    """Tokens (B, T) and targets (B, T), int64; a target of IGNORE_INDEX is not scored."""
+    """Tokens (B, T) and targets (B, T), int64; a target of IGNORE_INDEX is not scored.
+
+    reset (B, T) bool: where a document begins, before which the state is zero. None: nowhere.
+    """
 
     tokens: Tensor
     targets: Tensor
+    reset: Tensor | None = None
 
 
 class Task(ABC):
@@ -42,6 +50,7 @@ class Task(ABC):
 
     name: ClassVar[str]  # in TASKS
     autoencoder: ClassVar[bool] = False  # True: read all tokens, then predict all targets from the last position
+    can_carry: ClassVar[bool] = False  # True: `carried` has batches whose rows go on where the last batch's stopped
 
     @property
     @abstractmethod
@@ -56,7 +65,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def chance(self) -> float:
-        """Token accuracy of guessing uniformly among the targets there are, in (0, 1]."""
+        """Token accuracy of guessing uniformly among the targets there are, in (0, 1]; 0 where that is no measure."""
 
     @property
     def length(self) -> int:
@@ -66,6 +75,21 @@ class Task(ABC):
     @property
     def pad(self) -> int | None:
         """The token that fills a sequence up to T and is no part of it. None: there is none."""
+        return None
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that there are: always training and validation."""
+        return tuple(SPLITS)
+
+    @property
+    def vocabulary(self) -> Tokenizer | None:
+        """What the tokens stand for, if they are text."""
+        return None
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the data, if they are read: a run goes on with the same data alone. None: the options determine them."""
         return None
 
     def with_seq_len(self, seq_len: int) -> Self:
@@ -81,6 +105,22 @@ class Task(ABC):
         """
         tokens = self.draw(split, batch_size, seed, index)
         return to_batch(tokens, self.targets(tokens, split))
+
+    def evaluation(self, split: str, sequences: int, batch_size: int) -> Iterator[Batch]:
+        """Fixed batches of the split, of so many sequences in all, or of as many as there are. Raises as `sample`.
+
+        Where `can_carry`, row r of each batch goes on where row r of the last one stopped; later ones may have fewer.
+        """
+        for index, start in enumerate(range(0, sequences, batch_size)):
+            yield self.sample(split, min(batch_size, sequences - start), index=index)
+
+    def carried(self, batch_size: int, *, seed: int = 0, index: int = 0) -> Batch:
+        """Training batch number `index` of those in which each row goes on where it stopped in the last one.
+
+        Raises:
+            TypeError, ValueError: as `sample`; or the sequences of this task do not go on.
+        """
+        raise ValueError(f"{self.name}: its sequences have an end, so that no state is carried to the next batch.")
 
     def draw(self, split: str, count: int, seed: int, index: int) -> Tokens:
         """The tokens (count, T) of a sample, the same for the same arguments in any process. Raises as `sample`."""
@@ -183,20 +223,18 @@ def finite_batch(task: Task, sequences: int, batch_size: int, *, seed: int = 0, 
     """
     least = (("sequences", sequences, 1), ("batch_size", batch_size, 1), ("seed", seed, 0), ("step", step, 0))
     _check_numbers("finite_batch", *least)
-    tokens, targets = _finite_set(task, sequences, seed)
+    tokens, targets, reset = _finite_set(task, sequences, seed, task.fingerprint)
     epoch, start = divmod(step * batch_size, sequences)
     end = start + batch_size
     orders = [_epoch_order(sequences, seed, epoch + i) for i in range(-(-end // sequences))]
     rows = np.concatenate(orders)[start:end]
-    return to_batch(tokens[rows], targets[rows])
+    return Batch(tokens[rows], targets[rows], None if reset is None else reset[rows])
 
 
 @functools.lru_cache(maxsize=1)
-def _finite_set(task: Task, sequences: int, seed: int) -> tuple[Tokens, Tokens]:
-    batch = task.sample("train", sequences, seed=seed)
-    tokens, targets = batch.tokens.numpy(), batch.targets.numpy()
-    tokens.flags.writeable = targets.flags.writeable = False  # they are shared by all steps
-    return tokens, targets
+def _finite_set(task: Task, sequences: int, seed: int, fingerprint: str | None) -> Batch:
+    """Shared by all steps: a caller gets copies of its rows."""
+    return task.sample("train", sequences, seed=seed)
 
 
 @functools.lru_cache(maxsize=2)
