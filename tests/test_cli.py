@@ -70,7 +70,7 @@ def flags() -> list[str]:
 def test_help_names_every_field_option_and_name(capsys):
     status, text, errors = call(capsys, "train", "--help")
     assert (status, errors) == (0, "")
-    assert len(flags()) == 24
+    assert len(flags()) == 26
     options = [f"--task.{name}" for name in ("group", "seq-len", "generators")]
     options += [f"--mixer.{name}" for name in ("num-blocks", "block-size", "normalization", "selective", "backend")]
     for flag in [*flags(), *options, "--config", "--preset", "--out", "--resume"]:
@@ -99,11 +99,11 @@ def test_usage(capsys):
         status, text, _ = call(capsys, *arguments)
         assert status == expected
         assert "usage: statemix COMMAND" in text
-        assert re.findall(r"^  (\w+) ", text, re.MULTILINE) == ["train", "sweep", "report", "bench", "info"]
+        assert re.findall(r"^  (\w+) ", text, re.MULTILINE) == ["train", "sweep", "generate", "report", "bench", "info"]
 
 
 WRONG_CALLS = [
-    ("tran", r"COMMAND must be one of \['bench', 'info', 'report', 'sweep', 'train'\], got 'tran'"),
+    ("tran", r"COMMAND must be one of \['bench', 'generate', 'info', 'report', 'sweep', 'train'\], got 'tran'"),
     ("--steps 5", r"COMMAND must be one of \[.*'train'\], got '--steps'"),
     ("info now", r"Unrecognized options: now"),
     ("info --budget 5", r"info: `--budget`, `--what` and `--d-model` are of `--sizes`\."),
@@ -116,7 +116,7 @@ WRONG_CALLS = [
     ("report", r"report: `runs` must hold at least one finished run, got none\."),
     ("report none", r"runs: 'none' is not a folder\."),
     ("report .", r"runs: there is no finished run in '\.': no result\.json at or below it\."),
-    ("train --preset mat", r"`preset` must be one of \['formal', 'mad'\], got 'mat'"),
+    ("train --preset mat", r"`preset` must be one of \['formal', 'mad', 'paper-bd1', .*\], got 'mat'"),
     ("train --preset mad", r"`task` must be one of \['compression', .*\], got 'permutation'"),
     ("train --preset mad --task parity", r"`task` must be one of \['compression', .*\], got 'parity'"),
     ("train --preset mad --config c.json", r"`--config` and `--preset` both give the defaults: use one of them"),
@@ -204,7 +204,7 @@ EVERY_FLAG = """--task=permutation --task.group A4xZ5 --task.seq-len 6 --task.ge
     --optimizer.weight-decay 0.0 --optimizer.clip 2
     --steps 7 --batch-size 6 --seed 5 --eval-every 4 --eval-sequences 3 --test-lengths 2 1 --log-every 9
     --train-sequences 8 --patience 2 --stop-accuracy 0.75
-    --mixed-precision bf16"""
+    --mixed-precision bf16 --accumulate 3"""
 
 
 def test_every_flag_sets_its_field(capsys):
@@ -226,12 +226,12 @@ def test_every_flag_sets_its_field(capsys):
             optimizer=OptimizerConfig(0.5, 0.25, 0.5, (0.5, 0.75), 0.0, 2.0),
             **{"steps": 7, "batch_size": 6, "seed": 5, "eval_every": 4, "eval_sequences": 3, "log_every": 9},
             **{"test_lengths": (2, 1), "mixed_precision": "bf16"},
-            **{"train_sequences": 8, "patience": 2, "stop_accuracy": 0.75},
+            **{"train_sequences": 8, "patience": 2, "stop_accuracy": 0.75, "accumulate": 3},
         ),
         "there",
     )
     assert given.call_args.kwargs == {"resume": "never"}
-    assert set(flags()) <= set(EVERY_FLAG.replace("=", " ").split())
+    assert set(flags()) <= {"--carry", *EVERY_FLAG.replace("=", " ").split()}  # which text alone has
 
 
 def trained_config(capsys, *arguments: str) -> TrainConfig:

@@ -4,10 +4,11 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from statemix import TrainConfig
 from statemix.model import SequenceModel
-from statemix.presets import preset_config, preset_grid, preset_steps
+from statemix.presets import paper_model, preset_config, preset_grid, preset_steps
 from statemix.tasks import PRESETS, build_task
 
 MIXER = {"name": "h_lru", "num_channels": 32, "order": 2}
@@ -73,7 +74,7 @@ def test_formal_trains_at_short_lengths_and_tests_at_long_ones(task):
 
 
 def test_unknown_names_are_told_with_the_known():
-    with pytest.raises(ValueError, match=r"`preset` must be one of \['formal', 'mad'\], got 'mat'"):
+    with pytest.raises(ValueError, match=r"`preset` must be one of \['formal', 'mad', 'paper-.*'\], got 'mat'"):
         preset_config("mat", "memorization")
     with pytest.raises(ValueError, match=r"`task` must be one of \['compression', .*\], got 'parity'"):
         preset_config("mad", "parity")
@@ -84,3 +85,54 @@ def test_unknown_names_are_told_with_the_known():
 def test_an_unknown_preset_has_no_grid():
     with pytest.raises(ValueError, match=r"^settings: `preset` must be one of \['formal', 'mad'\], got 'madd'\.$"):
         preset_grid("madd", "compression", {"name": "lstm", "hidden_size": 4})
+
+
+# as in the paper: blocks, block size, and how many numbers there are besides embedding and head
+PAPER = {
+    "paper-bd1": ({"name": "bd_lru", "num_blocks": 2112, "block_size": 1}, 134_549_760),
+    "paper-bd2": ({"name": "bd_lru", "num_blocks": 844, "block_size": 2}, 134_486_112),
+    "paper-bd4": ({"name": "bd_lru", "num_blocks": 302, "block_size": 4}, 134_645_280),
+    "paper-bd8": ({"name": "bd_lru", "num_blocks": 96, "block_size": 8}, 134_582_016),
+    "paper-bd16": ({"name": "bd_lru", "num_blocks": 28, "block_size": 16}, 135_180_288),
+    "paper-h16": ({"name": "h_lru", "num_channels": 242, "order": 16, "form": "observer"}, 132_520_920),
+    "paper-lstm": (
+        {"name": "lstm", "hidden_size": 896},  # its number is not in the paper: gates, read-out, SwiGLU, norms
+        12 * (4 * 896 * (768 + 896 + 2) + 896 * 768 + 3 * 768 * 2048 + 2 * 768) + 768,
+    ),
+}
+
+
+@pytest.mark.parametrize("preset", PAPER)
+def test_the_language_models_have_the_papers_size(preset):
+    mixer, expected = PAPER[preset]
+    with torch.device("meta"):
+        model = paper_model(preset)
+    assert not model.config["tied_embedding"]
+    assert model.embedding.weight.shape == model.head.weight.shape == (50_280, 768)
+    assert model.num_parameters() - 2 * 50_280 * 768 == expected
+    assert model.config["mixer"] == preset_config(preset).mixer == TrainConfig(mixer=mixer).mixer
+
+
+@pytest.mark.parametrize("preset", PAPER)
+def test_the_language_models_are_trained_as_in_the_paper(preset):
+    config = preset_config(preset, "text")
+    assert config == preset_config(preset)
+    named = {key: config.task[key] for key in ("name", "tokenizer", "bpe_vocab_size", "seq_len")}
+    assert named == {"name": "text", "tokenizer": "bpe", "bpe_vocab_size": 50_280, "seq_len": 2048}
+    assert dataclasses.asdict(config.model) == {
+        **{"d_model": 768, "num_layers": 12, "mlp_size": 2048, "tied_embedding": False, "init_std": 0.02}
+    }
+    assert dataclasses.asdict(config.optimizer) == {
+        **{"lr": 6e-3, "final_lr": 1e-5, "warmup": 0.1, "betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0}
+    }
+    assert (config.steps, config.batch_size) == (18_850, 256)
+    assert preset_steps(preset, None, 256) == (18_850, config.eval_every)
+    assert TrainConfig.from_json(config.to_json()) == config
+
+
+def test_a_language_preset_with_another_mixer_or_task():
+    assert preset_config("paper-bd4", mixer=MIXER) == dataclasses.replace(preset_config("paper-bd4"), mixer=MIXER)
+    with pytest.raises(ValueError, match=r"^preset_config: `task` of 'paper-h16' must be 'text', got 'parity'\.$"):
+        preset_config("paper-h16", "parity")
+    with pytest.raises(ValueError, match=r"^paper_model: `preset` must be one of \['paper-bd1', .*\], got 'mad'\.$"):
+        paper_model("mad")

@@ -1,9 +1,11 @@
-"""The command line: statemix train | sweep | report | bench | info."""
+"""The command line: statemix train | sweep | generate | report | bench | info."""
 
 import dataclasses
 import inspect
+import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,8 +17,9 @@ from rich.console import Console
 import statemix
 from statemix.benchmark import BENCHMARKS, run
 from statemix.config import TrainConfig
+from statemix.generate import load_text_model, stream_text
 from statemix.mixers import MIXERS, library_kernels
-from statemix.presets import preset_config, preset_steps
+from statemix.presets import PROTOCOLS, preset_config, preset_steps
 from statemix.report import align, group_rows
 from statemix.report_html import sections_of, write_report
 from statemix.runs import Run, find_runs, read_run, unfinished_runs
@@ -24,17 +27,18 @@ from statemix.scan import BACKENDS, backend_problem, cpu
 from statemix.sizing import WIDTH, table
 from statemix.specs import Spec, options
 from statemix.sweep import load_configs, sweep
-from statemix.tasks import PRESETS, TASKS
+from statemix.tasks import TASKS
 from statemix.train import train
 
 USAGE = """usage: statemix COMMAND [options]
 
 commands:
-  train   train a model on a task; `statemix train --help` lists every option with its default
-  sweep   train many: every config of a Python file, side by side; started again, what is missing
-  report  tables, pictures and one HTML page of runs
-  bench   time and memory of scans, layers and training steps against baselines, in one run
-  info    versions, backends and the instruction set in use, and why a backend is missing; --sizes: of all mixers
+  train     train a model on a task; `statemix train --help` lists every option with its default
+  sweep     train many: every config of a Python file, side by side; started again, what is missing
+  generate  text that goes on from a prompt, from a run of the task text
+  report    tables, pictures and one HTML page of runs
+  bench     time and memory of scans, layers and training steps against baselines, in one run
+  info      versions, backends and the instruction set in use, and why a backend is missing; --sizes: of all mixers
 """
 
 
@@ -42,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 if a run failed, 2 if it was asked for wrongly."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     commands: dict[str, Callable[[list[str]], None]] = {
-        **{"train": _train, "sweep": _sweep, "report": _report, "bench": _bench, "info": _info}
+        **{"train": _train, "sweep": _sweep, "generate": _generate, "report": _report, "bench": _bench, "info": _info}
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -103,6 +107,31 @@ class _Sweep:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Generate:
+    """Write what follows a prompt, as it comes; how fast, at the end, to stderr.
+
+    Args:
+        checkpoint: folder of a run of the task text, then its best checkpoint, or of one of its checkpoints.
+        prompt: the text to go on from; given several times, one after the other, with the seeds `seed`, `seed` + 1, ...
+        max_new_tokens: tokens that follow each prompt.
+        temperature: what the logits are divided by; 0: always the likeliest token.
+        top_k: only so many of the likeliest tokens are drawn from. None: all.
+        top_p: only the likeliest tokens that together have this probability are drawn from. None: all.
+        seed: of the draws.
+        stop: a text before which it ends, may be given several times.
+    """
+
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]]
+    max_new_tokens: int = 500
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class _Report:
     """Tables and pictures of runs, and report.html with all of them.
 
@@ -152,11 +181,16 @@ def _print_sizes(given: _Info) -> None:
 def _train(arguments: list[str]) -> None:
     # these decide which other options exist, or their defaults, so they are taken out before the rest is parsed
     path, preset, task, mixer = (_take(arguments, flag) for flag in ("--config", "--preset", "--task", "--mixer"))
+    if (text := _take(arguments, "--text")) is not None:
+        if task not in (None, "text"):
+            raise ValueError(f"train: `--text` is short for --task text --task.source, but `--task` is {task!r}.")
+        task = "text"
+        arguments += ["--task.source", text]
     if path is not None and preset is not None:
         raise ValueError("train: `--config` and `--preset` both give the defaults: use one of them.")
     base = TrainConfig() if path is None else TrainConfig.load(path)
     if preset is not None:
-        base = preset_config(preset, task or base.task["name"])
+        base = preset_config(preset, task)
     task, mixer = task or base.task["name"], mixer or base.mixer["name"]
     for flag, name, known in (("--task", task, sorted(TASKS)), ("--mixer", mixer, sorted(MIXERS))):
         if name not in known:
@@ -166,8 +200,9 @@ def _train(arguments: list[str]) -> None:
     description = f"""Train a model on a task, keep the checkpoint that validates best, and test it once.
 
 --task NAME and --mixer NAME choose what is trained on and what is trained: {", ".join(TASKS)}; {", ".join(MIXERS)}.
-They bring the options below that begin with their names. --config FILE gives other defaults: a config.json of a run;
---preset NAME ({", ".join(PRESETS)}) those of the task in a known benchmark, as presets.py says.
+They bring the options below that begin with their names. --text SOURCE is --task text --task.source SOURCE, whose help
+says what it may be. --config FILE gives other defaults: a config.json of a run;
+--preset NAME ({", ".join(PROTOCOLS)}) those of the task in a known benchmark, as presets.py says.
 
 Args:{config_help.split("Raises:")[0]}
     out: folder of the run: checkpoints, metrics.jsonl, result.json, curves.png.
@@ -193,7 +228,12 @@ Args:{config_help.split("Raises:")[0]}
     given["task"] = {"name": task, **vars(given["task"])}
     given["mixer"] = {"name": mixer, **vars(given["mixer"])}
     result = train(TrainConfig(**given), out, resume=resume)
+    if os.environ.get("RANK", "0") != "0":  # of many processes that a launcher started, the first one prints
+        return
     _print_tables([read_run(result.out)])
+    if (bits := result.summary.get("valid", {}).get("bits_per_byte")) is not None:
+        loss, perplexity = (result.summary["valid"][key] for key in ("loss", "perplexity"))
+        print(f"validation: {loss:.4f} nats per token, {bits:.4f} bits per byte, perplexity {perplexity:.4g}\n")
     print(
         f"The run is in {result.out}: metrics.jsonl, curves.png, result.json, and the best weights in "
         f"step-{result.summary['best_step']}."
@@ -215,6 +255,27 @@ def _sweep(arguments: list[str]) -> None:
         raise RuntimeError(
             f"sweep: {len(done.failed)} of {len(done.rows)} runs failed; the same command tries them again:{errors}"
         )
+
+
+def _generate(arguments: list[str]) -> None:
+    given = tyro.cli(_Generate, args=arguments, prog="statemix generate")
+    model, tokenizer = load_text_model(given.checkpoint)
+    if not given.prompt:
+        raise ValueError("generate: `--prompt` must be given, with a text to go on from.")
+    options = {name: getattr(given, name) for name in ("temperature", "top_k", "top_p", "stop")}
+    texts = [
+        stream_text(model, tokenizer, prompt, given.max_new_tokens, seed=given.seed + row, **options)
+        for row, prompt in enumerate(given.prompt)
+    ]
+    count, began = 0, time.perf_counter()
+    for row, (prompt, text) in enumerate(zip(given.prompt, texts, strict=True)):
+        print("\n" if row else "", prompt, sep="", end="", flush=True)
+        for piece in text:
+            print(piece, end="", flush=True)
+            count += 1
+        print()
+    seconds = time.perf_counter() - began
+    print(f"{count:,} tokens in {seconds:.2f} s: {count / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
 def _report(arguments: list[str]) -> None:

@@ -58,6 +58,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> (B, T, D), and the mixer's state."""
+        if x.shape[1] == 1 and reset is None and (stepped := self._fused_step(x[:, 0], state)) is not None:
+            return stepped[0][:, None], stepped[1]
         mixed, state = self.mixer(self.mixer_norm(x), state, reset)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), state
@@ -72,6 +74,10 @@ class Layer(nn.Module):
 
     def _fused_step(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The step as one call, or None where that does not serve."""
+        return None if (inputs := self.step_inputs(x, state)) is None else cpu.pair_step(x, inputs)
+
+    def step_inputs(self, x: Tensor, state: Tensor | None) -> cpu.PairInputs | None:
+        """What a fused step of x (B, D) needs besides x, or None as `LinearRecurrence.step_inputs`."""
         # dictionaries, as in LinearRecurrence._fused_weights; fused, a module is not called: only these are passed over
         parts = tuple(self._modules.get(name) for name in ("mixer_norm", "mixer", "mlp_norm", "mlp"))
         norm, mixer, mlp_norm, mlp = cast(tuple[nn.RMSNorm, Mixer, nn.RMSNorm, SwiGLU], parts)
@@ -98,8 +104,7 @@ class Layer(nn.Module):
             weights.append(weight)
         if mixer._forward_hooks or mixer._forward_pre_hooks or mlp._forward_hooks or mlp._forward_pre_hooks:
             return None
-        epsilons = (norm.eps, mlp_norm.eps)
-        return cpu.pair_step(x, *ready, weights, epsilons, normalization=mixer.normalization, kind=mixer.kind)
+        return cpu.PairInputs(*ready, tuple(weights), (norm.eps, mlp_norm.eps), mixer.normalization, mixer.kind)
 
 
 class TokenModel(nn.Module):
@@ -166,7 +171,7 @@ class TokenModel(nn.Module):
         """Number of trained numbers; a tied head counts once."""
         return sum(p.numel() for p in self.parameters())
 
-    def _run_layers(self, tokens: Tensor, state: Sequence[Tensor] | None, reset: Tensor | None) -> tuple[Tensor, State]:
+    def run_layers(self, tokens: Tensor, state: Sequence[Tensor] | None, reset: Tensor | None) -> tuple[Tensor, State]:
         """Tokens (B, T) to the normalised residual stream (B, T, D) and the state of every layer."""
         if tokens.ndim != 2 or 0 in tokens.shape:
             shape, name = tuple(tokens.shape), type(self).__name__
@@ -286,7 +291,7 @@ class SequenceModel(TokenModel):
             ValueError: a shape is wrong, T = 0, or the state is of another number of layers.
             IndexError: a token is outside the vocabulary.
         """
-        x, state = self._run_layers(tokens, state, reset)
+        x, state = self.run_layers(tokens, state, reset)
         return self.head(x), state
 
     def step(self, tokens: Tensor, state: Sequence[Tensor] | None = None) -> tuple[Tensor, State]:
@@ -338,7 +343,7 @@ class AutoEncoder(TokenModel):
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, State]:
         """Tokens (B, L) to logits (B, L, vocab_size), and the state after the last token. Raises as `SequenceModel`."""
-        x, state = self._run_layers(tokens, None, None)
+        x, state = self.run_layers(tokens, None, None)
         if tokens.shape[1] != self.config["seq_len"]:
             wanted, got = self.config["seq_len"], tuple(tokens.shape)
             raise ValueError(f"AutoEncoder: `tokens` must have shape (B, L) with L = {wanted}, got {got}.")

@@ -12,6 +12,11 @@ clipped, training ended at an accuracy of 0.999. Where this departs from the pub
 - validation after every epoch, but at least 10 steps apart: an epoch of memorization has 2.
 
 "formal" has no protocol of an author's: the defaults of `TrainConfig`, for 2,000 steps.
+
+"paper-bd1", "paper-bd2", "paper-bd4", "paper-bd8", "paper-bd16", "paper-h16" and "paper-lstm" are language models of
+Dubinin et al. 2026 (arXiv 2602.12021), each a model and its training: about 135 million parameters besides embedding
+and head, 10^10 tokens. The text is the user's own (`--task.source`), and so are the BPE learned from it, which has
+fewer than 50,280 tokens of a short one, and how often it validates, on how much.
 """
 
 import dataclasses
@@ -19,6 +24,7 @@ import itertools
 from typing import NamedTuple
 
 from statemix.config import ModelConfig, OptimizerConfig, TrainConfig
+from statemix.model import SequenceModel
 from statemix.specs import Spec
 from statemix.tasks import Setting, settings
 
@@ -39,19 +45,56 @@ MAD = TrainConfig(
     batch_size=128,
     stop_accuracy=0.999,
 )
+LANGUAGE = TrainConfig(
+    task={"name": "text", "tokenizer": "bpe", "bpe_vocab_size": 50_280, "seq_len": 2048},
+    model=ModelConfig(d_model=768, num_layers=12, mlp_size=2048, init_std=0.02),
+    optimizer=OptimizerConfig(lr=6e-3, final_lr=1e-5, warmup=0.1, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0),
+    steps=18_850,
+    batch_size=256,
+    eval_every=500,
+    eval_sequences=256,
+)
+LANGUAGE_MIXERS: dict[str, Spec] = {
+    **{
+        f"paper-bd{size}": {"name": "bd_lru", "num_blocks": blocks, "block_size": size}
+        for size, blocks in ((1, 2112), (2, 844), (4, 302), (8, 96), (16, 28))
+    },
+    "paper-h16": {"name": "h_lru", "num_channels": 242, "order": 16, "form": "observer"},
+    "paper-lstm": {"name": "lstm", "hidden_size": 896},
+}
 PROTOCOLS = {
+    **dict.fromkeys(LANGUAGE_MIXERS, Protocol(LANGUAGE, None, (6e-3,), (0.1,))),
     "mad": Protocol(MAD, 200, (1e-4, 5e-4, 1e-3), (0.0, 0.1)),
     "formal": Protocol(TrainConfig(steps=2_000), None, (3e-3,), (0.1,)),
 }
 
 
-def preset_config(preset: str, task: str, mixer: Spec | None = None) -> TrainConfig:
-    """The baseline of a task in a preset, as a run of a mixer. None: the mixer of `TrainConfig`.
+def preset_config(preset: str, task: str | None = None, mixer: Spec | None = None) -> TrainConfig:
+    """The baseline of a task in a preset, as a run of a mixer. None: the preset's own, or those of `TrainConfig`.
 
     Raises:
         ValueError: the preset or the mixer is unknown, or the preset has no such task; the message lists the names.
     """
-    return _config(preset, settings(preset, task)[0], mixer)
+    if preset not in PROTOCOLS:
+        raise ValueError(f"preset_config: `preset` must be one of {sorted(PROTOCOLS)}, got {preset!r}.")
+    base = PROTOCOLS[preset].base
+    if preset not in LANGUAGE_MIXERS:
+        return _config(preset, settings(preset, base.task["name"] if task is None else task)[0], mixer)
+    if task not in (None, base.task["name"]):
+        raise ValueError(f"preset_config: `task` of {preset!r} must be {base.task['name']!r}, got {task!r}.")
+    return dataclasses.replace(base, mixer=dict(LANGUAGE_MIXERS[preset] if mixer is None else mixer))
+
+
+def paper_model(preset: str) -> SequenceModel:
+    """The language model of a "paper-..." preset with 50,280 tokens: 0.8 GB, or none on the device "meta".
+
+    Raises:
+        ValueError: the preset is none of those.
+    """
+    if preset not in LANGUAGE_MIXERS:
+        raise ValueError(f"paper_model: `preset` must be one of {sorted(LANGUAGE_MIXERS)}, got {preset!r}.")
+    options = dataclasses.asdict(LANGUAGE.model)
+    return SequenceModel(LANGUAGE.task["bpe_vocab_size"], mixer=LANGUAGE_MIXERS[preset], **options)
 
 
 def preset_grid(preset: str, task: str, mixer: Spec) -> list[TrainConfig]:

@@ -9,9 +9,10 @@ environment variable STATEMIX_INSTRUCTION_SET.
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -358,30 +359,45 @@ def layer_step(x: Tensor, weights: Weights, state: Tensor, *, normalization: str
     return y, final_state
 
 
-def pair_step(
-    x: Tensor,
-    weights: Weights,
-    state: Tensor,
-    others: Sequence[Tensor],
-    epsilons: tuple[float, float],
-    *,
-    normalization: str,
-    kind: str,
-) -> tuple[Tensor, Tensor]:
-    """One step of z = x + mixer(norm(x)) and z + SwiGLU(norm(z)) for x (B, D) and a state, without gradients.
+class PairInputs(NamedTuple):
+    """What a step of z = x + mixer(norm(x)) and z + SwiGLU(norm(z)) needs besides x.
 
-    Args:
-        x, weights, state, normalization, kind: of the mixer, as in `layer_step`.
-        others: weights of the two RMS norms, (D,), and of the SwiGLU, (2 H, D) with the gates first, and (D, H).
-        epsilons: of the two norms.
+    weights, state, normalization, kind: of the mixer, as in `layer_step`. others: weights of the two RMS norms, (D,),
+    and of the SwiGLU, (2 H, D) with the gates first, and (D, H). epsilons: of the two norms.
     """
-    y, final_state = torch.empty_like(x), torch.empty_like(state)
-    problem = _Pair(
+
+    weights: Weights
+    state: Tensor
+    others: tuple[Tensor, ...]
+    epsilons: tuple[float, float]
+    normalization: str
+    kind: str
+
+
+def pair_step(x: Tensor, inputs: PairInputs) -> tuple[Tensor, Tensor]:
+    """One step for x (B, D) to y (B, D) and the next state, without gradients."""
+    y, final_state = torch.empty_like(x), torch.empty_like(inputs.state)
+    _library().run("statemix_pair_step", _pair_problem(x, inputs, y, final_state))
+    return y, final_state
+
+
+def prepare_pair_step(x: Tensor, inputs: PairInputs, y: Tensor, final_state: Tensor) -> Callable[[], None]:
+    """`pair_step` as a call that reads x and the state, and writes y and the next state, where these tensors now are.
+
+    The places, and so the weights, are those of this moment: what is later put in a weight's place is not seen.
+    """
+    problem = _pair_problem(x, inputs, y, final_state)
+    # an alias keeps the memory, also where `parameter.data` is exchanged
+    problem.kept = [t.detach() for t in (x, *inputs.weights, inputs.state, *inputs.others, y, final_state)]
+    return partial(_library().run, "statemix_pair_step", problem)
+
+
+def _pair_problem(x: Tensor, inputs: PairInputs, y: Tensor, final_state: Tensor) -> _Pair:
+    weights, state, others, epsilons, normalization, kind = inputs
+    return _Pair(
         _step_problem(x, weights, state, y, final_state, normalization, kind),
         *(others[3].shape[1], *epsilons, *(weight.data_ptr() for weight in others)),
     )
-    _library().run("statemix_pair_step", problem)
-    return y, final_state
 
 
 def _step_problem(

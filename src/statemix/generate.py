@@ -1,0 +1,359 @@
+"""Decoding: a prompt through the scan, chunk by chunk, then a step per token from a state of constant size.
+
+Memory grows neither with the prompt nor with what is generated, and a token takes as long at any position. Each prompt
+is read on its own and each row has random numbers of its own, so a row does not depend on the others of its batch.
+"""
+
+import codecs
+import itertools
+import json
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from statemix.checkpoint import POINTER_FILE, TRAIN_FILE
+from statemix.mixers.base import check_sizes
+from statemix.model import CONFIG_FILE, Layer, SequenceModel, State, load_model
+from statemix.scan import cpu
+from statemix.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+
+CHUNK = 1024  # tokens of a prompt that are read at once
+
+
+class Decoder:
+    """Steps of a model without gradients, from a state that it keeps.
+
+    What `SequenceModel.step` looks up and checks at every token is done once. Where the compiled kernels serve (BD-LRU
+    and H-LRU in float32 or float64 on a CPU), a token is one call per layer, into memory that is there already; a row's
+    numbers are then, bit for bit, those that it has in a batch of one. Elsewhere it is `SequenceModel.step`. Weights
+    that are changed in place are seen; weights exchanged for others, new hooks and another number of threads are not.
+
+    Args:
+        model: what steps, on the device where it is.
+        state: to begin with, one (B, M, N) per layer; it is not changed. None: zeros.
+        batch: B of a state of zeros.
+
+    Raises:
+        ValueError: the state is not of the model, or of several batch sizes.
+    """
+
+    def __init__(self, model: SequenceModel, state: State | None = None, *, batch: int = 1) -> None:
+        self.model = model
+        state = zero_state(model, batch) if state is None else tuple(state)
+        wanted = [(len(state[0]) if state else batch, *mixer.state_shape) for mixer in model.mixers]
+        if (shapes := [tuple(part.shape) for part in state]) != wanted:
+            raise ValueError(f"Decoder: `state` must be of the shapes {wanted}, one (B, M, N) per layer, got {shapes}.")
+        self._state = tuple(part.clone(memory_format=torch.contiguous_format) for part in state)
+        with torch.no_grad():
+            self._turns = self._prepare()
+
+    def _prepare(self) -> Iterator[tuple[State, list[Callable[[], None]]]] | None:
+        """The calls of a step and the state after it, in turns to another set of states and back.
+
+        None where the kernels do not serve a layer.
+        """
+        batch, weight = self._state[0].shape[0], self.model.embedding.weight
+        stream = weight.new_empty(len(self.model.layers) + 1, batch, weight.shape[1])  # between the layers
+        other = tuple(torch.empty_like(part) for part in self._state)
+        turns = []
+        for before, after in ((self._state, other), (other, self._state)):
+            calls = []
+            for layer, x, y, old, new in zip(self.model.layers, stream[:-1], stream[1:], before, after, strict=True):
+                # asked for one row: many may be slower than products of them all, but are the same alone and together
+                if (inputs := cast(Layer, layer).step_inputs(x[:1], old[:1])) is None:
+                    return None
+                calls.append(cpu.prepare_pair_step(x, inputs._replace(state=old), y, new))
+            turns.append((after, calls))
+        self._input, self._outputs = stream[0], stream[-1].split(1)
+        return itertools.cycle(turns)
+
+    @property
+    def state(self) -> State:
+        """After the last step, one (B, M, N) per layer."""
+        return tuple(part.clone() for part in self._state)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Tokens (B,) to logits (B, vocab_size).
+
+        Raises:
+            TypeError, ValueError, IndexError: tokens are of another type, shape or vocabulary.
+        """
+        if tokens.shape != (wanted := self._state[0].shape[:1]):
+            raise ValueError(f"Decoder: `tokens` must have shape (B,) = {tuple(wanted)}, got {tuple(tokens.shape)}.")
+        if self._turns is None:
+            logits, self._state = self.model.step(tokens, self._state)
+            return logits
+        self._input.copy_(self.model.embedding(tokens))
+        self._state, calls = next(self._turns)
+        for call in calls:
+            call()
+        return torch.cat([self.model.head(self.model.norm(row)) for row in self._outputs])
+
+
+def zero_state(model: SequenceModel, batch: int) -> State:
+    """The state of a model before the first token, one (B, M, N) per layer."""
+    weight = model.embedding.weight
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return tuple(torch.zeros(batch, *mixer.state_shape, dtype=wide, device=weight.device) for mixer in model.mixers)
+
+
+def generate(
+    model: SequenceModel,
+    prompts: Sequence[Sequence[int] | Tensor],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: Collection[int] = (),
+) -> list[list[int]]:
+    """What follows each prompt: tokens drawn one by one from softmax(logits / temperature).
+
+    A row is what its prompt alone gives with the seed `seed` + row. Bit for bit so in a `Decoder` with kernels;
+    elsewhere the products of a batch are rounded differently, which can turn a close decision.
+
+    Args:
+        model: predicts the next token.
+        prompts: B sequences of tokens, each of any length of at least 1.
+        max_new_tokens: of each row.
+        temperature: at least 0. 0: always the token of the largest logit.
+        top_k: only the k likeliest tokens are drawn from, with all that tie with the last. None: no limit.
+        top_p: only the likeliest tokens that together have at least this probability are drawn from, in (0, 1], after
+            `top_k`. None: all.
+        seed: at least 0; row b draws with `seed` + b.
+        stop: tokens that end a row; it ends with that token.
+
+    Returns:
+        The new tokens of each row.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range, or a prompt is empty or has a token
+            outside the vocabulary.
+        RuntimeError: the model's logits are not finite.
+    """
+    rows: list[list[int]] = [[] for _ in prompts]
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": stop}
+    for tokens in stream(model, prompts, max_new_tokens, **options):  # type: ignore[arg-type]
+        for row, token in zip(rows, tokens, strict=True):
+            if token is not None:
+                row.append(token)
+    return rows
+
+
+def stream(
+    model: SequenceModel,
+    prompts: Sequence[Sequence[int] | Tensor],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: Collection[int] = (),
+) -> Iterator[list[int | None]]:
+    """`generate`, one token of each row at a time, as soon as they are there; None in a row that has ended.
+
+    Args, Raises: as of `generate`, and they are checked now. Without limit in memory: nothing of the past is kept.
+    """
+    if not isinstance(model, SequenceModel):
+        raise TypeError(f"generate: `model` must be a SequenceModel, got {type(model).__name__}.")
+    check_sizes("generate", max_new_tokens=max_new_tokens)
+    check_sizes("generate", least=0, seed=seed)
+    sampler = Sampler(temperature, top_k, top_p)
+    tokens, size = _check_prompts(prompts, model), model.config["vocab_size"]
+    if wrong := [token for token in stop if token not in range(size)]:
+        raise ValueError(f"generate: `stop` must be of tokens in [0, {size}), got {wrong[0]!r}.")
+    return _stream(model, tokens, max_new_tokens, sampler, seed, frozenset(stop))
+
+
+@torch.no_grad()
+def _stream(
+    model: SequenceModel, prompts: list[Tensor], count: int, sampler: "Sampler", seed: int, stop: frozenset[int]
+) -> Iterator[list[int | None]]:
+    generators = [np.random.default_rng(seed + row) for row in range(len(prompts))]
+    states = zip(*(read_prompt(model, prompt[:-1]) for prompt in prompts), strict=True)  # by layer, of every prompt
+    decoder = Decoder(model, tuple(torch.cat(parts) for parts in states))
+    tokens, ended = torch.stack([prompt[-1] for prompt in prompts]), [False] * len(prompts)
+    for _ in range(count):
+        drawn = sampler(decoder.step(tokens), generators)
+        yield [None if over else token for token, over in zip(drawn, ended, strict=True)]
+        ended = [over or token in stop for token, over in zip(drawn, ended, strict=True)]
+        if all(ended):
+            return
+        tokens = tokens.new_tensor(drawn)
+
+
+def stream_text(
+    model: SequenceModel,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    stop: Sequence[str] = (),
+    **options: Any,
+) -> Iterator[str]:
+    """What follows a text, a piece for each token: empty while a character, or what may become a `stop`, is not whole.
+
+    Args:
+        model: predicts the next token.
+        tokenizer: of the model.
+        prompt: a text of at least one character.
+        max_new_tokens: how many tokens follow it, unless `stop` comes first.
+        stop: texts before the first of which it ends.
+        options: `temperature`, `top_k`, `top_p` and `seed` of `generate`.
+
+    Raises:
+        TypeError, ValueError: now, an argument is out of range, a character of the prompt is not in the vocabulary, or
+            the tokenizer is not the model's.
+        RuntimeError: later, the model's logits are not finite.
+    """
+    if tokenizer.vocab_size != model.config["vocab_size"]:
+        raise ValueError(
+            f"generate: the tokenizer must be the model's, of {model.config['vocab_size']} tokens, but this one "
+            f"({tokenizer.name}) has {tokenizer.vocab_size}."
+        )
+    if not prompt:
+        raise ValueError("generate: `prompt` must have at least one character, got ''.")
+    if "" in stop:
+        raise ValueError("generate: `stop` must be of texts of at least one character, got ''.")
+    tokens = stream(model, [torch.from_numpy(tokenizer.encode(prompt))], max_new_tokens, **options)
+    return _stream_text(tokens, tokenizer, max_new_tokens, stop)
+
+
+def _stream_text(
+    tokens: Iterator[list[int | None]], tokenizer: Tokenizer, count: int, stop: Sequence[str]
+) -> Iterator[str]:
+    utf8, held = codecs.getincrementaldecoder("utf-8")(errors="replace"), ""
+    for number, new in enumerate(tokens, 1):
+        held += utf8.decode(tokenizer.decode_bytes(token for token in new if token is not None), final=number == count)
+        if found := [held.index(text) for text in stop if text in held]:
+            yield held[: min(found)]
+            return
+        begun = [n for text in stop for n in range(1, len(text)) if held.endswith(text[:n])]
+        ready = len(held) - (max(begun, default=0) if number < count else 0)
+        yield held[:ready]
+        held = held[ready:]
+
+
+def load_text_model(folder: str | Path) -> tuple[SequenceModel, Tokenizer]:
+    """The model and the tokenizer of a run of text: of its folder, then the best checkpoint, or of a checkpoint's.
+
+    Raises:
+        RuntimeError: the tokenizer is BPE and the `tokenizers` library is not installed.
+        ValueError: a file is missing or damaged, the run is not of text, or the tokenizer is of another model.
+    """
+    checkpoint = find_checkpoint(folder)
+    model = load_model(checkpoint)
+    homes = [home for home in (checkpoint, checkpoint.resolve().parent) if (home / TOKENIZER_FILE).exists()]
+    if not homes or not isinstance(model, SequenceModel):
+        lack = f"there is no {TOKENIZER_FILE}" if not homes else f"its model is of the kind {type(model).__name__}"
+        raise ValueError(f"generate: '{folder}' is not a run of text: {lack}. `statemix train --task text` makes one.")
+    tokenizer = load_tokenizer(homes[0])
+    size, trained_with = model.config["vocab_size"], _tokenizer_of(checkpoint)
+    if tokenizer.vocab_size != size or trained_with not in (None, tokenizer.fingerprint):
+        raise ValueError(
+            f"generate: '{homes[0] / TOKENIZER_FILE}' must be of the model in '{checkpoint}', of {size} tokens, but is "
+            f"another, {tokenizer.name} of {tokenizer.vocab_size}."
+        )
+    return model, tokenizer
+
+
+def _tokenizer_of(checkpoint: Path) -> str | None:
+    """The fingerprint of the tokenizer that a checkpoint was trained with; None if it is not known."""
+    path = checkpoint / TRAIN_FILE
+    try:
+        fingerprint = json.loads(path.read_text()).get("tokenizer") if path.exists() else None
+    except (AttributeError, OSError, ValueError) as error:
+        raise ValueError(f"generate: '{path}' is damaged: {error!r}.") from error
+    return fingerprint if isinstance(fingerprint, str) else None
+
+
+def find_checkpoint(folder: str | Path) -> Path:
+    """The folder itself if a model is in it, the best checkpoint if it is a run's. Raises ValueError if neither."""
+    folder = Path(folder)
+    if (folder / CONFIG_FILE).exists():
+        return folder
+    try:
+        return folder / str(json.loads((folder / POINTER_FILE).read_text())["best"])
+    except OSError as error:
+        raise ValueError(
+            f"generate: '{folder}' must be the folder of a run or of a checkpoint, but has neither {POINTER_FILE} nor "
+            f"{CONFIG_FILE}."
+        ) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"generate: '{folder / POINTER_FILE}' is damaged: {error!r}.") from error
+
+
+def read_prompt(model: SequenceModel, tokens: Tensor) -> State:
+    """The state after tokens (T,), in memory that does not grow with T; of zeros for T = 0."""
+    state = zero_state(model, 1)
+    for chunk in tokens.split(CHUNK) if len(tokens) else ():
+        _, state = model.run_layers(chunk[None], state, None)
+    return state
+
+
+class Sampler:
+    """Tokens from logits, see `generate`. Raises TypeError or ValueError as it says."""
+
+    def __init__(self, temperature: float, top_k: int | None, top_p: float | None) -> None:
+        for name, number in (("temperature", temperature), ("top_p", 1.0 if top_p is None else top_p)):
+            if not isinstance(number, int | float) or isinstance(number, bool):
+                raise TypeError(f"generate: `{name}` must be a number, got {number!r}.")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"generate: `temperature` must be at least 0 and finite, got {temperature!r}.")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"generate: `top_p` must be above 0 and at most 1, got {top_p!r}.")
+        if top_k is not None:
+            check_sizes("generate", top_k=top_k)
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+
+    def __call__(self, logits: Tensor, generators: Sequence[np.random.Generator]) -> list[int]:
+        """Logits (B, V) and a generator for each row to B tokens. Row by row, in float64, on the CPU."""
+        rows = logits.double().cpu().numpy()
+        return [self._draw(row, generator) for row, generator in zip(rows, generators, strict=True)]
+
+    def _draw(self, logits: np.ndarray, generator: np.random.Generator) -> int:
+        likeliest = int(logits.argmax())
+        if not math.isfinite(logits[likeliest]):
+            raise RuntimeError("generate: the model's logits are not finite: its training diverged or a weight is NaN.")
+        if self.temperature == 0:
+            return likeliest
+        shares = np.exp((logits - logits[likeliest]) / self.temperature)  # at most 1: no temperature is too low
+        if self.top_k is not None and self.top_k < len(shares):
+            shares[shares < np.partition(shares, -self.top_k)[-self.top_k]] = 0
+        if self.top_p is not None and self.top_p < 1:
+            order = np.argsort(-shares, kind="stable")
+            sums = shares[order].cumsum()
+            shares[order[1:][sums[:-1] >= self.top_p * sums[-1]]] = 0  # the likeliest stays
+        sums = shares.cumsum()
+        # the first token whose sum is above the draw: one of share 0 never is
+        return int(np.searchsorted(sums, generator.random() * sums[-1], side="right"))
+
+
+def _check_prompts(prompts: Sequence[Sequence[int] | Tensor], model: SequenceModel) -> list[Tensor]:
+    """The prompts as int64 tensors on the device of the model."""
+    size, weight = model.config["vocab_size"], model.embedding.weight
+    if len(prompts) == 0:
+        raise ValueError("generate: `prompts` must have at least one prompt, got none.")
+    checked = []
+    for row, prompt in enumerate(prompts):
+        tokens = torch.as_tensor(prompt)
+        if tokens.ndim != 1:
+            raise ValueError(f"generate: `prompts[{row}]` must be a sequence of tokens, got {prompt!r}.")
+        if len(tokens) == 0:
+            raise ValueError(f"generate: `prompts[{row}]` must have at least one token, got none.")
+        if tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise TypeError(f"generate: `prompts[{row}]` must be of integers, got {tokens.dtype}.")
+        low, high = tokens.min().item(), tokens.max().item()
+        if low < 0 or high >= size:
+            token = low if low < 0 else high
+            raise ValueError(f"generate: `prompts[{row}]` must be of tokens in [0, {size}), got {token}.")
+        checked.append(tokens.to(weight.device, torch.int64))
+    return checked
