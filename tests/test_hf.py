@@ -1,0 +1,291 @@
+"""hf.py: transformers' own generation, pipeline and Trainer against ours; padded rows against each alone."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TOLERANCE, relative_error
+from torch import Tensor, nn
+
+from statemix import AutoEncoder, SequenceModel, load_model
+from statemix.generate import generate
+from statemix.tokenizer import Bytes, Characters, train_bpe
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'statemix[hf]'")
+
+from statemix import hf  # noqa: E402
+
+MIXERS = {
+    "block": {"name": "bd_lru", "num_blocks": 5, "block_size": 3},
+    "observer": {"name": "h_lru", "num_channels": 7, "order": 4, "form": "observer"},
+    "lstm": {"name": "lstm", "hidden_size": 9},
+}
+PROMPTS = [[3, 1, 4, 1, 5], [7], [2, 7, 1], [8, 2, 8]]
+ALL = "1" * 8
+GREEDY = {"do_sample": False, "pad_token_id": 0}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """No progress bars, no advice, and one thread for such small models."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    yield
+    torch.set_num_threads(before)
+
+
+def make_model(mixer: str = "block", tied: bool = False, vocab_size: int = 11) -> hf.StatemixForCausalLM:
+    torch.manual_seed(0)
+    config = hf.StatemixConfig(vocab_size, 20, 2, MIXERS[mixer], tie_word_embeddings=tied)
+    model = hf.StatemixForCausalLM(config).eval()
+    with torch.no_grad():
+        for mixer_of_layer in model.model.mixers:  # or the newest token would decide alone
+            mixer_of_layer.output.weight.mul_(10)
+        if not tied:
+            model.model.head.weight.mul_(2)
+    return model
+
+
+def padded(rows: list[list[int]], side: str) -> dict[str, Tensor]:
+    """Rows as a batch and its mask; what pads them are tokens like any other."""
+    length = max(map(len, rows))
+    ids, mask = [], []
+    for row in rows:
+        missing = length - len(row)
+        left = {"left": missing, "right": 0, "both": missing // 2}[side]
+        ids.append([6] * left + row + [9] * (missing - left))
+        mask.append([0] * left + [1] * len(row) + [0] * (missing - left))
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_greedy_text_is_that_of_our_own_generate(mixer, side):
+    model = make_model(mixer)
+    expected = generate(model.model, PROMPTS, 12, temperature=0)
+    assert len({tuple(row) for row in expected}) > 1
+    for prompt, row in zip(PROMPTS, expected, strict=True):
+        assert model.generate(torch.tensor([prompt]), max_new_tokens=12, **GREEDY)[0, len(prompt) :].tolist() == row
+    batch = padded(PROMPTS, side)
+    for use_cache in (True, False):
+        tokens = model.generate(**batch, max_new_tokens=12, use_cache=use_cache, **GREEDY)
+        assert tokens[:, 5:].tolist() == expected
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("options", [{"num_beams": 4}, {"do_sample": True, "top_k": 6, "temperature": 0.7}])
+def test_beams_and_samples_are_those_without_a_cache(mixer, options):
+    """Without it, transformers gives the whole text to the model at every token."""
+    model, found = make_model(mixer), []
+    for use_cache in (True, False):
+        torch.manual_seed(1)
+        batch = padded(PROMPTS, "left")
+        found.append(model.generate(**batch, max_new_tokens=20, use_cache=use_cache, **GREEDY | options))
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], model.generate(**padded(PROMPTS, "left"), max_new_tokens=20, **GREEDY))
+
+
+def by_rows(model: hf.StatemixForCausalLM, tokens: Tensor, mask: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
+    """Logits of the real tokens of each row, and its state, by the SequenceModel in float64."""
+    rows = [model.model.double()(row[real.bool()][None]) for row, real in zip(tokens, mask, strict=True)]
+    return [(logits[0].detach(), [part[0].detach() for part in state]) for logits, state in rows]
+
+
+MASKS = {
+    "left": ["00011111", "11111111", "00000001"],
+    "right": ["11111000", "11111111", "10000000"],
+    "holes": ["01101101", "11111110", "00100100"],
+}
+
+
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("cut", [None, 3, 7])
+def test_padding_leaves_logits_and_state_as_they_are(generator, masks, mixer, cut):
+    """Also where the batch is read in two calls, so that padding comes to a state that has begun, or to a whole row."""
+    model = make_model(mixer)
+    tokens = torch.randint(11, (3, 8), generator=generator)
+    mask = torch.tensor([[int(c) for c in row] for row in MASKS[masks]])
+    with torch.no_grad():
+        out = model(tokens[:, :cut], mask[:, :cut], use_cache=True)
+        logits, cache = [out.logits], out.past_key_values
+        if cut is not None:
+            logits.append(model(tokens[:, cut:], mask, past_key_values=cache).logits)
+    logits, expected = torch.cat(logits, dim=1), by_rows(model, tokens, mask)
+    assert cache.get_seq_length() == 8
+    for row, (wanted, state) in enumerate(expected):
+        assert relative_error(logits[row][mask[row].bool()], wanted) <= TOLERANCE[torch.float32]
+        for part, wanted_part in zip(cache.state, state, strict=True):
+            assert relative_error(part[row], wanted_part) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_the_loss_of_a_padded_batch_is_that_of_its_tokens(generator, masks):
+    model = make_model().train()
+    tokens = torch.randint(11, (3, 8), generator=generator)
+    mask = torch.tensor([[int(c) for c in row] for row in MASKS[masks]])
+    out = model(tokens, mask, labels=tokens.masked_fill(mask == 0, -100))
+    assert out.past_key_values is None
+    out.loss.backward()
+    gradient = model.model.embedding.weight.grad.clone()
+    model.zero_grad()
+    rows = by_rows_with_gradients(model, tokens, mask)
+    loss = nn.functional.cross_entropy(*rows)
+    loss.backward()
+    assert relative_error(out.loss.detach(), loss.detach()) <= TOLERANCE[torch.float32]
+    assert relative_error(gradient, model.model.embedding.weight.grad) <= TOLERANCE[torch.float32]
+
+
+def by_rows_with_gradients(model: hf.StatemixForCausalLM, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (n, V) and the tokens (n,) that follow them, over all rows, in float64."""
+    logits, targets = [], []
+    for row, real in zip(tokens, mask.bool(), strict=True):
+        logits.append(model.model.double()(row[real][None])[0][0, :-1])
+        targets.append(row[real][1:])
+    return torch.cat(logits), torch.cat(targets)
+
+
+def test_only_the_logits_that_are_asked_for(generator):
+    model, tokens = make_model(), torch.randint(11, (2, 6), generator=generator)
+    with torch.no_grad():
+        whole = model(tokens).logits
+        assert torch.equal(model(tokens, logits_to_keep=2).logits, whole[:, -2:])
+        assert torch.equal(model(tokens, logits_to_keep=torch.tensor([1, 4])).logits, whole[:, [1, 4]])
+        logits, cache = model(tokens, return_dict=False)
+    assert torch.equal(logits, whole)
+    assert cache.get_seq_length() == 6
+
+
+def test_a_mask_that_does_not_fit_is_told():
+    tokens = torch.zeros(2, 6, dtype=torch.int64)
+    for shape in ((2, 5), (1, 6), (2, 1, 6)):
+        with pytest.raises(ValueError, match=r"`attention_mask` must have shape \(B, T\) = \(2, 6\), got \("):
+            make_model()(tokens, torch.ones(shape))
+
+
+def test_a_conversation_goes_on_from_a_cache():
+    model, prompt = make_model(), torch.tensor([PROMPTS[0]])
+    first = model.generate(prompt, max_new_tokens=6, return_dict_in_generate=True, **GREEDY)
+    longer = torch.cat([first.sequences, torch.tensor([[2, 7]])], dim=1)
+    again = model.generate(longer, max_new_tokens=5, past_key_values=first.past_key_values, **GREEDY)
+    assert torch.equal(again, model.generate(longer, max_new_tokens=5, **GREEDY))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_pretrained_and_from_pretrained(tmp_path, mixer, tied, dtype):
+    model = make_model(mixer, tied).to(dtype)
+    model.save_pretrained(tmp_path)
+    assert {"config.json", "model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+    same = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(same) is hf.StatemixForCausalLM
+    assert same.model.config == model.model.config
+    assert same.state_dict().keys() == model.state_dict().keys()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(same.state_dict()[name], weight), name
+    assert (same.model.head.weight is same.model.embedding.weight) is tied
+    with torch.no_grad():
+        tokens = torch.tensor([PROMPTS[0]])
+        assert torch.equal(same(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_from_and_to_our_own_checkpoints(tmp_path, mixer, tied):
+    ours = SequenceModel(11, 20, 2, MIXERS[mixer], mlp_size=33, tied_embedding=tied, init_std=0.02)
+    for folder in ("run/step-5", "back"):
+        (tmp_path / folder).mkdir(parents=True)
+    ours.save(tmp_path / "run" / "step-5")
+    (tmp_path / "run" / "checkpoints.json").write_text(json.dumps({"best": "step-5", "last": "step-5"}))
+    model = hf.StatemixForCausalLM.from_statemix(tmp_path / "run")
+    assert not any(p.is_meta for p in model.parameters())
+    model.save_pretrained(tmp_path / "hf")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").save_statemix(tmp_path / "back")
+    back = load_model(tmp_path / "back")
+    assert back.config == ours.config
+    assert all(map(torch.equal, back.state_dict().values(), ours.state_dict().values()))
+    AutoEncoder(11, 20, 1, MIXERS[mixer], seq_len=4).save(tmp_path / "back")
+    with pytest.raises(ValueError, match=r"^SequenceModel\.load: '.*' is of the kind 'AutoEncoder'"):
+        hf.StatemixForCausalLM.from_statemix(tmp_path / "back")
+
+
+def test_first_weights_are_those_of_a_sequence_model():
+    """And not what transformers draws."""
+    torch.manual_seed(3)
+    ours = SequenceModel(11, 20, 2, MIXERS["block"])
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(hf.StatemixConfig(11, 20, 2, MIXERS["block"]))
+    assert all(map(torch.equal, model.model.state_dict().values(), ours.state_dict().values()))
+
+
+def test_a_vocabulary_is_resized(tmp_path):
+    model = make_model()
+    before = model.model.embedding.weight.detach().clone()
+    model.resize_token_embeddings(14, mean_resizing=False)
+    assert model(torch.tensor([[13, 1]])).logits.shape == (1, 2, 14)
+    assert torch.equal(model.model.embedding.weight[:11], before)
+    model.save_statemix(tmp_path)
+    assert load_model(tmp_path).config["vocab_size"] == 14
+
+
+TEXT = "Grüße, «日本»\n\t x  y😀 it's"
+
+
+@pytest.mark.parametrize("kind", ["bytes", "characters", "bpe"])
+def test_tokens_are_those_of_our_own_tokenizers(kind):
+    if kind == "bpe":
+        pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    ours = {"bytes": Bytes, "characters": lambda: Characters("".join(sorted(set(TEXT)))), "bpe": None}[kind]
+    ours = train_bpe([TEXT * 3, "it's his"], 270) if ours is None else ours()
+    theirs = hf.hf_tokenizer(ours)
+    assert len(theirs) == ours.vocab_size
+    assert theirs(TEXT)["input_ids"] == ours.encode(TEXT).tolist()
+    assert theirs.decode(theirs(TEXT)["input_ids"]) == TEXT
+
+
+def test_the_pipeline_writes_what_generate_does():
+    model, alphabet = make_model(), Characters(" abcdefghi\n"[-1] + " abcdefghi")
+    ours = alphabet.decode(generate(model.model, [alphabet.encode("bad cafe")], 15, temperature=0)[0])
+    pipe = transformers.pipeline("text-generation", model=model, tokenizer=hf.hf_tokenizer(alphabet), device="cpu")
+    [answer] = pipe("bad cafe", max_new_tokens=15, do_sample=False)
+    assert answer["generated_text"] == "bad cafe" + ours
+
+
+def test_the_trainer_trains(tmp_path):
+    model = make_model()
+    rows = [[(start + 3 * t) % 11 for t in range(5 + start)] for start in range(11)]
+    data = [{key: value[0] for key, value in padded([row], "right").items()} for row in rows]
+
+    def collate(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        batch = padded([example["input_ids"].tolist() for example in examples], "right")
+        return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+    options = {"max_steps": 60, "learning_rate": 1e-2, "save_steps": 60, "logging_steps": 1000, "report_to": []}
+    options |= {"per_device_train_batch_size": 11, "per_device_eval_batch_size": 11, "disable_tqdm": True}
+    options |= {"use_cpu": True, "dataloader_pin_memory": False}
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), **options)
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data, data_collator=collate)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    assert after < 0.5 < 2 < before
+    same = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-60")
+    assert all(map(torch.equal, same.state_dict().values(), model.state_dict().values()))
+    logits = model.eval()(**collate(data)).logits
+    labels = collate(data)["labels"]
+    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten())
+    assert after == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_without_transformers_it_says_what_to_install(tmp_path):
+    (tmp_path / "transformers.py").write_text("raise ImportError('not here')")
+    code = "import statemix; import statemix.hf"
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert "ImportError: statemix.hf: it needs transformers 5 or newer: pip install 'statemix[hf]'." in process.stderr
