@@ -157,6 +157,12 @@ class Task(ABC):
         if value < least:
             raise ValueError(f"{self.name}: `{option}` must be at least {least}, got {value}.")
 
+    def check_flag(self, option: str) -> None:
+        """Raise TypeError unless an option is a bool."""
+        value = getattr(self, option)
+        if not isinstance(value, bool):
+            raise TypeError(f"{self.name}: `{option}` must be True or False, got {value!r}.")
+
     def check_choice(self, option: str, allowed: tuple[str, ...]) -> None:
         """Raise ValueError unless an option is one of the allowed names."""
         value = getattr(self, option)

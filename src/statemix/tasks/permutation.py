@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from statemix.tasks.base import Task, Tokens
+from statemix.tasks.base import IGNORE_INDEX, Task, Tokens
 
 Table = np.ndarray[tuple[int, int], np.dtype[np.int16]]
 
@@ -31,6 +31,9 @@ class PermutationComposition(Task):
             product the element (a, b) has the number a * |second| + b.
         seq_len: L, in tokens.
         generators: "all", or "transpositions": inputs restricted to the transpositions of S<n>, which generate it.
+        start: put one more token, the last of the vocabulary, before the sequence; its target is not scored. A linear
+            recurrence starts from a state of zeros, and gates that only see the token cannot tell the first step from
+            later ones: without a start token a layer must write to its state, and so forget, all the time.
 
     Raises:
         TypeError, ValueError: the group is not of that form or has more than 5040 elements, L < 1, or `generators`
@@ -44,36 +47,46 @@ class PermutationComposition(Task):
     group: str = "S3"
     seq_len: int = 16
     generators: str = "all"
+    start: bool = False
 
     def __post_init__(self) -> None:
         self.check_int("seq_len", least=1)
         self.check_choice("generators", INPUTS)
+        self.check_flag("start")
         _factors(self.group)
         if self.generators == "transpositions":
             _transpositions(self.group)
 
     @property
     def vocab_size(self) -> int:
-        """Number of elements of the group: both tokens and targets."""
-        return len(group_table(self.group))
+        """Number of elements of the group: both tokens and targets; and the start token, if there is one."""
+        return len(group_table(self.group)) + self.start
+
+    @property
+    def length(self) -> int:
+        """L, and the start token."""
+        return self.seq_len + self.start
 
     @property
     def chance(self) -> float:
         """One in the number of elements of the group."""
-        return 1 / self.vocab_size
+        return 1 / len(group_table(self.group))
 
     def generate(self, rng: np.random.Generator, count: int, split: str) -> Tokens:
         """Uniform over the group, or over its transpositions."""
-        inputs = np.arange(self.vocab_size) if self.generators == "all" else _transpositions(self.group)
-        return inputs[rng.integers(len(inputs), size=(count, self.seq_len))]
+        size = len(group_table(self.group))
+        inputs = np.arange(size) if self.generators == "all" else _transpositions(self.group)
+        tokens = inputs[rng.integers(len(inputs), size=(count, self.seq_len))]
+        return np.pad(tokens, ((0, 0), (1, 0)), constant_values=size) if self.start else tokens
 
     def oracle(self, tokens: Tokens) -> Tokens:
         """The targets (B, L) of tokens (B, L), from the multiplication table."""
         table = group_table(self.group)
-        targets = np.empty_like(tokens)
-        targets[:, 0] = tokens[:, 0]
-        for t in range(1, tokens.shape[1]):
-            targets[:, t] = table[targets[:, t - 1], tokens[:, t]]
+        targets = np.full_like(tokens, IGNORE_INDEX)
+        product = np.zeros_like(tokens[:, 0])  # the identity is element 0 of every group
+        for t in range(int(self.start), tokens.shape[1]):
+            targets[:, t] = table[product, tokens[:, t]]
+            product = targets[:, t]
         return targets
 
 
