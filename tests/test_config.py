@@ -23,6 +23,7 @@ NOT_DEFAULT = [
     TrainConfig(optimizer=OptimizerConfig(0.1, 1e-9, 1.0, (0.0, 0.5), 0.0, 1e300)),
     TrainConfig(optimizer=OptimizerConfig(clip=None)),
     TrainConfig(task={"name": "text", "test": 0.0, "tokenizer": "characters"}, accumulate=4, carry=True),
+    TrainConfig(train_lengths=(4, 16), row_entropy=0.1),
 ]
 
 
@@ -53,7 +54,7 @@ def test_a_missing_key_has_its_default_and_whole_numbers_serve_as_floats():
 
 def test_specs_are_stored_with_their_defaults():
     config = TrainConfig(task={"name": "permutation"}, mixer={"name": "h_lru", "num_channels": 4, "order": 2})
-    assert config.task == {"name": "permutation", "group": "S3", "seq_len": 16, "generators": "all"}
+    assert config.task == {"name": "permutation", "group": "S3", "seq_len": 16, "generators": "all", "start": False}
     assert config.mixer == {
         **{"name": "h_lru", "num_channels": 4, "order": 2, "normalization": "softmax"},
         **{"selective": True, "form": "companion", "backend": "auto", "recompute": None, "gate_half_life": None},
@@ -84,7 +85,11 @@ def test_a_config_leaves_the_callers_random_state_as_it_was():
 # what is changed in the JSON of the default config -> the message
 WRONG_JSON = {
     # unknown keys, at every level
-    "step": (1, ValueError, r"unknown key `step`; there are \['accumulate', .*'test_lengths', 'train_sequences'\]"),
+    "step": (
+        1,
+        ValueError,
+        r"unknown key `step`; there are \['accumulate', .*'test_lengths', 'train_lengths', 'train_sequences'\]",
+    ),
     "model.width": (1, ValueError, r"unknown key `model\.width`; there are \['d_model', .*'tied_embedding'\]"),
     "optimizer.beta": (1, ValueError, r"unknown key `optimizer\.beta`; there are \['betas', .*'weight_decay'\]"),
     "mixer.blocks": (1, ValueError, r"mixer: `blocks` is not an option of 'bd_lru', which has \['backend', .*\]"),

@@ -15,7 +15,12 @@ from statemix.mixers import build_mixer, complete_mixer
 from statemix.tasks import build_task, complete_task
 
 PRECISIONS = ("no", "bf16", "fp16")
-LATER = ("accumulate", "carry")  # fields of TrainConfig that version 0.1.0 has not had from its start
+LATER = (
+    "accumulate",
+    "carry",
+    "row_entropy",
+    "train_lengths",
+)  # fields of TrainConfig that version 0.1.0 has not had from its start
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,12 @@ class TrainConfig:
         batch_size: sequences per step, over all processes.
         train_sequences: size of the training set, gone through in epochs in an order of their own: the first so many of
             the training stream. None: every batch is new.
+        train_lengths: sequence lengths trained on one after another, each for an equal share of the steps, with as many
+            tokens in a step as at the task's own length. Empty: that length alone. Validation is at the task's own.
+        row_entropy: weight of a penalty on rows of gates that are not one-hot: their mean entropy in nats, which joins
+            the loss of every batch (with `accumulate` or many processes, every part) that is answered without an error,
+            with a weight that rises from 0 in the middle of training to this at the end; the best checkpoint is that of
+            the lowest sum. Of `bd_lru` and `h_lru` alone.
         seed: of the initial weights and the training stream. Validation and test data are the same for every seed.
         eval_every: steps between validations; each also writes a checkpoint.
         patience: training ends after so many validations in a row without a lower loss. None: after `steps`.
@@ -115,6 +126,8 @@ class TrainConfig:
     steps: int = 600
     batch_size: int = 128
     train_sequences: int | None = None
+    train_lengths: tuple[int, ...] = ()
+    row_entropy: float = 0.0
     seed: int = 0
     eval_every: int = 100
     patience: int | None = None
@@ -138,7 +151,9 @@ class TrainConfig:
         stop = self.stop_accuracy
         _require("stop_accuracy", stop, stop is None or 0 < stop <= 1, "above 0 and at most 1")
         _require("seed", self.seed, self.seed >= 0, "at least 0")
-        _require("test_lengths", self.test_lengths, all(n >= 1 for n in self.test_lengths), "all at least 1")
+        for name in ("test_lengths", "train_lengths"):
+            lengths = getattr(self, name)
+            _require(name, lengths, all(n >= 1 for n in lengths), "all at least 1")
         allowed = self.mixed_precision in PRECISIONS
         _require("mixed_precision", self.mixed_precision, allowed, f"one of {sorted(PRECISIONS)}")
         # specs are stored with their defaults, so that equal runs have equal configs, also after a default changes
@@ -155,6 +170,14 @@ class TrainConfig:
                 "test_lengths", length, own, f"the task's `seq_len` = {task.seq_len}: an autoencoder has one length"
             )
             task.with_seq_len(length)
+        for length in self.train_lengths:
+            at_will = not task.autoencoder and self.train_sequences is None and not self.carry
+            rule = "empty with `train_sequences`, `carry` or an autoencoder"
+            _require("train_lengths", self.train_lengths, at_will, rule)
+            task.with_seq_len(length)
+        entropy, penalised = self.row_entropy, self.mixer["name"] in ("bd_lru", "h_lru")
+        _require("row_entropy", entropy, 0 <= entropy < math.inf, "at least 0 and finite")
+        _require("row_entropy", entropy, penalised or not entropy, "0 for a mixer without rows of gates")
         with torch.device("meta"):  # checks the options; no memory, no random numbers drawn
             build_mixer(self.mixer, self.model.d_model)
 

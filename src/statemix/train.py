@@ -6,8 +6,9 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +29,7 @@ from statemix.checkpoint import (
     optimizer_tensors,
 )
 from statemix.config import OptimizerConfig, TrainConfig, first_difference
+from statemix.mixers.base import LinearRecurrence
 from statemix.model import AutoEncoder, SequenceModel, State, TokenModel, load_model
 from statemix.processes import all_rows, make_accelerator, own_rows, prepare, whole, whole_model
 from statemix.report import plot_curves
@@ -142,7 +144,9 @@ def _run(
         best_step = _step_of(best_checkpoint)
         reached = any(_reached(config, line) for line in metrics if line["step"] <= step)
     else:
-        for split, part in (("train", task), ("valid", task), *(("test", part) for part in _test_tasks(config, task))):
+        trained = [task.with_seq_len(length) for length in config.train_lengths] or [task]
+        splits = {"train": trained, "valid": [task], "test": _test_tasks(config, task)}
+        for split, part in ((split, part) for split, parts in splits.items() for part in parts):
             part.draw(split, 1, seed=0, index=0)  # what cannot be drawn is better found now than after training
         if accelerator.is_main_process:
             if resume == "auto":
@@ -168,7 +172,10 @@ def _run(
                 group["lr"] = learning_rate(config.optimizer, step, config.steps)
             may_end = step + 1 == config.steps or (ends_early and (step + 1) % config.eval_every == 0)
             logged = (step + 1) % config.log_every == 0 or may_end
-            done = _gradients(wrapped, accelerator, batch, carried, config.accumulate, predict=logged)
+            penalty = config.row_entropy * max(0.0, 2 * step / config.steps - 1)
+            with _row_entropies(model, enabled=penalty > 0) as entropies:
+                args = (wrapped, accelerator, batch, carried, config.accumulate)
+                done = _gradients(*args, predict=logged, penalty=penalty, entropies=entropies)
             carried = done.state if config.carry else None
             clip = math.inf if config.optimizer.clip is None else config.optimizer.clip
             grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), clip)
@@ -191,12 +198,16 @@ def _run(
                 bar.update(line)
             if step % config.eval_every == 0 or step == config.steps:
                 rows, device = config.batch_size, accelerator.device
-                valid = evaluate(wrapped, task, "valid", config.eval_sequences, rows, device, carry=config.carry)
+                with _row_entropies(model, enabled=config.row_entropy > 0) as entropies:
+                    valid = evaluate(wrapped, task, "valid", config.eval_sequences, rows, device, carry=config.carry)
+                if entropies:  # the mean over layers and batches
+                    valid["row_entropy"] = float(sum(entropies)) / len(entropies)
                 [valid] = broadcast_object_list([valid])  # so that all processes stop at the same step
                 line = {"step": step} | {f"valid_{key}": value for key, value in valid.items()}
                 _require_finite(line, ("valid_loss",), config, folder)
-                best = valid["loss"] < best_loss
-                best_loss, best_step = (valid["loss"], step) if best else (best_loss, best_step)
+                penalised = valid["loss"] + config.row_entropy * valid.get("row_entropy", 0.0)
+                best = penalised < best_loss
+                best_loss, best_step = (penalised, step) if best else (best_loss, best_step)
                 reached = _reached(config, line)
                 saved = whole_model(accelerator, wrapped), optimizer_tensors(optimizer)
                 all_carried = None if carried is None else [all_rows(accelerator, rows) for rows in carried]
@@ -246,11 +257,21 @@ class _Done(NamedTuple):
 
 
 def _gradients(
-    model: torch.nn.Module, accelerator: Accelerator, batch: Batch, state: State | None, parts: int, *, predict: bool
+    model: torch.nn.Module,
+    accelerator: Accelerator,
+    batch: Batch,
+    state: State | None,
+    parts: int,
+    *,
+    predict: bool,
+    penalty: float,
+    entropies: list[Tensor],
 ) -> _Done:
     """Add up the gradients of the mean loss over the scored targets of a global batch, in so many parts.
 
-    The mean is over the targets of all parts and processes, so that it is one loss however they divide the batch.
+    The mean is over the targets of all parts and processes, so that it is one loss however they divide the batch. A
+    part that is answered without an error adds its share of the penalty times the sum of `entropies`, which its forward
+    fills.
     """
     scored = max(1, int((batch.targets != IGNORE_INDEX).sum()))  # 0 if each of few short windows ends its document
     tokens, targets, reset = (None if rows is None else own_rows(accelerator, rows) for rows in batch)
@@ -263,7 +284,11 @@ def _gradients(
         with contextlib.nullcontext() if number == parts - 1 else accelerator.no_sync(model):
             logits, after = _logits(model, tokens[rows], before, None if reset is None else reset[rows])
             loss = _cross_entropy(logits, targets[rows]) / scored
-            accelerator.backward(loss * accelerator.num_processes)  # whose gradients are averaged, not added up
+            total = loss * accelerator.num_processes  # whose gradients are averaged, not added up
+            if entropies and bool(((logits.argmax(-1) == targets[rows]) | (targets[rows] == IGNORE_INDEX)).all()):
+                total = total + penalty / parts * sum(entropies)
+            entropies.clear()
+            accelerator.backward(total)
         losses.append(loss.detach())
         predictions.append(logits.argmax(-1) if predict else targets.new_empty(0))
         states.append([layer.detach() for layer in after])
@@ -345,9 +370,35 @@ def _training_batch(config: TrainConfig, task: Task, step: int) -> Batch:
     """The global batch of a step: a pure function of its arguments, so that a run can go on anywhere."""
     if config.carry:
         return task.carried(config.batch_size, seed=config.seed, index=step)
+    if config.train_lengths:
+        task = task.with_seq_len(config.train_lengths[step * len(config.train_lengths) // config.steps])
+        rows = max(1, config.batch_size * build_task(config.task).length // task.length)
+        return task.sample("train", rows, seed=config.seed, index=step)
     if config.train_sequences is None:
         return task.sample("train", config.batch_size, seed=config.seed, index=step)
     return finite_batch(task, config.train_sequences, config.batch_size, seed=config.seed, step=step)
+
+
+ENTROPY_TOKENS = 512  # of a batch: more would cost as much as the layer itself
+
+
+@contextlib.contextmanager
+def _row_entropies(model: TokenModel, *, enabled: bool) -> Iterator[list[Tensor]]:
+    """A list that fills, while the model runs, with each layer's mean entropy of its rows of gates at the first tokens.
+
+    It is computed within the forward, where a wrapper for many processes has the weights at hand.
+    """
+    entropies: list[Tensor] = []
+
+    def add(mixer: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        entropies.append(cast(LinearRecurrence, mixer).row_entropy(inputs[0].flatten(0, 1)[None, :ENTROPY_TOKENS]))
+
+    hooks = [mixer.register_forward_pre_hook(add) for mixer in model.mixers if enabled]
+    try:
+        yield entropies
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _reached(config: TrainConfig, line: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from statemix.analysis import transitions
+from statemix.gates import normalize
 from statemix.scan import cpu, lagged_states, scan_to_state
 
 
@@ -125,6 +126,26 @@ class LinearRecurrence(Mixer):
         if self.kind == "companion":
             states = lagged_states(states, state, reset, self.state_shape[0])
         return self.output(states.flatten(2).to(x.dtype)), final_state
+
+    def row_entropy(self, x: Tensor) -> Tensor:
+        """Mean over the rows of gates at x (B, T, D) of -sum_j |p_j| ln |p_j|, in nats: 0 where all are one-hot."""
+        weights = normalize(self.raw_gates(x), self.normalization, dim=-2).abs()
+        return -torch.special.xlogy(weights, weights).sum(-2).mean()
+
+    @torch.no_grad()
+    def sharpen(self, factor: float) -> None:
+        """Multiply the raw gates by a factor, in place: with softmax every weight p becomes p^factor / sum p^factor.
+
+        From large factors on a row is one-hot, and what a block of such rows moves it moves without loss.
+
+        Raises:
+            ValueError: the normalisation is not softmax, or the factor is not above 0.
+        """
+        if self.normalization != "softmax" or not 0 < factor < math.inf:
+            what = f"normalization={self.normalization!r} and factor={factor}"
+            raise ValueError(f"sharpen: `normalization` must be 'softmax' and `factor` above 0 and finite, got {what}.")
+        for parameter in self.raw_gates.parameters():
+            parameter.mul_(factor)
 
     def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Mixer.step`. Without gradients it is one fused call, which allocates its results and nothing else."""

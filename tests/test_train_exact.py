@@ -1,0 +1,203 @@
+"""What exact state tracking is trained with: the start token, shorter lengths first, the penalty on blurred rows."""
+
+import math
+import re
+
+import pytest
+import torch
+from test_checkpoint import Stopped, differing, run, small_config
+
+from statemix import BDLRU, HLRU, SequenceModel, TrainConfig
+from statemix.config import ModelConfig, OptimizerConfig
+from statemix.model import load_model
+from statemix.tasks import IGNORE_INDEX, PermutationComposition
+from statemix.tasks.permutation import group_table
+
+START = {"name": "permutation", "group": "S3", "seq_len": 5, "start": True}
+
+
+def test_a_start_token_stands_before_the_sequence_and_is_not_scored():
+    task = PermutationComposition("S3", seq_len=7, start=True)
+    tokens, targets, _ = task.sample("train", 50)
+    assert (task.vocab_size, task.length, task.seq_len, task.chance) == (7, 8, 7, 1 / 6)
+    assert tokens.shape == (50, 8)
+    assert (tokens[:, 0] == 6).all()
+    assert (targets[:, 0] == IGNORE_INDEX).all()
+    assert tokens[:, 1:].max() == 5
+    bare = PermutationComposition("S3", seq_len=7).oracle(tokens[:, 1:].numpy())
+    assert targets[:, 1:].tolist() == bare.tolist()
+    longer = task.with_seq_len(9)
+    assert (longer.start, longer.length) == (True, 10)
+
+
+@pytest.mark.parametrize("value", [1, "yes", None])
+def test_start_must_be_a_bool(value):
+    with pytest.raises(TypeError, match=f"^permutation: `start` must be True or False, got {value!r}.$"):
+        PermutationComposition(start=value)
+
+
+def test_lengths_come_one_after_another_with_as_many_tokens(tmp_path, monkeypatch):
+    shapes, sample = [], PermutationComposition.sample
+
+    def spy(self, split, *args, **options):
+        batch = sample(self, split, *args, **options)
+        if split == "train":
+            shapes.append(tuple(batch.tokens.shape))
+        return batch
+
+    monkeypatch.setattr(PermutationComposition, "sample", spy)
+    config = small_config(task=START, steps=7, train_lengths=(1, 2, 5), eval_every=2)
+    whole = run(tmp_path / "whole", config)
+    shapes = shapes[-7:]  # before: what is drawn to see that it can be
+    assert shapes == [(24, 2)] * 3 + [(16, 3)] * 2 + [(8, 6)] * 2
+    with pytest.raises(Stopped):
+        run(tmp_path / "stopped", config, stop_before=5)
+    run(tmp_path / "stopped", config)
+    assert differing(tmp_path / "stopped", whole.out) == []
+
+
+def test_a_length_without_training_sequences_is_found_before_training(tmp_path):
+    config = small_config(task=START | {"group": "Z1"}, train_lengths=(1, 5))
+    with pytest.raises(ValueError, match="no sequence of length 6 belongs to split 'train'"):
+        run(tmp_path / "run", config)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_penalty_makes_rows_one_hot_and_chooses_the_checkpoint(tmp_path):
+    changes = {"steps": 80, "eval_every": 10, "log_every": 20, "task": START | {"group": "S2"}, "batch_size": 4}
+    plain = run(tmp_path / "plain", small_config(**changes))
+    sharp = run(tmp_path / "sharp", small_config(**changes, row_entropy=3.0))
+    lines = [line for line in sharp.metrics if "valid_loss" in line]
+    assert all("valid_row_entropy" not in line for line in plain.metrics)
+    first_half = [[line["loss"] for line in r.metrics if "loss" in line and line["step"] <= 40] for r in (plain, sharp)]
+    assert first_half[0] == first_half[1]  # the penalty begins in the middle
+    assert lines[-1]["valid_row_entropy"] < 0.3 * lines[3]["valid_row_entropy"]
+    sums = {line["step"]: line["valid_loss"] + 3.0 * line["valid_row_entropy"] for line in lines}
+    assert sharp.summary["best_step"] == min(sums, key=sums.__getitem__)
+    assert (
+        sharp.summary["valid"]["row_entropy"]
+        == lines[list(sums).index(sharp.summary["best_step"])]["valid_row_entropy"]
+    )
+
+
+def test_the_entropy_of_a_run_is_that_of_its_layers(tmp_path):
+    """By hand: the gates of every validation token, which are fewer than the penalty looks at."""
+    config = small_config(task=START, row_entropy=0.5, model=ModelConfig(d_model=8, num_layers=2))
+    result = run(tmp_path / "run", config)
+    model = load_model(result.out / f"step-{result.summary['best_step']}")
+    tokens = PermutationComposition("S3", 5, start=True).sample("valid", 8).tokens
+    tokens = torch.cat([tokens, PermutationComposition("S3", 5, start=True).sample("valid", 8, index=1).tokens])
+    x, entropies = model.embedding(tokens), []
+    for layer in model.layers:
+        inputs = layer.mixer_norm(x)
+        weights = torch.softmax(layer.mixer.raw_gates(inputs), dim=-2)
+        entropies.append(-(weights * weights.log()).sum(-2).mean().item())
+        x, _ = layer(x, None, None)
+    assert result.summary["valid"]["row_entropy"] == pytest.approx(sum(entropies) / 2, rel=1e-5)
+
+
+def test_a_row_entropy_by_hand():
+    layer = BDLRU(4, num_blocks=3, block_size=2)
+    with torch.no_grad():
+        layer.raw_gates.projection.weight.zero_()
+        layer.raw_gates.projection.bias.view(2, 3, 3).copy_(torch.tensor([[0.0, 0.0, 0.0], [9e9, 0.0, 0.0]])[..., None])
+    assert layer.row_entropy(torch.randn(1, 5, 4)).item() == pytest.approx(math.log(3) / 2)
+    signed = HLRU(4, num_channels=2, order=1, normalization="linear")
+    with torch.no_grad():
+        signed.raw_gates.projection.weight.zero_()
+        signed.raw_gates.projection.bias.view(2, 2).copy_(torch.tensor([[-1.0], [3.0]]))
+    by_hand = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    assert signed.row_entropy(torch.randn(1, 5, 4)).item() == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("selective", [True, False])
+def test_sharpened_rows_are_powers(selective):
+    torch.manual_seed(0)
+    layer = BDLRU(4, num_blocks=3, block_size=2, selective=selective)
+    x = torch.randn(2, 5, 4)
+    before = torch.softmax(layer.raw_gates(x), dim=-2).detach()
+    layer.sharpen(3.0)
+    after = torch.softmax(layer.raw_gates(x), dim=-2)
+    assert torch.allclose(after, before**3 / (before**3).sum(-2, keepdim=True), rtol=1e-5)
+    layer.sharpen(1e6)
+    assert layer.row_entropy(x).item() == 0
+
+
+def test_what_cannot_be_sharpened():
+    text = "sharpen: `normalization` must be 'softmax' and `factor` above 0 and finite, got "
+    for layer, factor, what in (
+        (BDLRU(4, 3, 2, normalization="tanh"), 2.0, "normalization='tanh' and factor=2.0"),
+        (BDLRU(4, 3, 2), 0.0, "normalization='softmax' and factor=0.0"),
+        (BDLRU(4, 3, 2), math.inf, "normalization='softmax' and factor=inf"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(text + what)}.$"):
+            layer.sharpen(factor)
+
+
+def test_a_start_token_and_one_hot_rows_track_a_group_exactly():
+    """By construction: components 0-2 of a block hold marks that the start token writes, and every token permutes."""
+    torch.manual_seed(0)
+    elements, table = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)], group_table("S3")
+    model = SequenceModel(7, 8, 1, {"name": "bd_lru", "num_blocks": 1, "block_size": 3})
+    layer = model.mixers[0]
+    gates = torch.zeros(7, 3, 4)
+    for token, element in enumerate(elements):
+        for i in range(3):
+            gates[token, i, element[i]] = 1  # h'[i] = h[element[i]]
+    gates[6, :, 3] = 1
+    with torch.no_grad():
+        layer.raw_gates.projection.bias.zero_()
+        layer.raw_gates.projection.weight[:, :7].copy_(1e4 * gates.flatten(1).T)
+        layer.raw_gates.projection.weight[:, 7].zero_()
+        layer.values.weight.zero_()
+        layer.values.weight[:, 6] = torch.tensor([1.0, 2.0, 3.0])
+    tokens = PermutationComposition("S3", 4096, start=True).sample("test", 4).tokens
+    x = torch.eye(8)[tokens]
+    state = None
+    with torch.no_grad():
+        for chunk in x.split(1000, dim=1):
+            _, state = layer(chunk, state)
+    products = torch.zeros(4, dtype=torch.int64)
+    for column in tokens[:, 1:].T:
+        products = torch.from_numpy(table.astype("int64"))[products, column]
+    # (x_1 o x_2)[i] = x_1[x_2[i]], and each token moves what those before it have moved: the marks are the product
+    assert state[:, :, 0].tolist() == [[1.0 + elements[p][i] for i in range(3)] for p in products.tolist()]
+
+
+BAD = [
+    ({"train_lengths": (4, 0)}, ValueError, "`train_lengths` must be all at least 1, got (4, 0)."),
+    ({"train_lengths": (4.0,)}, TypeError, "`train_lengths` must be of type tuple[int, ...], got (4.0,)."),
+    (
+        {"train_lengths": (4,), "train_sequences": 9},
+        ValueError,
+        "`train_lengths` must be empty with `train_sequences`, `carry` or an autoencoder, got (4,).",
+    ),
+    ({"row_entropy": -0.1}, ValueError, "`row_entropy` must be at least 0 and finite, got -0.1."),
+    ({"row_entropy": math.inf}, ValueError, "`row_entropy` must be at least 0 and finite, got inf."),
+    (
+        {"row_entropy": 0.1, "mixer": {"name": "lstm", "hidden_size": 4}},
+        ValueError,
+        "`row_entropy` must be 0 for a mixer without rows of gates, got 0.1.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "text"), BAD, ids=lambda v: str(v)[:40])
+def test_bad_values(changes, error, text):
+    with pytest.raises(error, match=f"^TrainConfig: {re.escape(text)}$"):
+        TrainConfig(**changes)
+
+
+def test_the_recipe_is_exact_far_beyond_its_lengths(tmp_path):
+    """S2, a few seconds: no error in 64 sequences at 64 times the longest trained length."""
+    config = TrainConfig(
+        task={"name": "permutation", "group": "S2", "seq_len": 16, "start": True},
+        mixer={"name": "bd_lru", "num_blocks": 8, "block_size": 2},
+        model=ModelConfig(d_model=16),
+        optimizer=OptimizerConfig(lr=2e-2),
+        **{"steps": 200, "batch_size": 32, "eval_every": 50, "eval_sequences": 64, "log_every": 100, "seed": 1},
+        train_lengths=(4, 16),
+        row_entropy=0.1,
+        test_lengths=(1024,),
+    )
+    assert run(tmp_path / "run", config).summary["test"]["1024"]["sequence_accuracy"] == 1
