@@ -204,7 +204,7 @@ class Layer(Benchmark):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStep(Layer):
-    """A training step of a one-layer model, with mixers of equally many parameters: against the LSTM."""
+    """A training step of a one-layer model, with mixers of equally many parameters: against LSTM and Mamba-2."""
 
     what = "train-step"
 

@@ -169,6 +169,10 @@ def _lstm_model(shape: Shape) -> SequenceModel:
     return _rival_model(shape, "hidden_size", name="lstm")
 
 
+def _mamba2_model(shape: Shape) -> SequenceModel:
+    return _rival_model(shape, "head_dim", name="mamba2")
+
+
 def train_work(shape: Shape, build: Callable[[], nn.Module]) -> Work:
     """A training step of a SequenceModel: cross entropy, its backward, clipping, AdamW."""
     model = _built(shape, build)
@@ -194,6 +198,7 @@ TRAIN_CONTENDERS = (
     own("bdlru", train_work, _model),
     own("hlru", train_work, _h_lru_model),
     Contender("lstm", lambda shape: train_work(shape, partial(_lstm_model, shape))),
+    Contender("mamba2", lambda shape: train_work(shape, partial(_mamba2_model, shape))),
 )
 
 
