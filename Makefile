@@ -1,5 +1,7 @@
 # make quickstart   install into .venv, then train and compare four small models
 # make test         install into .venv, then lint, type checks and tests
+# make experiments  train everything the claims need, hours: BUDGET=quick (2 cores) or full (a cluster); it resumes
+# make results      draw the figures and tables of the claims again from results/
 # make sanitize     build the kernels with the address and undefined-behaviour sanitizers, and run them all (minutes)
 # make format       let ruff rewrite the sources
 
@@ -9,8 +11,10 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := src tests experiments
+BUDGET ?= quick
+CLAIMS := state_tracking exact structure normalization memory regular
 
-.PHONY: quickstart test sanitize format clean
+.PHONY: quickstart test experiments results sanitize format clean
 quickstart: .venv/installed
 	$(BIN)/python experiments/quickstart.py
 
@@ -18,7 +22,17 @@ test: .venv/installed
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# a run that diverges is a result: status 1 goes on
+experiments: .venv/installed
+	for claim in $(CLAIMS); do $(BIN)/statemix sweep experiments/$$claim.py --budget $(BUDGET) --out runs/$$claim || test $$? = 1 || exit 1; done
+	$(BIN)/python experiments/results.py --collect $(CLAIMS)
+	$(BIN)/python experiments/endless.py runs/exact
+	$(BIN)/python experiments/relu.py
+
+results: .venv/installed
+	$(BIN)/python experiments/results.py
 
 # Python itself is not sanitised, so the runtime is loaded before it, and with it libstdc++, whose exceptions it watches.
 sanitize: .venv/installed

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from test_checkpoint import Stopped, cut, differing, extra, run
 
 from statemix import SequenceModel, TrainConfig, cli
-from statemix.checkpoint import load_state
+from statemix.checkpoint import load_carried
 from statemix.config import ModelConfig, OptimizerConfig
 from statemix.runs import read_run, row_of
 from statemix.sweep import run_name
@@ -225,7 +225,7 @@ def test_a_run_that_carries_its_state_resumes_exactly(tmp_path, source, stop, ac
     assert json.loads((tmp_path / "run" / "checkpoints.json").read_text())["last"] == "step-3"
     # were the state lost, the run would be another one
     shutil.copytree(tmp_path / "run", tmp_path / "lost")
-    with mock.patch("statemix.train.load_state", lambda *args: [torch.zeros_like(x) for x in load_state(*args)]):
+    with mock.patch("statemix.train.load_carried", lambda *args: [torch.zeros_like(x) for x in load_carried(*args)]):
         run(tmp_path / "lost", config)
     assert "step-6/model.safetensors" in differing(tmp_path / "lost", whole.out)
     run(tmp_path / "run", config)

@@ -260,7 +260,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{i}.{key}": whole(value).contiguous() for i, moments in state.items() for key, value in moments.items()}
 
 
-def load_state(checkpoint: Path, model: TokenModel, rows: int) -> list[Tensor]:
+def load_carried(checkpoint: Path, model: TokenModel, rows: int) -> list[Tensor]:
     """The state that the training rows of a checkpoint carry on. Raises ValueError if it is cut short or unfit."""
     path = checkpoint / STATE_FILE
     tensors = read_tensors(path)

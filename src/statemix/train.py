@@ -23,8 +23,8 @@ from statemix.checkpoint import (
     CURVES_FILE,
     RESULT_FILE,
     RunFolder,
+    load_carried,
     load_optimizer,
-    load_state,
     locked,
     optimizer_tensors,
 )
@@ -140,7 +140,7 @@ def _run(
         for checkpoint in (best_checkpoint, last):  # a damaged best one is better found now than after training
             model.load_weights(checkpoint)
         if config.carry:
-            carried = tuple(own_rows(accelerator, rows) for rows in load_state(last, model, config.batch_size))
+            carried = tuple(own_rows(accelerator, rows) for rows in load_carried(last, model, config.batch_size))
         best_step = _step_of(best_checkpoint)
         reached = any(_reached(config, line) for line in metrics if line["step"] <= step)
     else:
