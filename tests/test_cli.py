@@ -70,7 +70,7 @@ def flags() -> list[str]:
 def test_help_names_every_field_option_and_name(capsys):
     status, text, errors = call(capsys, "train", "--help")
     assert (status, errors) == (0, "")
-    assert len(flags()) == 26
+    assert len(flags()) == 28
     options = [f"--task.{name}" for name in ("group", "seq-len", "generators")]
     options += [f"--mixer.{name}" for name in ("num-blocks", "block-size", "normalization", "selective", "backend")]
     for flag in [*flags(), *options, "--config", "--preset", "--out", "--resume"]:
@@ -204,7 +204,7 @@ EVERY_FLAG = """--task=permutation --task.group A4xZ5 --task.seq-len 6 --task.ge
     --optimizer.weight-decay 0.0 --optimizer.clip 2
     --steps 7 --batch-size 6 --seed 5 --eval-every 4 --eval-sequences 3 --test-lengths 2 1 --log-every 9
     --train-sequences 8 --patience 2 --stop-accuracy 0.75
-    --mixed-precision bf16 --accumulate 3"""
+    --mixed-precision bf16 --accumulate 3 --row-entropy 0.5"""
 
 
 def test_every_flag_sets_its_field(capsys):
@@ -226,12 +226,17 @@ def test_every_flag_sets_its_field(capsys):
             optimizer=OptimizerConfig(0.5, 0.25, 0.5, (0.5, 0.75), 0.0, 2.0),
             **{"steps": 7, "batch_size": 6, "seed": 5, "eval_every": 4, "eval_sequences": 3, "log_every": 9},
             **{"test_lengths": (2, 1), "mixed_precision": "bf16"},
-            **{"train_sequences": 8, "patience": 2, "stop_accuracy": 0.75, "accumulate": 3},
+            **{"train_sequences": 8, "patience": 2, "stop_accuracy": 0.75, "accumulate": 3, "row_entropy": 0.5},
         ),
         "there",
     )
     assert given.call_args.kwargs == {"resume": "never"}
-    assert set(flags()) <= {"--carry", *EVERY_FLAG.replace("=", " ").split()}  # which text alone has
+    # the first is of text, the second not with --train-sequences
+    assert set(flags()) <= {"--carry", "--train-lengths", *EVERY_FLAG.replace("=", " ").split()}
+
+
+def test_train_lengths_are_set(capsys):
+    assert trained_config(capsys, "--train-lengths", "4", "16").train_lengths == (4, 16)
 
 
 def trained_config(capsys, *arguments: str) -> TrainConfig:
