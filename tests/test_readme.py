@@ -34,7 +34,7 @@ def test_python_of_the_readme_runs():
 def test_statemix_commands_of_the_readme_run(tmp_path, capsys, monkeypatch):
     commands = [command[1:] for command in shell_commands() if command[0] == "statemix"]
     names = [command[0] for command in commands]
-    assert names == ["train", "train", "info", "bench", "train", "sweep", "report", "info"]
+    assert names == [*("train", "train", "info", "bench", "train", "sweep", "report", "info", "train", "generate")]
     shown = (ROOT / "experiments" / "recall.py").read_text()
     monkeypatch.chdir(tmp_path)  # as written but shorter, and not into the reader's folder
     Path("experiments").mkdir()
@@ -42,10 +42,14 @@ def test_statemix_commands_of_the_readme_run(tmp_path, capsys, monkeypatch):
         f"{shown}\nfrom dataclasses import replace\n"
         "configs = [replace(configs[m], steps=2, batch_size=2, eval_sequences=2) for m in ('LRU', 'Mamba-2')]\n"
     )
+    Path("book.txt").write_text("Once upon a time there was a sequence that never ended. " * 400)
+    monkeypatch.setenv("STATEMIX_CACHE", str(tmp_path / "cache"))
     for command in commands:
         short = []
         if command[0] == "train" and "--out" in command:
             short = ["--steps", "2", "--eval-sequences", "8"]
+        if command[0] == "generate":
+            short = ["--max-new-tokens", "3"]
         if command[0] == "bench":
             short = ["--sizes", "1x4", "--length", "16", "--seconds", "0.01", "--out", str(tmp_path / "bench")]
         assert main(command + short) == 0, capsys.readouterr().err
@@ -54,7 +58,7 @@ def test_statemix_commands_of_the_readme_run(tmp_path, capsys, monkeypatch):
 
 def test_make_commands_of_the_readme_exist():
     targets = {command[1] for command in shell_commands() if command[0] == "make"}
-    assert targets == {"quickstart", "test"}
+    assert targets == {"quickstart", "test", "results", "experiments"}
     for target in targets:
         assert re.search(rf"^{target}: ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 

@@ -1,0 +1,164 @@
+"""The tables and figures of the claims: results/NAME.csv and .png, and the tables in docs/results.md.
+
+    python experiments/results.py                     draw all again from the committed tables
+    python experiments/results.py --collect NAME...   first take results/NAME.csv from the sweep in runs/NAME
+
+A table is the sweep's own: a row per run, with its config, seed and figures, and the machine it ran on.
+"""
+
+import argparse
+import csv
+import json
+import platform
+import re
+from collections.abc import Callable, Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import endless
+import figures
+import relu
+import torch
+
+from statemix.files import write_whole
+from statemix.report import align
+from statemix.runs import interval, write_table
+from statemix.scan import backend_problem, cpu
+
+RESULTS, RUNS, PAGE = Path("results"), Path("runs"), Path("docs/results.md")
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Collect what was asked for, then draw and write every table there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--collect", nargs="+", default=[], metavar="NAME", choices=sorted(CLAIMS))
+    arguments = parser.parse_args()
+    for name in arguments.collect:
+        collect(name)
+    page = PAGE.read_text()
+    for name, (draw, table) in CLAIMS.items():
+        if not (file := RESULTS / f"{name}.csv").exists():
+            continue
+        rows = read(file)
+        picture = BytesIO()
+        draw(rows).savefig(picture, format="png", dpi=150)
+        write_whole(RESULTS / f"{name}.png", picture.getvalue())
+        page = fill(page, name, f"{align(table(rows), markdown=True)}\n\n{provenance(rows)}")
+        print(f"{name}: {len(rows)} runs")
+    for name, plain in PLAIN.items():
+        if (file := RESULTS / f"{name}.csv").exists():
+            page = fill(page, name, align(plain(read(file)), markdown=True))
+    write_whole(PAGE, page.encode())
+
+
+def collect(name: str) -> None:
+    """Write results/NAME.csv from runs/NAME/results.csv: without the folders, with gradient norms and the machine."""
+    isa = cpu.instruction_set() if backend_problem("cpu") is None else "no kernels"
+    machine = f"{platform.system()} {platform.machine()}, {isa}, torch {torch.__version__.partition('+')[0]}"
+    rows = []
+    with (RUNS / name / "results.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["status"] == "unfinished":
+                continue
+            made: Row = {key: value for key, value in row.items() if key != "folder"} | {"machine": machine}
+            if row["folder"]:
+                lines = (Path(row["folder"]) / "metrics.jsonl").read_text().splitlines()
+                norms = [line["grad_norm"] for line in map(json.loads, lines) if "grad_norm" in line]
+                made |= {"median_grad_norm": median(norms), "largest_grad_norm": max(norms)}
+            rows.append(made)
+    write_table(rows, RESULTS, name)
+
+
+def read(file: Path) -> list[Row]:
+    """The rows of a table, numbers as numbers."""
+
+    def value(text: str) -> str | float:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    with file.open(newline="") as lines:
+        return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(lines)]
+
+
+def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of one label, seeds apart."""
+    made: dict[str, list[Row]] = {}
+    for row in rows:
+        made.setdefault(re.sub(r", seed \d+$", "", row["label"]), []).append(row)
+    return made
+
+
+def estimate(rows: Sequence[Row], key: str) -> str:
+    """Mean ± half of the 95 % interval over the seeds that ended; how many did not, if any."""
+    numbers = [row[key] for row in rows if row["status"] == "done" and row.get(key) != ""]
+    failed = sum(row["status"] != "done" for row in rows)
+    note = f" ({failed} of {len(rows)} diverged)" if failed else ""
+    if not numbers:
+        return note.strip()
+    mean, half_width, _ = interval(numbers)
+    return (f"{mean:.3f}" if half_width is None else f"{mean:.3f} ± {half_width:.3f}") + note
+
+
+def tabulate(rows: Sequence[Row], columns: dict[str, str]) -> list[list[str]]:
+    """A line per group: its label, sizes, and the estimate of each column."""
+    table = [["", "seeds", "parameters of a mixer", "state", *columns]]
+    for label, runs in groups(rows).items():
+        ended = next((row for row in runs if row["status"] == "done"), None)
+        sizes = [f"{ended[key]:,.0f}" if ended else "" for key in ("mixer_parameters", "state_size")]
+        table.append([label, str(len(runs)), *sizes, *(estimate(runs, key) for key in columns.values())])
+    return table
+
+
+def provenance(rows: Sequence[Row]) -> str:
+    """Where the figures of a table come from."""
+    ended = [row for row in rows if row["status"] == "done"]
+    seeds = sorted({int(row["seed"]) for row in ended})
+    hours = sum(row["train_seconds"] for row in ended) / 3600
+    machines = "; ".join(sorted({str(row["machine"]) for row in rows}))
+    return (
+        f"Mean ± half of the 95 % interval (Student's t) over seeds {', '.join(map(str, seeds))}; {len(rows)} runs "
+        f"of one thread each, {hours:.1f} core hours of training. {machines}."
+    )
+
+
+def fill(page: str, name: str, text: str) -> str:
+    """The page with the text between the marks of a table. Raises ValueError if there are none."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"results: {PAGE} must have {begin!r} and {end!r} once each.")
+    return page[: page.index(begin) + len(begin)] + f"\n{text}\n" + page[page.index(end) :]
+
+
+def accuracies(*lengths: int, kinds: Sequence[str] = ("token", "sequence")) -> dict[str, str]:
+    """Columns of the test at some lengths."""
+    return {f"{kind}, {length}": f"test_{length}_{kind}_accuracy" for length in lengths for kind in kinds}
+
+
+def first_length(rows: Sequence[Row]) -> Iterator[Row]:
+    """Rows with the test at the task's own length under names without it, for tables of tasks of different lengths."""
+    for row in rows:
+        own = f"test_{row['task.seq_len']:.0f}_" if row["status"] == "done" else "-"
+        yield row | {f"test_{key.removeprefix(own)}": value for key, value in row.items() if key.startswith(own)}
+
+
+OWN = {"token": "test_token_accuracy", "sequence": "test_sequence_accuracy"}
+NORMS = {"largest gradient norm": "largest_grad_norm", "median": "median_grad_norm"}
+CLAIMS: dict[str, tuple[Any, Any]] = {
+    "state_tracking": (figures.state_tracking, lambda rows: tabulate(rows, accuracies(16, 32, 64))),
+    "memory": (figures.memory, lambda rows: tabulate(list(first_length(rows)), OWN)),
+    "structure": (figures.structure, lambda rows: tabulate(rows, accuracies(16))),
+    "normalization": (figures.normalization, lambda rows: tabulate(list(first_length(rows)), OWN | NORMS)),
+    "exact": (figures.exact, lambda rows: tabulate(rows, accuracies(64, 256, 1024, 4096, kinds=("sequence",)))),
+    "regular": (figures.regular, lambda rows: tabulate(rows, accuracies(40, 80, 160, kinds=("token",)))),
+}
+# tables of scripts of their own, without a picture
+PLAIN: dict[str, Callable[[Sequence[Row]], list[list[str]]]] = {"relu": relu.table, "endless": endless.table}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The experiments: their sweeps are made of valid configs, and what docs/results.md shows is what the tables say."""
+
+import csv
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from statemix import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+EXPERIMENTS = ROOT / "experiments"
+TABLES = sorted(path.stem for path in (ROOT / "results").glob("*.csv"))
+
+
+@pytest.fixture(scope="module")
+def results():
+    """The names of experiments/results.py."""
+    sys.path.insert(0, str(EXPERIMENTS))
+    try:
+        return runpy.run_path(str(EXPERIMENTS / "results.py"), run_name="results")
+    finally:
+        sys.path.remove(str(EXPERIMENTS))
+
+
+@pytest.mark.parametrize("budget", ["quick", "full"])
+def test_every_sweep_is_of_valid_configs_and_has_seeds(results, budget):
+    for name in results["CLAIMS"]:
+        configs = runpy.run_path(str(EXPERIMENTS / f"{name}.py"), run_name=name)["configs"](budget)
+        assert all(isinstance(config, TrainConfig) for config in configs.values())
+        seeds = {config.seed for config in configs.values()}
+        assert len(seeds) >= 3
+        assert all(label.endswith(f", seed {config.seed}") for label, config in configs.items())
+        assert len({config.to_json() for config in configs.values()}) == len(configs)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_holds_whole_runs(name):
+    with (ROOT / "results" / f"{name}.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {int(row["seed"]) for row in rows} >= {0, 1, 2}
+    if "task.name" in rows[0]:  # of a sweep
+        assert all(row["status"] == "done" or row["error"] for row in rows)
+        assert all(row["machine"] for row in rows)
+
+
+def test_the_page_shows_what_the_tables_say(results):
+    page = (ROOT / "docs" / "results.md").read_text()
+    for name, (draw, table) in results["CLAIMS"].items():
+        if name not in TABLES:
+            continue
+        rows = results["read"](ROOT / "results" / f"{name}.csv")
+        text = f"{results['align'](table(rows), markdown=True)}\n\n{results['provenance'](rows)}"
+        assert results["fill"](page, name, text) == page, f"run `make results`: {name}"
+        assert isinstance(draw(rows), Figure)
+        assert (ROOT / "results" / f"{name}.png").exists()
+        changed = [row | {"test_16_token_accuracy": 0.123} for row in rows]
+        if "test_16_token_accuracy" in rows[0]:
+            assert table(changed) != table(rows)
+
+
+def test_the_page_shows_the_plain_tables_too(results):
+    page = (ROOT / "docs" / "results.md").read_text()
+    shown_at_all = [name for name in results["PLAIN"] if name in TABLES]
+    assert shown_at_all
+    for name in shown_at_all:
+        table = results["PLAIN"][name]
+        lines = table(results["read"](ROOT / "results" / f"{name}.csv"))
+        assert results["fill"](page, name, results["align"](lines, markdown=True)) == page, (
+            f"run `make results`: {name}"
+        )
+
+
+def test_a_page_without_the_marks_of_a_table_is_refused(results):
+    with pytest.raises(ValueError, match=r"must have '<!-- memory -->' and '<!-- end of memory -->' once each"):
+        results["fill"]("a page", "memory", "text")
