@@ -101,7 +101,9 @@ def exact(rows: Sequence[Row]) -> Figure:
         scores = [_all(rows, label, f"test_{n}_sequence_accuracy") for n in lengths]
         for axes, shown, name in ((above, part == "the recipe", group), (below, group == "S3", part)):
             if shown:
-                (line,) = axes.plot(lengths, [np.mean(s) if s else np.nan for s in scores], marker=".", label=name)
+                means = [np.mean(s) if s else np.nan for s in scores]
+                style = ("-", "--", ":", "-.")[len(axes.lines) % 4]  # lines lie on each other
+                (line,) = axes.plot(lengths, means, style, marker=".", label=name)
                 low, high = ([f(s) if s else np.nan for s in scores] for f in (min, max))
                 axes.fill_between(lengths, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
     above.set_title(
