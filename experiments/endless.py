@@ -38,7 +38,11 @@ def first_error(model: SequenceModel, task: dict[str, object], seed: int) -> int
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
     """The rows as they are; "none" where there was no error."""
-    shown = [["none" if value in (None, "") else f"{value}" for value in row.values()] for row in rows]
+
+    def cell(value: str | float | None) -> str:
+        return "none" if value in (None, "") else value if isinstance(value, str) else f"{value:,.0f}"
+
+    shown = [[cell(value) for value in row.values()] for row in rows]
     return [list(rows[0]), *shown]
 
 
