@@ -52,7 +52,20 @@ def main() -> None:
     for name, plain in PLAIN.items():
         if (file := RESULTS / f"{name}.csv").exists():
             page = fill(page, name, align(plain(read(file)), markdown=True))
+    page = fill(page, "efficiency", align(efficiency(), markdown=True))
     write_whole(PAGE, page.encode())
+
+
+def efficiency() -> list[list[str]]:
+    """Claim 5: training throughput at equal parameters over that of BD-LRU with M = 1: `statemix bench train-step`."""
+    table = [["M x N of BD-LRU", "threads", "BD-LRU", "H-LRU, order M", "LSTM", "Mamba-2"]]
+    for threads in (1, 2):
+        groups = json.loads((RESULTS / f"bench/train-step-avx512-{threads}t.json").read_text())["groups"]
+        times = [{c["name"]: c["median"] for c in group["contenders"]} for group in groups]
+        for group, own in zip(groups, times, strict=True):
+            speeds = [times[0]["bdlru"] / own[name] for name in ("bdlru", "hlru", "lstm", "mamba2")]
+            table.append([group["size"], str(threads), *(f"{speed:.2f}" for speed in speeds)])
+    return table
 
 
 def collect(name: str) -> None:

@@ -15,6 +15,11 @@ EXPERIMENTS = ROOT / "experiments"
 TABLES = sorted(path.stem for path in (ROOT / "results").glob("*.csv"))
 
 
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
 @pytest.fixture(scope="module")
 def results():
     """The names of experiments/results.py."""
@@ -71,6 +76,12 @@ def test_the_page_shows_the_plain_tables_too(results):
         assert results["fill"](page, name, results["align"](lines, markdown=True)) == page, (
             f"run `make results`: {name}"
         )
+
+
+def test_the_page_shows_the_measured_speeds(results):
+    page = (ROOT / "docs" / "results.md").read_text()
+    shown = results["fill"](page, "efficiency", results["align"](results["efficiency"](), markdown=True))
+    assert shown == page, "run `make results`"
 
 
 def test_a_page_without_the_marks_of_a_table_is_refused(results):
