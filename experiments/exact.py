@@ -1,7 +1,7 @@
 """Claim 7, exact state tracking: one BD-LRU layer learns S3, S4 and S5 and does not err at 64 times its longest length.
 
     statemix sweep experiments/exact.py --budget quick --out runs/exact
-    python experiments/results.py exact
+    python experiments/results.py --collect exact
 
 The recipe: a start token, so that the state is written once; short lengths first, and for the second half of the steps
 64; with it comes the penalty on the entropy of the rows of gates, on batches without an error. On S3 each of the three

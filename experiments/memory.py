@@ -1,7 +1,7 @@
 """Claim 2, memory: recall, selective copying, compression and memorization by block size and order.
 
     statemix sweep experiments/memory.py --budget quick --out runs/memory
-    python experiments/results.py memory
+    python experiments/results.py --collect memory
 
 Two (mixer, SwiGLU) pairs of width 64, every mixer with as many parameters. quick: MAD's tasks at reduced sizes, one
 learning rate. full: MAD's baselines at their sizes.

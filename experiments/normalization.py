@@ -1,7 +1,7 @@
 """Claim 4, normalisation: L1-normalised gates train at every block size; without, training breaks as M grows.
 
     statemix sweep experiments/normalization.py --budget quick --out runs/normalization
-    python experiments/results.py normalization
+    python experiments/results.py --collect normalization
 
 S3 with one BD-LRU layer of width 64 and about 18,000 parameters, a start token, at two lengths. A run that diverges
 fails, with the step in its error: the table counts it.

@@ -1,7 +1,7 @@
 """Claim 10, regular languages: which need negative or complex eigenvalues, and which normalisations have them.
 
     statemix sweep experiments/regular.py --budget quick --out runs/regular
-    python experiments/results.py regular
+    python experiments/results.py --collect regular
 
 One BD-LRU layer of width 64 (two for modular arithmetic), about 18,000 parameters a layer; the lengths of each task's
 own protocol: trained short, tested long. softmax rows are nonnegative: the eigenvalues of a single number (M 1) cannot

@@ -1,7 +1,7 @@
 """Claim 1, state tracking: one BD-LRU layer with blocks of n solves S_n; no diagonal layer does, at any width.
 
     statemix sweep experiments/state_tracking.py --budget quick --out runs/state_tracking
-    python experiments/results.py state_tracking
+    python experiments/results.py --collect state_tracking
 
 One layer of width 64, every mixer with as many parameters in a group's table; a start token before each sequence (why:
 docs/results.md, claim 7). Trained at length 16, tested at 16, 32 and 64; a run ends at a validation accuracy of 0.9999.

@@ -1,7 +1,7 @@
 """Claim 3, structure and not width: accuracy on S4 over a grid of blocks N and block sizes M.
 
     statemix sweep experiments/structure.py --budget quick --out runs/structure
-    python experiments/results.py structure
+    python experiments/results.py --collect structure
 
 One BD-LRU layer of width 64, a start token, length 16; a run ends at a validation accuracy of 0.9999.
 """

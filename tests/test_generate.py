@@ -315,7 +315,7 @@ def test_an_autoencoder_has_no_next_token():
 
 @needs_kernels
 def test_a_token_takes_as_much_memory_and_as_many_calls_at_any_position(calls):
-    """What can be counted of it; the README has 10^6 tokens with their times. 16 KB of logits a token."""
+    """What can be counted of it, without a clock. 16 KB of logits a token."""
     tokens = stream(make_model(vocab_size=4000), [[1]], 10**9, top_k=50)
     resident, counts = [], []
     for _ in range(4):
