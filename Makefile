@@ -12,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := src tests experiments
 BUDGET ?= quick
-CLAIMS := state_tracking exact structure normalization memory regular
+CLAIMS := state_tracking exact structure normalization memory language regular
 
 .PHONY: quickstart test experiments results sanitize format clean
 quickstart: .venv/installed

@@ -136,6 +136,26 @@ def regular(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def language(rows: Sequence[Row]) -> Figure:
+    """Bits per byte of every mixer on each text: a dot for each seed, a line at the mean."""
+    texts = list(dict.fromkeys(row["label"].split(", ")[0] for row in rows))
+    mixers = list(dict.fromkeys(_bare(row).partition(", ")[2] for row in rows))
+    figure = Figure(figsize=(6.4, 0.9 + 0.2 * len(mixers)), layout="constrained")
+    for axes, text in zip(np.atleast_1d(figure.subplots(1, len(texts), sharey=True)), texts, strict=True):
+        for y, mixer in enumerate(mixers):
+            losses = _all(rows, f"{text}, {mixer}", "test_128_bits_per_byte")
+            axes.plot(losses, [y] * len(losses), "o", markersize=3, alpha=0.6, color="#2b8a3e")
+            if losses:
+                axes.plot([np.mean(losses)] * 2, [y - 0.35, y + 0.35], color="#2b8a3e")
+        axes.set_title(text, fontsize=8)
+        axes.set_xlabel("test loss, bits per byte")
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_yticks(range(len(mixers)), mixers)
+    axes.invert_yaxis()
+    return figure
+
+
 def _bare(row: Row) -> str:
     return re.sub(r", seed \d+$", "", row["label"])
 

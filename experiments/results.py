@@ -161,6 +161,7 @@ def first_length(rows: Sequence[Row]) -> Iterator[Row]:
 
 
 OWN = {"token": "test_token_accuracy", "sequence": "test_sequence_accuracy"}
+BITS = {"test, bits per byte": "test_128_bits_per_byte", "validation": "valid_bits_per_byte"}
 NORMS = {"largest gradient norm": "largest_grad_norm", "median": "median_grad_norm"}
 CLAIMS: dict[str, tuple[Any, Any]] = {
     "state_tracking": (figures.state_tracking, lambda rows: tabulate(rows, accuracies(16, 32, 64))),
@@ -168,6 +169,7 @@ CLAIMS: dict[str, tuple[Any, Any]] = {
     "structure": (figures.structure, lambda rows: tabulate(rows, accuracies(16))),
     "normalization": (figures.normalization, lambda rows: tabulate(list(first_length(rows)), OWN | NORMS)),
     "exact": (figures.exact, lambda rows: tabulate(rows, accuracies(64, 256, 1024, 4096, kinds=("sequence",)))),
+    "language": (figures.language, lambda rows: tabulate(rows, BITS)),
     "regular": (figures.regular, lambda rows: tabulate(rows, accuracies(40, 80, 160, kinds=("token",)))),
 }
 # tables of scripts of their own, without a picture
