@@ -16,7 +16,7 @@ from test_checkpoint import PROCESSES, TRAIN, exit_code
 from statemix import SequenceModel, TrainConfig, train
 from statemix.config import ModelConfig, OptimizerConfig
 from statemix.processes import make_accelerator, own_rows, prepare, whole, whole_model
-from statemix.train import _optimizer
+from statemix.optimizer import make_optimizer
 
 STEPS = 50
 
@@ -178,7 +178,7 @@ def look_inside(answer: Path, config: TrainConfig) -> None:
     model = SequenceModel(7, 8, 2, {"name": "bd_lru", "num_blocks": 3, "block_size": 3}, tied_embedding=True)
     numbers = model.num_parameters()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    wrapped, _ = prepare(accelerator, model, lambda model: _optimizer(model, config.optimizer))
+    wrapped, _ = prepare(accelerator, model, lambda model: make_optimizer(model, config.optimizer))
     held = sum(getattr(weight, "_local_tensor", weight).numel() for weight in wrapped.parameters())
     copy = whole_model(accelerator, wrapped)
     same = None

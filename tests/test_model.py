@@ -280,7 +280,7 @@ BAD_CONFIGS = [
     ("[]", ""),
     ("null", ""),
     ('{"vocab_size": 7}', "'d_model'"),
-    (config_with(dropout=0.1), "'dropout'"),
+    (config_with(layer_drop=0.1), "'layer_drop'"),
     (config_with(vocab_size="11"), "`vocab_size` must be an int, got '11'"),
     (config_with(num_layers=0), "`num_layers` must be at least 1, got 0"),
     (config_with(mixer={"name": "bd_lru", "num_blocks": 5}), "'bd_lru' needs the option `block_size`"),

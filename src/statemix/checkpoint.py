@@ -241,8 +241,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
         state.setdefault(int(number) if number.isdecimal() else -1, {})[key] = tensor
     current = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    muon = [group["orthogonal"] for group in optimizer.param_groups for _ in group["params"]]
+    wanted = [{"momentum_buffer"} if of_muon else {"step", "exp_avg", "exp_avg_sq"} for of_muon in muon]
     fits = set(state) == set(range(len(parameters))) and all(
-        set(state[i]) == {"step", "exp_avg", "exp_avg_sq"} and state[i]["exp_avg"].shape == p.shape
+        set(state[i]) == wanted[i] and all(m.shape == p.shape for key, m in state[i].items() if key != "step")
         for i, p in enumerate(parameters)
     )
     if not fits:
@@ -255,7 +257,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's moments and step counts as "<parameter>.<name>", whole; every process must call it."""
+    """The optimizer's moments and step counts as "<parameter>.<name>", whole; every process must call it."""
     state = optimizer.state_dict()["state"]
     return {f"{i}.{key}": whole(value).contiguous() for i, moments in state.items() for key, value in moments.items()}
 

@@ -15,12 +15,15 @@ from statemix.mixers import build_mixer, complete_mixer
 from statemix.tasks import build_task, complete_task
 
 PRECISIONS = ("no", "bf16", "fp16")
-LATER = (
-    "accumulate",
-    "carry",
-    "row_entropy",
-    "train_lengths",
-)  # fields of TrainConfig that version 0.1.0 has not had from its start
+# fields, dotted, that version 0.1.0 has not had from its start, and their defaults
+LATER = {
+    "accumulate": 1,
+    "carry": False,
+    "row_entropy": 0.0,
+    "train_lengths": (),
+    "model.dropout": 0.0,
+    "optimizer.muon_lr": None,
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class ModelConfig:
         mlp_size: inner width of the SwiGLU. None: 8/3 D, rounded up to a multiple of 32.
         tied_embedding: the head is the transposed embedding.
         init_std: of the first weights, above 0; model.py says of which. None: torch's defaults.
+        dropout: share of the numbers of each residual branch that are dropped in training, in [0, 1).
     """
 
     d_model: int = 64
@@ -40,6 +44,7 @@ class ModelConfig:
     mlp_size: int | None = None
     tied_embedding: bool = False
     init_std: float | None = None
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         _check_types(self, "model.")
@@ -48,6 +53,7 @@ class ModelConfig:
             _require(f"model.{name}", size, size is None or size >= 1, "at least 1")
         std = self.init_std
         _require("model.init_std", std, std is None or 0 < std < math.inf, "above 0 and finite")
+        _require("model.dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,8 @@ class OptimizerConfig:
         betas: decay rates of the two moments, in [0, 1).
         weight_decay: of matrices (not of biases, norms or embeddings), at least 0.
         clip: largest gradient norm, above 0. None: gradients are as they are.
+        muon_lr: peak learning rate of Muon, above 0, which then updates the matrices of the layers and leaves the rest
+            to AdamW; it warms up and falls as `lr` does. 0.02 is usual. None: AdamW updates all.
     """
 
     lr: float = 3e-3
@@ -69,6 +77,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     clip: float | None = 1.0
+    muon_lr: float | None = None
 
     def __post_init__(self) -> None:
         _check_types(self, "optimizer.")
@@ -79,6 +88,8 @@ class OptimizerConfig:
         _require("optimizer.betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "in [0, 1)")
         _require("optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
         _require("optimizer.clip", self.clip, self.clip is None or self.clip > 0, "above 0")
+        muon = self.muon_lr
+        _require("optimizer.muon_lr", muon, muon is None or 0 < muon < math.inf, "above 0 and finite")
 
 
 @dataclass(frozen=True)
@@ -187,8 +198,12 @@ class TrainConfig:
         A field of LATER is left out at its default: the runs of a sweep are named by this text, also the older ones.
         """
         content = dataclasses.asdict(self)
-        defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in LATER}
-        return json.dumps({k: v for k, v in content.items() if k not in LATER or v != defaults[k]}, indent=2) + "\n"
+        for name, default in LATER.items():
+            part, _, key = name.rpartition(".")
+            fields = content[part] if part else content
+            if fields[key] == default:
+                del fields[key]
+        return json.dumps(content, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:

@@ -49,13 +49,14 @@ class StatemixConfig(PreTrainedConfig):
         mixer: dict[str, Any] | None = None,
         mlp_size: int | None = None,
         init_std: float | None = None,
+        dropout: float = 0.0,
         tie_word_embeddings: bool = False,
         use_cache: bool = True,
         **others: Any,
     ) -> None:
         self.vocab_size, self.d_model, self.num_layers = vocab_size, d_model, num_layers
         self.mixer = {"name": "bd_lru", "num_blocks": 16, "block_size": 4} if mixer is None else dict(mixer)
-        self.mlp_size, self.init_std, self.use_cache = mlp_size, init_std, use_cache
+        self.mlp_size, self.init_std, self.dropout, self.use_cache = mlp_size, init_std, dropout, use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
 
 
@@ -97,6 +98,7 @@ class StatemixForCausalLM(PreTrainedModel, GenerationMixin):
             mlp_size=config.mlp_size,
             tied_embedding=config.tie_word_embeddings,
             init_std=config.init_std,
+            dropout=config.dropout,
         )
         self.post_init()
 

@@ -47,10 +47,11 @@ class SwiGLU(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + mixer(norm(x)), then x + SwiGLU(norm(x))."""
+    """x + dropout(mixer(norm(x))), then x + dropout(SwiGLU(norm(x)))."""
 
-    def __init__(self, d_model: int, mixer: Spec, mlp_size: int) -> None:
+    def __init__(self, d_model: int, mixer: Spec, mlp_size: int, dropout: float) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.mixer_norm = nn.RMSNorm(d_model, eps=1e-6)
         self.mixer = build_mixer(mixer, d_model)
         self.mlp_norm = nn.RMSNorm(d_model, eps=1e-6)
@@ -61,16 +62,16 @@ class Layer(nn.Module):
         if x.shape[1] == 1 and reset is None and (stepped := self._fused_step(x[:, 0], state)) is not None:
             return stepped[0][:, None], stepped[1]
         mixed, state = self.mixer(self.mixer_norm(x), state, reset)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state
+        x = x + self.dropout(mixed)
+        return x + self.dropout(self.mlp(self.mlp_norm(x))), state
 
     def step(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """One step, x (B, D) -> (B, D), and the mixer's state. Without gradients, one call of the compiled kernels."""
         if (stepped := self._fused_step(x, state)) is not None:
             return stepped
         mixed, state = self.mixer.step(self.mixer_norm(x), state)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state
+        x = x + self.dropout(mixed)
+        return x + self.dropout(self.mlp(self.mlp_norm(x))), state
 
     def _fused_step(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The step as one call, or None where that does not serve."""
@@ -78,6 +79,8 @@ class Layer(nn.Module):
 
     def step_inputs(self, x: Tensor, state: Tensor | None) -> cpu.PairInputs | None:
         """What a fused step of x (B, D) needs besides x, or None as `LinearRecurrence.step_inputs`."""
+        if self.training and self.dropout.p:
+            return None
         # dictionaries, as in LinearRecurrence._fused_weights; fused, a module is not called: only these are passed over
         parts = tuple(self._modules.get(name) for name in ("mixer_norm", "mixer", "mlp_norm", "mlp"))
         norm, mixer, mlp_norm, mlp = cast(tuple[nn.RMSNorm, Mixer, nn.RMSNorm, SwiGLU], parts)
@@ -119,6 +122,7 @@ class TokenModel(nn.Module):
         mlp_size: int | None,
         tied_embedding: bool,
         init_std: float | None,
+        dropout: float,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -128,12 +132,14 @@ class TokenModel(nn.Module):
         check_flags(name, tied_embedding=tied_embedding)
         if init_std is not None and not (type(init_std) in (int, float) and 0 < init_std < math.inf):
             raise ValueError(f"{name}: `init_std` must be a finite number above 0, or None, got {init_std!r}.")
+        if not (type(dropout) in (int, float) and 0 <= dropout < 1):
+            raise ValueError(f"{name}: `dropout` must be a number in [0, 1), got {dropout!r}.")
         self.config: dict[str, Any] = {
             **{"vocab_size": vocab_size, "d_model": d_model, "num_layers": num_layers, "mixer": complete_mixer(mixer)},
-            **{"mlp_size": mlp_size, "tied_embedding": tied_embedding, "init_std": init_std},
+            **{"mlp_size": mlp_size, "tied_embedding": tied_embedding, "init_std": init_std, "dropout": dropout},
         }
         self.embedding = nn.Embedding(vocab_size, d_model)
-        self.layers = nn.ModuleList(Layer(d_model, mixer, mlp_size) for _ in range(num_layers))
+        self.layers = nn.ModuleList(Layer(d_model, mixer, mlp_size, dropout) for _ in range(num_layers))
         self.norm = nn.RMSNorm(d_model, eps=1e-6)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
         if tied_embedding:
@@ -254,6 +260,7 @@ class SequenceModel(TokenModel):
         mlp_size: inner width of the SwiGLU. None: 8/3 D, rounded up to a multiple of 32.
         tied_embedding: True: the head is the transposed embedding.
         init_std: of the first weights, see the module's docstring. None: torch's defaults.
+        dropout: share of the numbers of each residual branch that are dropped in training, in [0, 1).
 
     Raises:
         TypeError, ValueError: a size is not a positive int, or the mixer spec is wrong.
@@ -269,8 +276,9 @@ class SequenceModel(TokenModel):
         mlp_size: int | None = None,
         tied_embedding: bool = False,
         init_std: float | None = None,
+        dropout: float = 0.0,
     ) -> None:
-        super().__init__(vocab_size, d_model, num_layers, mixer, mlp_size, tied_embedding, init_std)
+        super().__init__(vocab_size, d_model, num_layers, mixer, mlp_size, tied_embedding, init_std, dropout)
         self._initialise()
 
     def forward(
@@ -314,7 +322,7 @@ class AutoEncoder(TokenModel):
 
     Args:
         seq_len: L, in tokens: the only length it reads.
-        vocab_size, d_model, num_layers, mixer, mlp_size, tied_embedding, init_std: see `SequenceModel`.
+        vocab_size, d_model, num_layers, mixer, mlp_size, tied_embedding, init_std, dropout: see `SequenceModel`.
 
     Raises:
         TypeError, ValueError: as of `SequenceModel`.
@@ -333,8 +341,9 @@ class AutoEncoder(TokenModel):
         mlp_size: int | None = None,
         tied_embedding: bool = False,
         init_std: float | None = None,
+        dropout: float = 0.0,
     ) -> None:
-        super().__init__(vocab_size, d_model, num_layers, mixer, mlp_size, tied_embedding, init_std)
+        super().__init__(vocab_size, d_model, num_layers, mixer, mlp_size, tied_embedding, init_std, dropout)
         check_sizes("AutoEncoder", seq_len=seq_len)
         self.config["seq_len"] = seq_len
         self.positions = nn.Embedding(seq_len, d_model)

@@ -48,6 +48,8 @@ def prepare(
     if not _wants_fsdp() or accelerator.num_processes == 1:
         wrapped, optimizer = accelerator.prepare(model, make_optimizer(model))
         return wrapped, optimizer
+    if any(group["orthogonal"] for group in make_optimizer(model).param_groups):
+        raise ValueError("train: `optimizer.muon_lr` must be None under FSDP: Muon needs whole matrices.")
     model.to(accelerator.device)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for layer in model.layers:

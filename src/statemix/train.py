@@ -31,6 +31,7 @@ from statemix.checkpoint import (
 from statemix.config import OptimizerConfig, TrainConfig, first_difference
 from statemix.mixers.base import LinearRecurrence
 from statemix.model import AutoEncoder, SequenceModel, State, TokenModel, load_model
+from statemix.optimizer import make_optimizer
 from statemix.processes import all_rows, make_accelerator, own_rows, prepare, whole, whole_model
 from statemix.report import plot_curves
 from statemix.tasks import IGNORE_INDEX, Batch, Score, build_task
@@ -153,7 +154,7 @@ def _run(
                 folder.check_remains()
             folder.clear()  # of a run that is not wanted, or that had no checkpoint yet
     accelerator.wait_for_everyone()
-    wrapped, optimizer = prepare(accelerator, model, lambda model: _optimizer(model, config.optimizer))
+    wrapped, optimizer = prepare(accelerator, model, lambda model: make_optimizer(model, config.optimizer))
     if last is not None:
         load_optimizer(optimizer, last)
     if accelerator.is_main_process:
@@ -169,13 +170,14 @@ def _run(
         while step < config.steps and not reached and not _impatient(config, step, best_step):
             batch = _training_batch(config, task, step)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.optimizer, step, config.steps)
+                group["lr"] = learning_rate(config.optimizer, step, config.steps) * group["lr_share"]
             may_end = step + 1 == config.steps or (ends_early and (step + 1) % config.eval_every == 0)
             logged = (step + 1) % config.log_every == 0 or may_end
             penalty = config.row_entropy * max(0.0, 2 * step / config.steps - 1)
             with _row_entropies(model, enabled=penalty > 0) as entropies:
                 args = (wrapped, accelerator, batch, carried, config.accumulate)
-                done = _gradients(*args, predict=logged, penalty=penalty, entropies=entropies)
+                with _dropout_seed(config, step, accelerator.process_index):
+                    done = _gradients(*args, predict=logged, penalty=penalty, entropies=entropies)
             carried = done.state if config.carry else None
             clip = math.inf if config.optimizer.clip is None else config.optimizer.clip
             grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), clip)
@@ -366,6 +368,15 @@ def _accuracies(score: Score) -> dict[str, float]:
     return {name: getattr(score, name) for name in names}
 
 
+@contextlib.contextmanager
+def _dropout_seed(config: TrainConfig, step: int, process: int) -> Iterator[None]:
+    """What dropout drops is a function of seed, step and process, so that a run can go on anywhere."""
+    with torch.random.fork_rng(enabled=config.model.dropout > 0):
+        if config.model.dropout > 0:
+            torch.manual_seed(hash((config.seed, step, process)))
+        yield
+
+
 def _training_batch(config: TrainConfig, task: Task, step: int) -> Batch:
     """The global batch of a step: a pure function of its arguments, so that a run can go on anywhere."""
     if config.carry:
@@ -466,20 +477,6 @@ def _require_finite(line: dict[str, Any], names: tuple[str, ...], config: TrainC
         f"train: at step {line['step']} {numbers}, with optimizer.lr={config.optimizer.lr} and "
         f"mixer.normalization={config.mixer.get('normalization')}. Lower the first, or take a bounded one. {kept}."
     )
-
-
-def _optimizer(model: TokenModel, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW; only matrices decay: not biases, norms, embeddings or constant gates."""
-    decayed = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
-    decayed |= {
-        id(p) for m in model.modules() if isinstance(m, torch.nn.RNNBase) for p in m.parameters() if p.ndim == 2
-    }
-    decayed -= {id(model.embedding.weight)}
-    groups = [
-        {"params": [p for p in model.parameters() if id(p) in decayed], "weight_decay": config.weight_decay},
-        {"params": [p for p in model.parameters() if id(p) not in decayed], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

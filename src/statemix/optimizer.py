@@ -1,0 +1,98 @@
+"""The optimizer of a run: AdamW, or Muon for the matrices of the layers and AdamW for the rest."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statemix.config import OptimizerConfig
+from statemix.model import TokenModel
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of Jordan's post: steepest at zero, not convergent
+MOMENTUM, ITERATIONS = 0.95, 5
+
+
+def make_optimizer(model: TokenModel, config: OptimizerConfig) -> "MuonAdamW":
+    """The optimizer of a model. Only matrices decay: not biases, norms, embeddings or constant gates.
+
+    With `muon_lr` those of the layers are Muon's; embedding and head, which see rare tokens, stay AdamW's.
+    """
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    matrices |= {
+        id(p) for m in model.modules() if isinstance(m, torch.nn.RNNBase) for p in m.parameters() if p.ndim == 2
+    }
+    matrices -= {id(model.embedding.weight)}
+    of_layers = {id(p) for p in model.layers.parameters()} if config.muon_lr is not None else set()
+    decayed = [p for p in model.parameters() if id(p) in matrices - of_layers]
+    rest = [p for p in model.parameters() if id(p) not in matrices]
+    orthogonal = [p for p in model.parameters() if id(p) in matrices & of_layers]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    if orthogonal:
+        assert config.muon_lr is not None
+        share = config.muon_lr / config.lr
+        groups.append(
+            {"params": orthogonal, "weight_decay": config.weight_decay, "orthogonal": True, "lr_share": share}
+        )
+    return MuonAdamW(groups, config)
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """AdamW, and Muon for the parameter groups that are `orthogonal`: all of these are matrices.
+
+    Muon, for a matrix W (m, n) with gradient G, momentum u and decay d:
+
+        B <- u B + (1 - u) G;   W <- (1 - lr d) W - lr sqrt(max(1, m / n)) NS(u B + (1 - u) G)
+
+    NS brings all singular values near 1, by five steps of X <- a X + (b X X^T + c (X X^T)^2) X from X / |X|. It is
+    torch.optim.Muon's rule, in float32: that one iterates in bfloat16, which is slow where a CPU has none.
+
+    Args:
+        groups: of parameters. Who sets the learning rate multiplies it by a group's `lr_share`, 1 if it is not given.
+        config: the peak learning rate and the decay rates of AdamW's moments.
+
+    Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon).
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
+        whole = [{"orthogonal": False, "lr_share": 1.0} | group for group in groups]
+        super().__init__(whole, lr=config.lr, betas=config.betas)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's asks each parameter for its step count
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of all groups."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["orthogonal"]]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            for weight in group["params"] if group["orthogonal"] else ():
+                if weight.grad is None:
+                    continue
+                momentum = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                momentum.lerp_(weight.grad, 1 - MOMENTUM)
+                direction = orthogonalized(weight.grad.lerp(momentum, MOMENTUM))
+                size = math.sqrt(max(1, weight.shape[0] / weight.shape[1]))
+                weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"] * size)
+        return loss
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """A matrix with the singular vectors of this one and singular values near 1 (0.7 to 1.2), in float32 or wider."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.mT if tall else matrix).to(torch.promote_types(matrix.dtype, torch.float32))
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrix.dtype)

@@ -1,0 +1,158 @@
+"""The optimizer: which parameters Muon takes, its rule against torch's own, and runs that resume with it."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from statemix import SequenceModel, TrainConfig, train
+from statemix.config import ModelConfig, OptimizerConfig
+from statemix.optimizer import MuonAdamW, make_optimizer, orthogonalized
+
+SMALL = TrainConfig(
+    task={"name": "permutation", "group": "S3", "seq_len": 8},
+    mixer={"name": "bd_lru", "num_blocks": 4, "block_size": 3},
+    model=ModelConfig(d_model=16, num_layers=2),
+    optimizer=OptimizerConfig(muon_lr=0.02),
+    steps=6,
+    batch_size=8,
+    eval_every=2,
+    eval_sequences=8,
+    log_every=1,
+)
+
+
+def a_model(mixer: dict) -> SequenceModel:
+    return SequenceModel(7, 8, 2, mixer)
+
+
+MIXERS = [{"name": "bd_lru", "num_blocks": 4, "block_size": 2}, {"name": "lstm", "hidden_size": 6}]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_muon_takes_the_matrices_of_the_layers_alone(mixer):
+    model = a_model(mixer)
+    optimizer = make_optimizer(model, OptimizerConfig(lr=0.004, muon_lr=0.02))
+    muon = {id(p) for group in optimizer.param_groups if group["orthogonal"] for p in group["params"]}
+    wanted = {id(p) for name, p in model.named_parameters() if name.startswith("layers.") and p.ndim == 2}
+    assert muon == wanted
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    assert [group["lr_share"] for group in optimizer.param_groups] == [1.0, 1.0, 5.0]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_without_muon_all_is_adamw(mixer):
+    """The same numbers as torch.optim.AdamW, bit for bit."""
+    torch.manual_seed(0)
+    model, other = a_model(mixer), a_model(mixer)
+    other.load_state_dict(model.state_dict())
+    mine = make_optimizer(model, OptimizerConfig(lr=0.01, weight_decay=0.0))
+    theirs = torch.optim.AdamW(other.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    tokens = torch.randint(7, (2, 5))
+    for _ in range(3):
+        for each, optimizer in ((model, mine), (other, theirs)):
+            optimizer.zero_grad()
+            each(tokens)[0].square().sum().backward()
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (12, 4), (4, 12), (1, 5)])
+def test_the_orthogonalized_matrix_keeps_the_singular_vectors(shape):
+    torch.manual_seed(1)
+    matrix = torch.randn(shape, dtype=torch.float64)
+    u, sizes, v = torch.linalg.svd(matrix, full_matrices=False)
+    x = sizes / sizes.norm()  # the same polynomial, of each singular value
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
+    torch.testing.assert_close(orthogonalized(matrix), u @ x.diag() @ v)
+    assert float(x.min()) > 0.5
+    assert float(x.max()) < 1.3
+
+
+def test_the_rule_is_that_of_torch(recwarn):
+    """torch's iterates in bfloat16, so a step differs by a percent of it; the momentum is the same."""
+    torch.manual_seed(2)
+    weight = nn.Parameter(torch.randn(12, 5))
+    other = nn.Parameter(weight.detach().clone())
+    group = {"params": [weight], "weight_decay": 0.1, "orthogonal": True, "lr_share": 1.0}
+    mine = MuonAdamW([group], OptimizerConfig(lr=0.05))
+    theirs = torch.optim.Muon([other], lr=0.05, weight_decay=0.1, momentum=0.95)
+    for _ in range(4):
+        before = weight.detach().clone()
+        weight.grad = torch.randn(12, 5)
+        other.grad = weight.grad.clone()
+        mine.step()
+        theirs.step()
+        step = (weight.detach() - before).norm()
+        assert (weight.detach() - other.detach()).norm() < 0.05 * step
+        other.data.copy_(weight.detach())
+    torch.testing.assert_close(mine.state[weight]["momentum_buffer"], theirs.state[other]["momentum_buffer"])
+
+
+def test_a_weight_without_gradient_stays():
+    weight = nn.Parameter(torch.ones(3, 3))
+    group = {"params": [weight], "weight_decay": 0.1, "orthogonal": True}
+    MuonAdamW([group], OptimizerConfig()).step()
+    assert torch.equal(weight, torch.ones(3, 3))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch, dropout):
+    config = dataclasses.replace(SMALL, model=ModelConfig(d_model=16, num_layers=2, dropout=dropout))
+    whole = train(config, tmp_path / "whole", progress=False)
+    original = torch.optim.AdamW.step
+    calls = []
+
+    def killed(self, closure=None):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return original(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "parts", progress=False)
+    monkeypatch.setattr(torch.optim.AdamW, "step", original)
+    parts = train(config, tmp_path / "parts", progress=False)
+    assert parts.summary["valid"]["loss"] == whole.summary["valid"]["loss"]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (tmp_path / "parts/step-6" / name).read_bytes() == (tmp_path / "whole/step-6" / name).read_bytes()
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
+    train(dataclasses.replace(SMALL, steps=2), tmp_path / "muon", progress=False)
+    train(dataclasses.replace(SMALL, steps=2, optimizer=OptimizerConfig()), tmp_path / "adamw", progress=False)
+    moments = (tmp_path / "adamw/step-2/optimizer.safetensors").read_bytes()
+    (tmp_path / "muon/step-2/optimizer.safetensors").write_bytes(moments)
+    (tmp_path / "muon/result.json").unlink()
+    with pytest.raises(ValueError, match=r"optimizer\.safetensors' is of another model"):
+        train(dataclasses.replace(SMALL, steps=2), tmp_path / "muon", progress=False)
+
+
+def test_dropout_drops_in_training_alone():
+    torch.manual_seed(0)
+    model = SequenceModel(7, 8, 1, MIXERS[0], dropout=0.5)
+    tokens = torch.randint(7, (2, 5))
+    model.eval()
+    assert torch.equal(model(tokens)[0], model(tokens)[0])
+    with torch.no_grad():
+        state = model(tokens[:, :-1])[1]
+        torch.testing.assert_close(model.step(tokens[:, -1], state)[0], model(tokens)[0][:, -1])
+        model.train()
+        assert not torch.equal(model.step(tokens[:, -1], state)[0], model.step(tokens[:, -1], state)[0])
+    assert not torch.equal(model(tokens)[0], model(tokens)[0])
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, "0.1", True, float("nan")])
+def test_dropout_out_of_range_is_named(dropout):
+    with pytest.raises(ValueError, match=r"SequenceModel: `dropout` must be a number in \[0, 1\), got "):
+        SequenceModel(7, 8, 1, MIXERS[0], dropout=dropout)
+
+
+def test_configs_without_either_are_written_as_before():
+    text = TrainConfig().to_json()
+    assert "dropout" not in text
+    assert "muon" not in text
+    assert TrainConfig.from_json(SMALL.to_json()) == SMALL
