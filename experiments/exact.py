@@ -14,10 +14,10 @@ from statemix import TrainConfig
 from statemix.config import ModelConfig, OptimizerConfig
 
 LENGTH = 64
-GROUPS = {"S3": 3, "S4": 4, "S5": 5}  # -> block size
-WIDTH = {"S3": (64, 16), "S4": (64, 32), "S5": (128, 64)}  # d_model, num_blocks
-STEPS = {"S3": 600, "S4": 1600, "S5": 2400}
-LENGTHS = {"S3": (4, 16, 64, 64), "S4": (4, 16, 64, 64), "S5": (4, 8, 16, 64, 64, 64)}  # in equal shares of the steps
+GROUPS = {"S3": 3, "S4": 4, "S5": 6}  # -> block size: S5 has one to spare
+WIDTH = {"S3": (64, 16), "S4": (64, 32), "S5": (128, 48)}  # d_model, num_blocks
+STEPS = {"S3": 600, "S4": 1600, "S5": 2000}
+LENGTHS = {"S3": (4, 16, 64, 64), "S4": (4, 16, 64, 64), "S5": (4, 8, 16, 32, 64, 64)}  # in equal shares of the steps
 SEEDS = {"quick": 3, "full": 10}
 
 
