@@ -11,33 +11,14 @@ is also left out. Without a start token the penalty may make the layer forget, s
 from dataclasses import replace
 
 from statemix import TrainConfig
-from statemix.config import ModelConfig, OptimizerConfig
+from statemix.presets import preset_config
 
-LENGTH = 64
-GROUPS = {"S3": 3, "S4": 4, "S5": 6}  # -> block size: S5 has one to spare
-WIDTH = {"S3": (64, 16), "S4": (64, 32), "S5": (128, 48)}  # d_model, num_blocks
-STEPS = {"S3": 600, "S4": 1600, "S5": 2000}
-LENGTHS = {"S3": (4, 16, 64, 64), "S4": (4, 16, 64, 64), "S5": (4, 8, 16, 32, 64, 64)}  # in equal shares of the steps
 SEEDS = {"quick": 3, "full": 10}
 
 
 def recipe(group: str, seed: int) -> TrainConfig:
-    """State tracking that stays exact."""
-    d_model, num_blocks = WIDTH[group]
-    return TrainConfig(
-        task={"name": "permutation", "group": group, "seq_len": LENGTH, "start": True},
-        mixer={"name": "bd_lru", "num_blocks": num_blocks, "block_size": GROUPS[group]},
-        model=ModelConfig(d_model=d_model),
-        optimizer=OptimizerConfig(lr=6e-3),
-        steps=STEPS[group],
-        train_lengths=LENGTHS[group],
-        row_entropy=0.1,
-        batch_size=32,
-        seed=seed,
-        eval_every=100,
-        eval_sequences=256,
-        test_lengths=(LENGTH, 4 * LENGTH, 16 * LENGTH, 64 * LENGTH),
-    )
+    """State tracking that stays exact: `statemix train --preset exact-s3`."""
+    return replace(preset_config(f"exact-{group.lower()}"), seed=seed)
 
 
 def ablations(config: TrainConfig) -> dict[str, TrainConfig]:

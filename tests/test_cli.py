@@ -70,7 +70,7 @@ def flags() -> list[str]:
 def test_help_names_every_field_option_and_name(capsys):
     status, text, errors = call(capsys, "train", "--help")
     assert (status, errors) == (0, "")
-    assert len(flags()) == 28
+    assert len(flags()) == 30
     options = [f"--task.{name}" for name in ("group", "seq-len", "generators")]
     options += [f"--mixer.{name}" for name in ("num-blocks", "block-size", "normalization", "selective", "backend")]
     for flag in [*flags(), *options, "--config", "--preset", "--out", "--resume"]:
@@ -116,7 +116,7 @@ WRONG_CALLS = [
     ("report", r"report: `runs` must hold at least one finished run, got none\."),
     ("report none", r"runs: 'none' is not a folder\."),
     ("report .", r"runs: there is no finished run in '\.': no result\.json at or below it\."),
-    ("train --preset mat", r"`preset` must be one of \['formal', 'mad', 'paper-bd1', .*\], got 'mat'"),
+    ("train --preset mat", r"`preset` must be one of \['exact-s3', .*'formal', 'mad', 'paper-bd1', .*\], got 'mat'"),
     ("train --preset mad", r"`task` must be one of \['compression', .*\], got 'permutation'"),
     ("train --preset mad --task parity", r"`task` must be one of \['compression', .*\], got 'parity'"),
     ("train --preset mad --config c.json", r"`--config` and `--preset` both give the defaults: use one of them"),
@@ -200,8 +200,9 @@ EVERY_FLAG = """--task=permutation --task.group A4xZ5 --task.seq-len 6 --task.ge
     --mixer h_lru --mixer.num-channels 5 --mixer.order 2 --mixer.normalization tanh --mixer.no-selective
     --mixer.form observer --mixer.backend reference
     --model.d-model 4 --model.num-layers 2 --model.mlp-size 5 --model.tied-embedding --model.init-std 0.5
+    --model.dropout 0.25
     --optimizer.lr 0.5 --optimizer.final-lr 0.25 --optimizer.warmup 0.5 --optimizer.betas 0.5 0.75
-    --optimizer.weight-decay 0.0 --optimizer.clip 2
+    --optimizer.weight-decay 0.0 --optimizer.clip 2 --optimizer.muon-lr 0.125
     --steps 7 --batch-size 6 --seed 5 --eval-every 4 --eval-sequences 3 --test-lengths 2 1 --log-every 9
     --train-sequences 8 --patience 2 --stop-accuracy 0.75
     --mixed-precision bf16 --accumulate 3 --row-entropy 0.5"""
@@ -222,8 +223,8 @@ def test_every_flag_sets_its_field(capsys):
                 **{"name": "h_lru", "num_channels": 5, "order": 2, "normalization": "tanh", "selective": False},
                 **{"form": "observer", "backend": "reference"},
             },
-            model=ModelConfig(4, 2, 5, True, 0.5),
-            optimizer=OptimizerConfig(0.5, 0.25, 0.5, (0.5, 0.75), 0.0, 2.0),
+            model=ModelConfig(4, 2, 5, True, 0.5, 0.25),
+            optimizer=OptimizerConfig(0.5, 0.25, 0.5, (0.5, 0.75), 0.0, 2.0, 0.125),
             **{"steps": 7, "batch_size": 6, "seed": 5, "eval_every": 4, "eval_sequences": 3, "log_every": 9},
             **{"test_lengths": (2, 1), "mixed_precision": "bf16"},
             **{"train_sequences": 8, "patience": 2, "stop_accuracy": 0.75, "accumulate": 3, "row_entropy": 0.5},

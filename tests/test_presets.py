@@ -19,9 +19,13 @@ def test_mad_is_the_protocol_of_its_authors():
     assert dataclasses.asdict(config) == dataclasses.asdict(TrainConfig()) | {
         "task": {"name": "in-context-recall", "vocab_size": 16, "seq_len": 128, "compat": "none"} | config.task,
         "mixer": TrainConfig(mixer=MIXER).mixer,
-        "model": {"d_model": 128, "num_layers": 2, "mlp_size": 352, "tied_embedding": False, "init_std": 0.02},
+        "model": {
+            **{"d_model": 128, "num_layers": 2, "mlp_size": 352, "tied_embedding": False, "init_std": 0.02},
+            "dropout": 0.0,
+        },
         "optimizer": {
-            **{"lr": 5e-4, "final_lr": 1e-6, "warmup": 0.0, "betas": (0.9, 0.999), "weight_decay": 0.0, "clip": None}
+            **{"lr": 5e-4, "final_lr": 1e-6, "warmup": 0.0, "betas": (0.9, 0.999), "weight_decay": 0.0, "clip": None},
+            "muon_lr": None,
         },
         "train_sequences": 12_800,
         "eval_sequences": 1_280,
@@ -74,12 +78,31 @@ def test_formal_trains_at_short_lengths_and_tests_at_long_ones(task):
 
 
 def test_unknown_names_are_told_with_the_known():
-    with pytest.raises(ValueError, match=r"`preset` must be one of \['formal', 'mad', 'paper-.*'\], got 'mat'"):
+    with pytest.raises(
+        ValueError, match=r"`preset` must be one of \['exact-s3', .*'formal', 'mad', 'paper-.*'\], got 'mat'"
+    ):
         preset_config("mat", "memorization")
     with pytest.raises(ValueError, match=r"`task` must be one of \['compression', .*\], got 'parity'"):
         preset_config("mad", "parity")
     with pytest.raises(ValueError, match=r"mixer: `name` must be one of \[.*'h_lru'.*\], got 'mamba9'"):
         preset_config("mad", "memorization", {"name": "mamba9"})
+
+
+@pytest.mark.parametrize(
+    ("preset", "group", "size"), [("exact-s3", "S3", 3), ("exact-s4", "S4", 4), ("exact-s5", "S5", 6)]
+)
+def test_exact_tracking_has_a_start_short_lengths_first_and_the_penalty(preset, group, size):
+    config = preset_config(preset)
+    assert config.task == {**config.task, "name": "permutation", "group": group, "seq_len": 64, "start": True}
+    assert config.mixer["block_size"] == size
+    assert sorted(config.train_lengths) == list(config.train_lengths)
+    assert config.train_lengths[-1] == config.task["seq_len"]
+    assert config.row_entropy > 0
+    assert max(config.test_lengths) == 64 * config.task["seq_len"]
+    other = preset_config(preset, "permutation", MIXER)
+    assert other == dataclasses.replace(config, mixer=MIXER)
+    with pytest.raises(ValueError, match=f"`task` of '{preset}' must be 'permutation', got 'parity'"):
+        preset_config(preset, "parity")
 
 
 def test_an_unknown_preset_has_no_grid():
@@ -120,10 +143,12 @@ def test_the_language_models_are_trained_as_in_the_paper(preset):
     named = {key: config.task[key] for key in ("name", "tokenizer", "bpe_vocab_size", "seq_len")}
     assert named == {"name": "text", "tokenizer": "bpe", "bpe_vocab_size": 50_280, "seq_len": 2048}
     assert dataclasses.asdict(config.model) == {
-        **{"d_model": 768, "num_layers": 12, "mlp_size": 2048, "tied_embedding": False, "init_std": 0.02}
+        **{"d_model": 768, "num_layers": 12, "mlp_size": 2048, "tied_embedding": False, "init_std": 0.02},
+        "dropout": 0.0,
     }
     assert dataclasses.asdict(config.optimizer) == {
-        **{"lr": 6e-3, "final_lr": 1e-5, "warmup": 0.1, "betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0}
+        **{"lr": 6e-3, "final_lr": 1e-5, "warmup": 0.1, "betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0},
+        "muon_lr": None,
     }
     assert (config.steps, config.batch_size) == (18_850, 256)
     assert preset_steps(preset, None, 256) == (18_850, config.eval_every)

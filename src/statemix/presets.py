@@ -14,9 +14,12 @@ clipped, training ended at an accuracy of 0.999. Where this departs from the pub
 "formal" has no protocol of an author's: the defaults of `TrainConfig`, for 2,000 steps.
 
 "paper-bd1", "paper-bd2", "paper-bd4", "paper-bd8", "paper-bd16", "paper-h16" and "paper-lstm" are language models of
-Dubinin et al. 2026 (arXiv 2602.12021), each a model and its training: about 135 million parameters besides embedding
-and head, 10^10 tokens. The text is the user's own (`--task.source`), and so are the BPE learned from it, which has
+Dubinin et al. 2026 (arXiv 2602.12021), each a run of its own, model and training: about 135 million parameters besides
+embedding and head, 10^10 tokens. The text is the user's own (`--task.source`), and so are the BPE learned from it, which has
 fewer than 50,280 tokens of a short one, and how often it validates, on how much.
+
+"exact-s3", "exact-s4" and "exact-s5" are runs too: state tracking that stays exact far beyond the trained length, by a
+start token, short lengths first, and a penalty on rows of gates that are not one-hot (docs/results.md, claim 7).
 """
 
 import dataclasses
@@ -62,8 +65,35 @@ LANGUAGE_MIXERS: dict[str, Spec] = {
     "paper-h16": {"name": "h_lru", "num_channels": 242, "order": 16, "form": "observer"},
     "paper-lstm": {"name": "lstm", "hidden_size": 896},
 }
+
+
+def _exact(
+    group: str, block_size: int, num_blocks: int, d_model: int, steps: int, lengths: tuple[int, ...]
+) -> TrainConfig:
+    """State tracking at length 64, which comes in the second half of the steps, with the penalty."""
+    return TrainConfig(
+        task={"name": "permutation", "group": group, "seq_len": 64, "start": True},
+        mixer={"name": "bd_lru", "num_blocks": num_blocks, "block_size": block_size},
+        model=ModelConfig(d_model=d_model),
+        optimizer=OptimizerConfig(lr=6e-3),
+        steps=steps,
+        train_lengths=lengths,
+        row_entropy=0.1,
+        batch_size=32,
+        eval_every=100,
+        eval_sequences=256,
+        test_lengths=(64, 256, 1024, 4096),
+    )
+
+
+# presets that are a run each
+RUNS = {name: dataclasses.replace(LANGUAGE, mixer=dict(mixer)) for name, mixer in LANGUAGE_MIXERS.items()} | {
+    "exact-s3": _exact("S3", 3, 16, 64, 600, (4, 16, 64, 64)),
+    "exact-s4": _exact("S4", 4, 32, 64, 1600, (4, 16, 64, 64)),
+    "exact-s5": _exact("S5", 6, 48, 128, 3000, (4, 8, 16, 32, 64, 64)),  # a component to spare
+}
 PROTOCOLS = {
-    **dict.fromkeys(LANGUAGE_MIXERS, Protocol(LANGUAGE, None, (6e-3,), (0.1,))),
+    **{name: Protocol(run, None, (run.optimizer.lr,), (run.optimizer.weight_decay,)) for name, run in RUNS.items()},
     "mad": Protocol(MAD, 200, (1e-4, 5e-4, 1e-3), (0.0, 0.1)),
     "formal": Protocol(TrainConfig(steps=2_000), None, (3e-3,), (0.1,)),
 }
@@ -78,11 +108,11 @@ def preset_config(preset: str, task: str | None = None, mixer: Spec | None = Non
     if preset not in PROTOCOLS:
         raise ValueError(f"preset_config: `preset` must be one of {sorted(PROTOCOLS)}, got {preset!r}.")
     base = PROTOCOLS[preset].base
-    if preset not in LANGUAGE_MIXERS:
+    if preset not in RUNS:
         return _config(preset, settings(preset, base.task["name"] if task is None else task)[0], mixer)
     if task not in (None, base.task["name"]):
         raise ValueError(f"preset_config: `task` of {preset!r} must be {base.task['name']!r}, got {task!r}.")
-    return dataclasses.replace(base, mixer=dict(LANGUAGE_MIXERS[preset] if mixer is None else mixer))
+    return base if mixer is None else dataclasses.replace(base, mixer=dict(mixer))
 
 
 def paper_model(preset: str) -> SequenceModel:
