@@ -214,6 +214,18 @@ def test_a_length_that_only_some_runs_were_tested_at_has_empty_cells():
     assert [row[column] for row in rows[1:]] == ["", "", "", "0.450"]
 
 
+def test_runs_on_a_text_show_bits_per_byte_and_others_beside_them_none():
+    groups = sections_of(made_runs(lengths=(16,), seeds=(0, 1)))["permutation"]
+    text, *_ = groups
+    for bits, run in zip((2.0, 2.5), groups[text], strict=True):
+        run.summary["valid"]["bits_per_byte"] = bits
+        run.summary["test"]["16"]["bits_per_byte"] = bits + 1
+    head, first, second, *_ = group_rows(groups)
+    valid, test = head.index("valid bits per byte"), head.index("test 16 bits per byte")
+    assert (first[valid], first[test]) == (estimate([2.0, 2.5], ".3f"), estimate([3.0, 3.5], ".3f"))
+    assert (second[valid], second[test]) == ("", "")
+
+
 class Page(HTMLParser):
     """Tags that are open at the end or close another, what would be loaded from elsewhere, ids, and the text."""
 

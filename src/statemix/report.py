@@ -12,6 +12,7 @@ Metrics = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl
 Groups = Mapping[str, Sequence[Run]]  # label -> runs that differ in their seed
 
 ACCURACIES = {"token": "token_accuracy", "sequence": "sequence_accuracy", "macro": "macro_accuracy"}
+BITS = {"bits per byte": "bits_per_byte"}  # of runs on a text
 
 
 def plot_curves(runs: Mapping[str, Metrics], path: str | Path, *, title: str = "", chance: float | None = None) -> None:
@@ -87,22 +88,33 @@ def _spread(numbers: Sequence[float], form: str) -> str:
 def group_rows(groups: Groups) -> list[list[str]]:
     """A head and a row per group: sizes, the validation, the three accuracies at every tested length, the time.
 
+    If a run is on a text there are bits per byte, too.
+
     Several seeds are shown as mean +- half of the 95 % interval of Student's t.
     """
     lengths = sorted({length for runs in groups.values() for run in runs for length in run.summary["test"]}, key=int)
-    tests = [(length, name) for length in lengths for name in ACCURACIES]
-    head = ["", "seeds", "parameters", "state", "valid token"]
+    has_text = any("bits_per_byte" in run.summary["valid"] for runs in groups.values() for run in runs)
+    valids = {"token": "token_accuracy"} | (BITS if has_text else {})
+    scored = ACCURACIES | (BITS if has_text else {})
+    tests = [(length, name) for length in lengths for name in scored]
+    head = ["", "seeds", "parameters", "state", *(f"valid {name}" for name in valids)]
     rows = [[*head, *(f"test {length} {name}" for length, name in tests), "steps", "tokens/s"]]
     for label, runs in groups.items():
         summaries = [run.summary for run in runs]
         cells = [label, str(len(runs)), f"{summaries[0]['parameters']:,}", f"{summaries[0]['state_size']:,}"]
-        cells.append(estimate([summary["valid"]["token_accuracy"] for summary in summaries], ".3f"))
+        for key in valids.values():
+            cells.append(_estimate_of(key, [summary["valid"] for summary in summaries]))
         for length, name in tests:
             scores = [summary["test"][length] for summary in summaries if length in summary["test"]]
-            cells.append(estimate([score[ACCURACIES[name]] for score in scores], ".3f"))
+            cells.append(_estimate_of(scored[name], scores))
         cells.append(estimate([summary["steps"] for summary in summaries], ",.0f"))
         rows.append([*cells, estimate([summary["train_tokens_per_s"] for summary in summaries], ",.0f")])
     return rows
+
+
+def _estimate_of(key: str, scores: Sequence[Mapping[str, Any]]) -> str:
+    """The estimate of a figure over those runs that have it."""
+    return estimate([score[key] for score in scores if key in score], ".3f")
 
 
 def estimate(numbers: Sequence[float], form: str) -> str:
