@@ -1,6 +1,7 @@
 """What the tests share: the tolerance table, the comparison, scan problems, and NumPy oracles."""
 
 import dataclasses
+import importlib.util
 
 import numpy as np
 import pytest
@@ -15,6 +16,12 @@ from statemix.scan import cpu
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 3.95e-3, torch.float16: 4.95e-4}
 
 SCANS = {"block": block_scan, "companion": companion_scan, "observer": observer_scan}
+
+# Triton's own functions are made when it is imported, for a GPU or for its interpreter (test_gpu.py).
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module("triton")
 
 torch.set_num_threads(2)
 torch.use_deterministic_algorithms(True)  # with it, torch.empty is filled with NaN: test_cpu.py holds that it is

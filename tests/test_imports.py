@@ -124,7 +124,11 @@ PLANTED = [  # (module, source, the names that are wrong)
     (f"{SCAN}.cpu", "from ..mixers import BDLRU", ["statemix.mixers.BDLRU"]),
     (f"{SCAN}.gpu", "def f():\n    from statemix.scan.gpu import block\nfrom statemix.scan import gpu_model", []),
     (f"{SCAN}.gpu", "import triton", ["triton"]),
-    (f"{SCAN}.gpu.block", "import triton\nfrom triton import language\nfrom statemix.scan.gpu.weights import weigh", []),
+    (
+        f"{SCAN}.gpu.block",
+        "import triton\nfrom triton import language\nfrom statemix.scan.gpu.weights import weigh",
+        [],
+    ),
     (f"{SCAN}.gpu", "from statemix.scan.cpu import block_scan", [f"{SCAN}.cpu.block_scan"]),
     (SCAN, "from statemix.scan import associative, cpu, gpu, reference", []),
     (SCAN, "import triton", ["triton"]),

@@ -319,7 +319,7 @@ BAD = [  # mixer, option, value, exception, the message after the class
         "backend",
         "gqu",
         ValueError,
-        "`backend` must be one of ['associative', 'auto', 'cpu', 'reference'], got 'gqu'.",
+        "`backend` must be one of ['associative', 'auto', 'cpu', 'gpu', 'reference'], got 'gqu'.",
     ),
     ("gru", "hidden_size", 1.5, TypeError, "`hidden_size` must be an int, got 1.5."),
     ("mlstm", "num_heads", 3, ValueError, "num_heads * `head_dim` must be a multiple of 4, got 3 * 2."),

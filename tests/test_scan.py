@@ -411,7 +411,12 @@ BAD_ARGUMENTS = [  # (argument, from a good tensor to the bad one, exception, me
     ("reset", lambda x: MASK.float(), TypeError, "must be a bool tensor, got torch.float32."),
     ("reset", lambda x: MASK.tolist(), TypeError, "must be a bool tensor, got list."),
     ("normalization", lambda x: "softmx", ValueError, f"must be one of {NAMES}, got 'softmx'."),
-    ("backend", lambda x: "gp", ValueError, "must be 'auto' or one of ['associative', 'cpu', 'reference'], got 'gp'."),
+    (
+        "backend",
+        lambda x: "gp",
+        ValueError,
+        "must be 'auto' or one of ['associative', 'cpu', 'gpu', 'reference'], got 'gp'.",
+    ),
 ]
 
 

@@ -159,6 +159,8 @@ def _info(arguments: list[str]) -> None:
             f"fused C++ kernels; instruction set {cpu.instruction_set()}, of {', '.join(cpu.instruction_sets())} "
             f"(set {cpu.INSTRUCTION_SET_VARIABLE} to choose)"
         )
+    if backend_problem("gpu") is None:
+        facts["gpu"] = "fused Triton kernels, CUDA tensors"
     print("backends of the scans; backend='auto' takes the first that serves a call:")
     for name in BACKENDS:
         print(f"  {name:<12} {facts.get(name) or f'NOT AVAILABLE: {backend_problem(name)}'}")

@@ -15,8 +15,8 @@ clipped, training ended at an accuracy of 0.999. Where this departs from the pub
 
 "paper-bd1", "paper-bd2", "paper-bd4", "paper-bd8", "paper-bd16", "paper-h16" and "paper-lstm" are language models of
 Dubinin et al. 2026 (arXiv 2602.12021), each a run of its own, model and training: about 135 million parameters besides
-embedding and head, 10^10 tokens. The text is the user's own (`--task.source`), and so are the BPE learned from it, which has
-fewer than 50,280 tokens of a short one, and how often it validates, on how much.
+embedding and head, 10^10 tokens. The text is the user's own (`--task.source`), and so are the BPE learned from it,
+which has fewer than 50,280 tokens of a short one, and how often it validates, on how much.
 
 "exact-s3", "exact-s4" and "exact-s5" are runs too: state tracking that stays exact far beyond the trained length, by a
 start token, short lengths first, and a penalty on rows of gates that are not one-hot (docs/results.md, claim 7).

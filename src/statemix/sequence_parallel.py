@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 
 from statemix.gates import NORMALIZATIONS
 from statemix.mixers.base import LinearRecurrence
-from statemix.scan import _check, _choose, lagged_states, scan_to_state
+from statemix.scan import check_scan, choose_backend, lagged_states, scan_to_state
 
 KINDS = ("block", "companion", "observer")
 SIGNATURE = ("kind", "normalization", "B", "M", "N", "bytes of a state", "gradients enabled")  # must agree over ranks
@@ -266,8 +266,8 @@ def _signature(
     if kind not in KINDS:
         raise ValueError(f"{owner}: `kind` must be one of {sorted(KINDS)}, got {kind!r}.")
     name = f"{kind}_scan"
-    order = _check(name, raw_gates, values, initial_state, normalization, reset)
-    _choose(name, backend, values.device, order)
+    order = check_scan(name, raw_gates, values, initial_state, normalization, reset)
+    choose_backend(name, backend, values.device, order, values.dtype)
     if rank > 0 and initial_state is not None:
         raise ValueError(
             f"{owner}: the initial state must be None on all ranks but 0, which holds the first piece; "

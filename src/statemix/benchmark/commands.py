@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from rich.table import Table
 
-from statemix.benchmark.contender import BOTH, PARTS, Contender, Shape, Work
+from statemix.benchmark import gpu
+from statemix.benchmark.contender import BACKWARD, BOTH, FORWARD, PARTS, Contender, Shape, Work
 from statemix.benchmark.layers import DECODE_CONTENDERS, LAYER_CONTENDERS, TRAIN_CONTENDERS
 from statemix.benchmark.measure import Group, Samples, interleave, machine, measured, settings
 from statemix.benchmark.memory import LAYERS, MEMORY_CONTENDERS
@@ -23,6 +25,7 @@ from statemix.benchmark.scans import SCAN_CONTENDERS, SCANS, own_scan
 from statemix.files import write_whole
 from statemix.mixers.base import check_choice, check_sizes
 from statemix.scan import cpu
+from statemix.scan.gpu_model import CARDS, card_of
 
 SCALING_LENGTH = 1024
 
@@ -60,6 +63,25 @@ class Benchmark:
     def samples(self, works: Mapping[str, Work]) -> Samples:
         """The raw numbers of every contender, in `unit`."""
         return interleave(works, self.seconds)
+
+    def result(self, group: Group) -> dict[str, Any]:
+        """A table as it is kept in the JSON file."""
+        return measured(group, self.samples, self.unit, self.of)
+
+    def table(self, group: Group, result: Mapping[str, Any]) -> Table:
+        """The table as it is shown."""
+        return table(self.title(group), result)
+
+    def name(self, facts: Mapping[str, Any]) -> str:
+        """Of the results, where `out` is None."""
+        return f"{self.what}-{facts['instruction_set']}-{self.threads}t"
+
+    def conditions(self, facts: Mapping[str, Any]) -> str:
+        """What all numbers hold for."""
+        return (
+            f"{facts['processor']}, {facts['processors']} processors; instruction set {facts['instruction_set']}, "
+            f"threads {facts['threads']}, torch {facts['torch']}, {facts['date']}"
+        )
 
     def given(self, *names: str) -> dict[str, Any]:
         """Those of the named options that this WHAT has."""
@@ -117,8 +139,7 @@ def run(benchmark: Benchmark, show: Callable[[Any], object]) -> Path:
     groups = benchmark.check()
     with settings(benchmark.threads, benchmark.instruction_set):
         facts = machine(benchmark.threads)
-        default = f"results/bench/{benchmark.what}-{facts['instruction_set']}-{benchmark.threads}t"
-        out = Path(re.sub(r"\.(json|png)$", "", benchmark.out or default))
+        out = Path(re.sub(r"\.(json|png)$", "", benchmark.out or f"results/bench/{benchmark.name(facts)}"))
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -127,12 +148,9 @@ def run(benchmark: Benchmark, show: Callable[[Any], object]) -> Path:
             ) from None
         results = []
         for group in groups:
-            results.append(measured(group, benchmark.samples, benchmark.unit, benchmark.of))
-            show(table(benchmark.title(group), results[-1]))
-    show(
-        f"{facts['processor']}, {facts['processors']} processors; instruction set {facts['instruction_set']}, "
-        f"threads {facts['threads']}, torch {facts['torch']}, {facts['date']}"
-    )
+            results.append(benchmark.result(group))
+            show(benchmark.table(group, results[-1]))
+    show(benchmark.conditions(facts))
     kept = {"what": benchmark.what, "machine": facts, "options": dataclasses.asdict(benchmark), "groups": results}
     try:
         write_whole(out.with_name(f"{out.name}.json"), (json.dumps(kept, indent=1) + "\n").encode())
@@ -320,4 +338,68 @@ def _on_threads(contender: Contender, threads: int) -> Contender:
     return Contender(f"{threads} thread{'s' if threads > 1 else ''}", make)
 
 
-BENCHMARKS: dict[str, Callable[..., Benchmark]] = {b.what: b for b in (Scan, Layer, TrainStep, Decode, Memory, Scaling)}
+@dataclass(frozen=True, kw_only=True)
+class Gpu(Layer):
+    """The GPU kernels beside their prediction: scan, layer and training step against torch, cuDNN's LSTM and peers.
+
+    Args:
+        kinds: of block, companion and observer.
+        plan: print, instead, what the model predicts of every configuration; no GPU is needed.
+        gpu: the card of the plan.
+    """
+
+    sizes: str = "1x512,2x512,4x512,8x512,16x512"
+    batch: int = 8
+    length: int = 4096
+    d_model: int = 512
+    kinds: str = "block"
+    plan: bool = False
+    gpu: str = "H100"
+
+    what = "gpu"
+
+    def groups(self) -> list[Group]:
+        """A table per kind, size and part, and where it is measured one for the layer and one for the training step."""
+        kinds = self.kinds.split(",")
+        for kind in kinds:
+            check_choice("bench", "kinds", kind, tuple(SCANS))
+        check_choice("bench", "gpu", self.gpu, tuple(CARDS))
+        if not self.plan and not torch.cuda.is_available():
+            raise RuntimeError(
+                "bench: gpu measures on a GPU, and torch finds none here. `statemix bench gpu --plan` prints what the "
+                "model predicts for one."
+            )
+        contenders = () if self.plan else gpu.scan_contenders(card_of(torch.cuda.get_device_properties()))
+        groups = [
+            Group(f"{kind} scan, {part}", replace(shape, kind=kind, part=part), contenders, (gpu.LEAST,))
+            for kind, shape, part in itertools.product(kinds, self.shapes(), (FORWARD, BACKWARD))
+        ]
+        if self.plan:
+            return groups
+        modules = itertools.product((gpu.LAYER, gpu.STEP), self.shapes())
+        return groups + [
+            Group(part, replace(shape, part=part), gpu.MODULE_CONTENDERS, ("lstm",)) for part, shape in modules
+        ]
+
+    def result(self, group: Group) -> dict[str, Any]:
+        """Measured, or predicted."""
+        return gpu.plan(group.panel, group.shape, CARDS[self.gpu]) if self.plan else super().result(group)
+
+    def table(self, group: Group, result: Mapping[str, Any]) -> Table:
+        """The table as it is shown."""
+        return gpu.plan_table(self.title(group), result) if self.plan else super().table(group, result)
+
+    def name(self, facts: Mapping[str, Any]) -> str:
+        """Of the results, where `out` is None."""
+        return f"gpu-plan-{self.gpu}" if self.plan else "gpu"
+
+    def conditions(self, facts: Mapping[str, Any]) -> str:
+        """What all numbers hold for."""
+        if self.plan:
+            return f"Predicted for {self.gpu} from compiled code; nothing was measured. *: what the scan takes."
+        return f"{torch.cuda.get_device_name()}, torch {facts['torch']}, {facts['date']}"
+
+
+BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
+    b.what: b for b in (Scan, Layer, TrainStep, Decode, Memory, Scaling, Gpu)
+}

@@ -27,7 +27,7 @@ SCANS = {"block": block_scan, "companion": companion_scan, "observer": observer_
 Diagonal = Callable[[Tensor, Tensor], Tensor]  # h_t = a_t h_{t-1} + b_t from a and b, (B, T, N)
 
 
-def _sizes(shape: Shape) -> list[tuple[int, ...]]:
+def sizes(shape: Shape) -> list[tuple[int, ...]]:
     """Of raw gates, values, initial state and states."""
     time, rows = (shape.batch, shape.length), (shape.order,) if shape.kind == "block" else ()
     kept = () if shape.kind == "companion" else (shape.order,)
@@ -41,7 +41,7 @@ def _sizes(shape: Shape) -> list[tuple[int, ...]]:
 
 def scan_work(shape: Shape, scan: Callable[..., Tensor]) -> Work:
     """A scan from raw gates, values and initial state to states; the backward gives the gradients of all three."""
-    *leaves, cotangent = inputs(shape, *_sizes(shape))
+    *leaves, cotangent = inputs(shape, *sizes(shape))
     cotangent.detach_()
 
     def forward() -> Results:
@@ -81,7 +81,7 @@ def copy(shape: Shape) -> Work:
     Forward: raw gates and values are read, states written. Backward: raw gates, values, states and their gradient are
     read, the gradients of raw gates and values written.
     """
-    gates, values, _, states = map(math.prod, _sizes(shape))
+    gates, values, _, states = map(math.prod, sizes(shape))
     passes = {FORWARD: 1, BACKWARD: 2, BOTH: 3}[shape.part]
     # half of the bytes are read and half written
     source = torch.ones(passes * (gates + values + states) * (2 if shape.dtype == "float64" else 1) // 2)
@@ -91,7 +91,7 @@ def copy(shape: Shape) -> Work:
 
 def softmax(shape: Shape) -> Work:
     """The softmax of the raw gates alone, by torch: what the scan does before it scans."""
-    (gates,) = inputs(shape, _sizes(shape)[0])
+    (gates,) = inputs(shape, sizes(shape)[0])
     cotangent = torch.ones_like(gates)
 
     def forward() -> Results:

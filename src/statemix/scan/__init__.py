@@ -1,7 +1,7 @@
 """block_scan, companion_scan, observer_scan: check the call, choose a backend, run it.
 
 A backend is a module of this package with these three functions; it receives checked tensors of one dtype, float32 or
-float64, a filled initial state, and the reset mask or None.
+float64 (a fused one bfloat16, too), a filled initial state, and the reset mask or None.
 """
 
 import warnings
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from statemix.gates import check_normalization
-from statemix.scan import associative, cpu, reference
+from statemix.scan import associative, cpu, gpu, reference
 
 # "auto" takes the first that serves the call
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "associative": associative, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"gpu": gpu, "cpu": cpu, "associative": associative, "reference": reference}
+FUSED = (gpu, cpu)  # these return the state to go on from, too, and read bfloat16 as it is
 
 
 def available_backends() -> tuple[str, ...]:
@@ -24,7 +25,8 @@ def available_backends() -> tuple[str, ...]:
 
 def backend_problem(name: str) -> str | None:
     """Why the backend cannot be used on this machine, in one sentence; None if it can."""
-    return cpu.load_problem() if name == "cpu" else None
+    module = BACKENDS[name]
+    return module.load_problem() if module in FUSED else None
 
 
 def block_scan(
@@ -47,8 +49,9 @@ def block_scan(
         initial_state: h_0, (B, M, N), any float dtype. Zeros if None.
         normalization: a name in `NORMALIZATIONS`.
         reset: (B, T) bool. True: the state is zero before that step. Never if None.
-        backend: "auto" or a name in `available_backends()`. "auto" is the compiled kernel for CPU tensors where it is
-            there and serves M, and the log-depth torch scan for everything else.
+        backend: "auto" or a name in `available_backends()`. "auto" is the Triton kernel for CUDA tensors and the
+            compiled kernel for CPU tensors, where they are there and serve M and the dtype, and the log-depth torch
+            scan for everything else.
 
     Returns:
         h_1..h_T, (B, T, M, N), in the dtype of `values`; sums are kept in float32 or wider.
@@ -56,7 +59,7 @@ def block_scan(
     Raises:
         TypeError: an argument is not a tensor of the wanted dtype, or dtypes or devices disagree.
         ValueError: shapes disagree, or B, T, M or N is 0, or a name is unknown.
-        RuntimeError: the named backend is not available here, or does not serve this device or block size.
+        RuntimeError: the named backend is not available here, or does not serve this device, dtype or block size.
 
     Source: Dubinin et al. 2026 (arXiv 2602.12021), eq. of BD-LRU. Gradients: docstring of scan/reference.py.
     """
@@ -180,14 +183,13 @@ def _run(
     reset: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    order = _check(name, raw_gates, values, initial_state, normalization, reset)
+    order = check_scan(name, raw_gates, values, initial_state, normalization, reset)
     state_dtype = torch.promote_types(values.dtype, torch.float32)  # sums and states are float32 or wider
     if initial_state is None:
         initial_state = values.new_zeros(values.shape[0], order, values.shape[-1], dtype=state_dtype)
     initial_state = initial_state.to(state_dtype)
-    module = _choose(name, backend, values.device, order)
-    # the kernels read bfloat16 as it is
-    dtype = values.dtype if module is cpu and values.dtype == torch.bfloat16 else state_dtype
+    module = choose_backend(name, backend, values.device, order, values.dtype)
+    dtype = values.dtype if module in FUSED and values.dtype == torch.bfloat16 else state_dtype
     scan = getattr(module, name)
     raw_gates, scanned_values = raw_gates.to(dtype), values.to(dtype)
     if torch.amp.is_autocast_available(values.device.type):  # it would round the products of a torch backend
@@ -195,7 +197,7 @@ def _run(
             scanned = scan(raw_gates, scanned_values, initial_state, reset, normalization)
     else:
         scanned = scan(raw_gates, scanned_values, initial_state, reset, normalization)
-    if module is cpu:
+    if module in FUSED:
         states, final_state = scanned
     else:
         states = scanned
@@ -208,19 +210,20 @@ def _run(
     return states.to(values.dtype), final_state
 
 
-def _choose(name: str, backend: str, device: torch.device, order: int) -> ModuleType:
+def choose_backend(name: str, backend: str, device: torch.device, order: int, dtype: torch.dtype) -> ModuleType:
     """The backend's module. Raises if it was named and cannot serve the call; "auto" goes on to the next."""
     if backend != "auto":
         if backend not in BACKENDS:
             raise ValueError(f"{name}: `backend` must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}.")
-        problem = backend_problem(backend) or _unserved(backend, device, order)
+        problem = backend_problem(backend) or _unserved(backend, device, order, dtype)
         if problem:
             raise RuntimeError(f"{name}: backend {backend!r} cannot be used: {problem} Use backend='auto'.")
         return BACKENDS[backend]
-    if device.type == "cpu":
-        problem = backend_problem("cpu")
-        if problem is None and _unserved("cpu", device, order) is None:
-            return cpu
+    fused = {"cpu": "cpu", "cuda": "gpu"}.get(device.type)
+    if fused is not None:
+        problem = backend_problem(fused)
+        if problem is None and _unserved(fused, device, order, dtype) is None:
+            return BACKENDS[fused]
         if problem is not None and not _warned:
             _warned.append(problem)
             warnings.warn(f"statemix: the slow torch scan runs in place of the compiled one: {problem}", stacklevel=4)
@@ -230,8 +233,10 @@ def _choose(name: str, backend: str, device: torch.device, order: int) -> Module
 _warned: list[str] = []  # the fallback is announced once per process
 
 
-def _unserved(backend: str, device: torch.device, order: int) -> str | None:
+def _unserved(backend: str, device: torch.device, order: int, dtype: torch.dtype) -> str | None:
     """Why an available backend does not serve this call; None if it does."""
+    if backend == "gpu":
+        return gpu.unserved(device, dtype, order)
     if backend != "cpu":
         return None
     if device.type != "cpu":
@@ -239,7 +244,7 @@ def _unserved(backend: str, device: torch.device, order: int) -> str | None:
     return f"it serves M up to {cpu.MAX_ORDER}, got M = {order}." if order > cpu.MAX_ORDER else None
 
 
-def _check(
+def check_scan(
     name: str,
     raw_gates: Tensor,
     values: Tensor,

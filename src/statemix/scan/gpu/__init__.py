@@ -1,0 +1,318 @@
+"""The fused Triton kernels as torch custom operators: float32 and bfloat16, M up to 16, forward and first derivative.
+
+A kernel reads the raw gates and normalises them in registers; a transition is never in memory, forward or backward.
+The modules of this package that import triton are imported at the first call. With TRITON_INTERPRET=1 in the
+environment, triton's interpreter runs them on CPU tensors: slowly, for tests. More: docs/gpu.md.
+"""
+
+import functools
+import importlib.util
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from statemix.scan.gpu_model import Card, Configuration, Scan, card_of, choose
+
+MAX_ORDER = 16
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up now: torch.compile could not trace that
+
+
+class Launch(NamedTuple):
+    """A kernel and what it is compiled with.
+
+    constants: of its tl.constexpr parameters. pointers: dtype behind each pointer parameter. All others are integers.
+    """
+
+    kernel: Any
+    constants: dict[str, Any]
+    pointers: dict[str, torch.dtype]
+    num_warps: int
+    num_stages: int
+
+
+def load_problem() -> str | None:
+    """Why the Triton kernels cannot be used here, in a sentence; None if they can."""
+    if not _HAS_TRITON:
+        return "it needs triton, which is not installed: pip install triton."
+    if not torch.cuda.is_available() and not _interpreted():
+        return "it needs a GPU, and torch finds none here."
+    return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unserved(device: torch.device, dtype: torch.dtype, order: int) -> str | None:
+    """Why the kernels do not serve such tensors; None if they do. The interpreter serves tensors of a CPU alone."""
+    if device.type != ("cpu" if _interpreted() else "cuda"):
+        return f"it needs {'CPU' if _interpreted() else 'CUDA'} tensors, got device {device}."
+    if dtype == torch.float64:
+        return f"it computes in float32, got {dtype}."
+    return f"it serves M up to {MAX_ORDER}, got M = {order}." if order > MAX_ORDER else None
+
+
+def launches(
+    kind: str,
+    direction: str,
+    order: int,
+    dtype: torch.dtype,
+    configuration: Configuration,
+    normalization: str = "softmax",
+    reset: bool = False,
+    blocks: int = 512,
+    keep: bool = True,
+) -> list[Launch]:
+    """The kernels that a scan of this configuration runs, in their order, each with what it is compiled with.
+
+    Args:
+        kind: "block", "companion" or "observer".
+        direction: "forward" or "backward".
+        order: M.
+        dtype: of raw gates, values and states.
+        configuration: from `statemix.scan.gpu_model`.
+        normalization: of the raw gates.
+        reset: whether there is a reset mask.
+        blocks: N.
+        keep: whether a forward keeps what its backward needs.
+
+    Returns:
+        One launch for each kernel.
+
+    Raises:
+        ValueError: the configuration cuts time into chunks, for which there are no kernels.
+    """
+    if configuration.chunk_size:
+        raise ValueError(f"launches: `configuration` must have chunk_size = 0, got {configuration.chunk_size}.")
+    from statemix.scan.gpu import block, lagged
+
+    forward, wide = direction == "forward", torch.float32
+    module = block if kind == "block" else lagged
+    kernel = getattr(module, f"{'block' if kind == 'block' else 'lagged'}_{direction}")
+    constants: dict[str, Any] = {"M": order, "N": blocks, "BLOCK_N": configuration.block_n}
+    if kind == "block":
+        # the lanes of a warp that the blocks leave free share out their rows
+        constants["GROUPS"] = max(1, min(32 // configuration.block_n, 1 << (order - 1).bit_length()))
+    else:
+        constants["OBSERVER"] = kind == "observer"
+    constants |= {"AHEAD": configuration.num_stages - 1, "NORMALIZATION": normalization, "HAS_RESET": reset}
+    constants |= {"HAS_RESIDUAL": dtype != wide and (keep or not forward)}
+    pointers = {"raw_gates_ptr": dtype, "values_ptr": dtype, "carry_ptr": wide, "reset_ptr": torch.uint8}
+    pointers |= {"states_ptr": dtype, "residual_ptr": dtype}
+    if forward:
+        pointers |= {"final_state_ptr": wide}
+    else:
+        pointers |= {"initial_state_ptr": wide, "grad_states_ptr": dtype, "grad_initial_state_ptr": wide}
+        pointers |= {"grad_raw_gates_ptr": dtype, "grad_values_ptr": dtype}
+    return [Launch(kernel, constants, pointers, configuration.num_warps, 1)]
+
+
+def block_scan(
+    raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str
+) -> tuple[Tensor, Tensor]:
+    """h_t = A_t h_{t-1} + a0_t * v_t. Shapes: `statemix.scan.block_scan`."""
+    return _scan(raw_gates, values, initial_state, reset, normalization, "block")
+
+
+def companion_scan(
+    raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str
+) -> tuple[Tensor, Tensor]:
+    """h_t = sum_{i=1..M} a_{i,t} h_{t-i} + a_{0,t} v_t. Shapes: `statemix.scan.companion_scan`."""
+    return _scan(raw_gates, values, initial_state, reset, normalization, "companion")
+
+
+def observer_scan(
+    raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str
+) -> tuple[Tensor, Tensor]:
+    """h'[0] = a_1 h[0] + h[1] + a_0 v, h'[i] = a_{i+1} h[0] + h[i+1]. Shapes: `statemix.scan.observer_scan`."""
+    return _scan(raw_gates, values, initial_state, reset, normalization, "observer")
+
+
+def _scan(
+    raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str, kind: str
+) -> tuple[Tensor, Tensor]:
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (raw_gates, values, initial_state))
+    states, final_state, _ = _forward(raw_gates, values, initial_state, reset, normalization, kind, keep)
+    return states, final_state
+
+
+_choose = functools.cache(choose)
+
+
+@functools.cache
+def _card(device: torch.device) -> Card:
+    return card_of(torch.cuda.get_device_properties(device))
+
+
+def configure(kind: str, direction: str, values: Tensor, order: int) -> Configuration:
+    """The configuration that a scan runs with: the model's choice for the card.
+
+    In the interpreter, where an operation takes the same time at any width, it is one wide program.
+    """
+    batch, length, blocks = values.shape[0], values.shape[1], values.shape[-1]
+    if _interpreted():
+        return Configuration(max(8, 1 << (blocks - 1).bit_length()), 1, 2)
+    dtype = str(values.dtype).removeprefix("torch.")
+    return _choose(Scan(kind, direction, order, dtype, batch, length, blocks), _card(values.device))
+
+
+def _run(launch: Launch, tensors: dict[str, Tensor | None], integers: tuple[int, ...], grid: tuple[int, ...]) -> None:
+    """Launch a kernel on tensors named like its pointers; for one that is None any other stands in, and is not read."""
+    some = next(x for x in tensors.values() if x is not None)
+    names = [name for name in launch.kernel.arg_names if name.endswith("_ptr")]
+    pointers = [some if tensors[name] is None else tensors[name] for name in names]
+    with torch.cuda.device_of(some):
+        launch.kernel[grid](
+            *pointers, *integers, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
+        )
+
+
+def _scan_forward(
+    raw_gates: Tensor,
+    values: Tensor,
+    initial_state: Tensor,
+    reset: Tensor | None,
+    normalization: str,
+    kind: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    raw_gates, values = _strided(raw_gates), _strided(values)
+    states, final_state, residual = _states_like(values, initial_state, kind, keep)
+    length, blocks, order = values.shape[1], values.shape[-1], initial_state.shape[1]
+    configuration = configure(kind, "forward", values, order)
+    (launch,) = launches(
+        kind, "forward", order, values.dtype, configuration, normalization, reset is not None, blocks, keep
+    )
+    tensors = {
+        "raw_gates_ptr": raw_gates,
+        "values_ptr": values,
+        "carry_ptr": initial_state.contiguous(),
+        "reset_ptr": _bytes(reset),
+        "states_ptr": states,
+        "residual_ptr": residual,
+        "final_state_ptr": final_state,
+    }
+    grid = (-(-blocks // configuration.block_n), values.shape[0], 1)
+    _run(launch, tensors, (length, length, *raw_gates.stride()[:2], *values.stride()[:2]), grid)
+    return states, final_state, residual
+
+
+def _scan_forward_fake(
+    raw_gates: Tensor,
+    values: Tensor,
+    initial_state: Tensor,
+    reset: Tensor | None,
+    normalization: str,
+    kind: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _states_like(values, initial_state, kind, keep)
+
+
+def _scan_backward(
+    grad_states: Tensor,
+    grad_final_state: Tensor | None,
+    raw_gates: Tensor,
+    values: Tensor,
+    initial_state: Tensor,
+    reset: Tensor | None,
+    states: Tensor,
+    residual: Tensor,
+    normalization: str,
+    kind: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    raw_gates, values = _strided(raw_gates), _strided(values)
+    grads = _grads_like(raw_gates, values, initial_state)
+    length, blocks, order = values.shape[1], values.shape[-1], initial_state.shape[1]
+    configuration = configure(kind, "backward", values, order)
+    (launch,) = launches(kind, "backward", order, values.dtype, configuration, normalization, reset is not None, blocks)
+    carry = torch.zeros_like(initial_state) if grad_final_state is None else grad_final_state
+    tensors = {
+        "raw_gates_ptr": raw_gates,
+        "values_ptr": values,
+        "initial_state_ptr": initial_state.contiguous(),
+        "reset_ptr": _bytes(reset),
+        "states_ptr": states,
+        "residual_ptr": residual,
+        "grad_states_ptr": grad_states.contiguous(),
+        "carry_ptr": carry.contiguous(),
+        "grad_raw_gates_ptr": grads[0],
+        "grad_values_ptr": grads[1],
+        "grad_initial_state_ptr": grads[2],
+    }
+    grid = (-(-blocks // configuration.block_n), values.shape[0], 1)
+    _run(launch, tensors, (length, length, *raw_gates.stride()[:2], *values.stride()[:2]), grid)
+    return grads
+
+
+def _scan_backward_fake(
+    grad_states: Tensor,
+    grad_final_state: Tensor | None,
+    raw_gates: Tensor,
+    values: Tensor,
+    initial_state: Tensor,
+    reset: Tensor | None,
+    states: Tensor,
+    residual: Tensor,
+    normalization: str,
+    kind: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _grads_like(raw_gates, values, initial_state)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.normalization, ctx.kind, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(*tensors, output[0], output[2])
+
+
+def _derivative(
+    ctx: Any, grad_states: Tensor | None, grad_final_state: Tensor | None, unused: None
+) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    if grad_states is None:
+        grad_states = torch.zeros_like(saved[4])
+    grads = _backward(grad_states, grad_final_state, *saved, ctx.normalization, ctx.kind)
+    return *grads, None, None, None, None
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("scan: the 'gpu' backend has no second derivative. Use backend='associative'.")
+
+
+_forward = torch.library.custom_op("statemix::gpu_scan_forward", _scan_forward, mutates_args=())
+_forward.register_fake(_scan_forward_fake)
+_backward = torch.library.custom_op("statemix::gpu_scan_backward", _scan_backward, mutates_args=())
+_backward.register_fake(_scan_backward_fake)
+_forward.register_autograd(_derivative, setup_context=_save)
+_backward.register_autograd(_no_second_derivative, setup_context=_save_nothing)
+
+
+def _bytes(reset: Tensor | None) -> Tensor | None:
+    return None if reset is None else reset.contiguous().view(torch.uint8)
+
+
+def _strided(x: Tensor) -> Tensor:
+    """`x` itself if everything below a time step is contiguous (the kernels take batch and time strides), or a copy."""
+    return x if x[0, 0].is_contiguous() else x.contiguous()
+
+
+def _states_like(values: Tensor, initial_state: Tensor, kind: str, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the states, the state to go on from, and what rounding the states to bfloat16 left, if it is kept."""
+    batch, length, blocks = values.shape[0], values.shape[1], values.shape[-1]
+    shape = (batch, length, blocks) if kind == "companion" else (batch, length, initial_state.shape[1], blocks)
+    kept = shape if keep and values.dtype != torch.float32 else (0,)
+    return values.new_empty(shape), initial_state.new_empty(initial_state.shape), values.new_empty(kept)
+
+
+def _grads_like(raw_gates: Tensor, values: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the three gradients, contiguous also where an input was expanded."""
+    return tuple(x.new_empty(x.shape) for x in (raw_gates, values, initial_state))  # type: ignore[return-value]

@@ -1,0 +1,270 @@
+"""What a GPU scan costs by a model of the card, and the configuration that the model finds fastest.
+
+Every kernel of a configuration is as slow as the slowest of four things:
+
+    memory    the bytes that it moves, over the bandwidth of the card
+    issue     its instructions, and its exponentials and reciprocals, over what the schedulers take in a cycle
+    latency   the steps of one program, one after the other, in the cycles that a warp needs which runs alone
+    launch    the time that a kernel takes whatever it does
+
+and a scan takes the sum over its kernels. What a kernel needs is read from its compiled code and kept in gpu_costs.csv
+(`python tests/gpu_resources.py --write`); tests/test_gpu_compile.py holds the two together. Nothing in it was
+measured on a GPU: `statemix bench gpu` prints measured beside predicted where there is one.
+"""
+
+import csv
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+BOUNDS = ("memory", "issue", "latency")  # what may bind a kernel besides its launch
+LAUNCH = 3e-6  # seconds; an assumption: the order of what is usual for small kernels
+SCHEDULERS = 4  # of a multiprocessor: each issues an instruction a cycle
+SPECIAL = 8  # cycles of a scheduler for an exponential or reciprocal of a warp: 16 a cycle and multiprocessor
+SECTOR = 32  # bytes: memory moves no less
+REGISTERS, WARPS, PROGRAMS = 65536, 64, 32  # of a multiprocessor of compute capability 8.0, 9.0 and 10.0
+# Source of these: CUDA programming guide: throughput of arithmetic instructions, technical specifications, memory.
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How the kernels of one scan are launched.
+
+    Args:
+        block_n: blocks (or channels) that one program carries side by side, a power of two.
+        num_warps: warps of 32 threads that share them.
+        num_stages: loads in flight: 1 issues those of a step when it begins, s > 1 issues them s - 1 steps before.
+        chunk_size: steps per program; 0 gives one program the whole of time.
+    """
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    chunk_size: int = 0
+
+
+CONFIGURATIONS = (
+    *(Configuration(32, 1, num_stages) for num_stages in (2, 4, 7)),
+    *(Configuration(16, 1, num_stages) for num_stages in (2, 3, 6)),
+    *(Configuration(8, 1, num_stages) for num_stages in (2, 3, 5)),
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU.
+
+    Args:
+        name: of the card.
+        target: what Triton compiles for.
+        multiprocessors: how many.
+        bandwidth: of its memory, bytes a second.
+        clock: cycles a second.
+        shared: bytes of shared memory of a multiprocessor.
+        issue: cycles of a scheduler for one instruction of a warp.
+    """
+
+    name: str
+    target: str
+    multiprocessors: int
+    bandwidth: float
+    clock: float
+    shared: int
+    issue: int = 1
+
+
+# Data sheets: NVIDIA A100 80GB SXM, NVIDIA H100 SXM, NVIDIA HGX B200, AMD Instinct MI300X. The clock is the one that
+# their peak of float32 needs (19.5, 67, 75 and 163 TFLOP/s); a card under load may run below it. A wave of MI300X has
+# 64 lanes on units of 16: CDNA 3 instruction set, section 1.
+CARDS = {
+    card.name: card
+    for card in (
+        Card("A100", "cuda:80", 108, 2.039e12, 1.41e9, 164 << 10),
+        Card("H100", "cuda:90", 132, 3.35e12, 1.98e9, 228 << 10),
+        Card("B200", "cuda:100", 148, 8.0e12, 1.97e9, 228 << 10),
+        Card("MI300X", "hip:gfx942", 304, 5.3e12, 2.1e9, 64 << 10, issue=4),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What is computed: one direction, "forward" or "backward", of one kind of scan.
+
+    Args:
+        kind: "block", "companion" or "observer".
+        direction: "forward" or "backward".
+        order: M.
+        dtype: "float32" or "bfloat16", of everything but the state that is carried.
+        batch, length, blocks: B, T, N.
+    """
+
+    kind: str
+    direction: str
+    order: int
+    dtype: str
+    batch: int
+    length: int
+    blocks: int
+
+    @property
+    def least_bytes(self) -> int:
+        """Bytes per step and block (channel) if everything is read once and written once.
+
+        Forward: raw gates and values are read, states written. Backward: these three and the gradient of the states
+        are read, the gradients of raw gates and values written.
+        """
+        rows = self.order if self.kind == "block" else 1
+        gates, values, states = rows * (self.order + 1), rows, 1 if self.kind == "companion" else self.order
+        numbers = gates + values + states
+        return (numbers if self.direction == "forward" else 2 * numbers) * (4 if self.dtype == "float32" else 2)
+
+    def floor(self, card: Card) -> float:
+        """Seconds for the least bytes."""
+        return self.least_bytes * self.batch * self.length * self.blocks / card.bandwidth
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a kernel of a configuration needs, read from its code for sm_90: a row of gpu_costs.csv.
+
+    Args:
+        kernel: its name.
+        per: "step", or "chunk" for a kernel whose loop is over chunks.
+        registers: of a thread.
+        shared: bytes of shared memory of a program.
+        bytes: read from and written to memory, for one block in an iteration of the loop, which is one step or chunk.
+        instructions, special: of a warp in an iteration; `special` of them are exponentials, reciprocals and the like.
+        cycles: of an iteration in a warp that runs alone.
+    """
+
+    kernel: str
+    per: str
+    registers: int
+    shared: int
+    bytes: float
+    instructions: float
+    special: float
+    cycles: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of a scan, and of each of the things that may bind a kernel, summed over its kernels."""
+
+    seconds: float
+    memory: float
+    issue: float
+    latency: float
+    occupancy: float  # of the kernel with the least: the part of a multiprocessor's warps that can be resident
+
+    @property
+    def bound(self) -> str:
+        """What binds most."""
+        return max(BOUNDS, key=lambda name: getattr(self, name))
+
+
+Key = tuple[str, str, str, int, Configuration]  # kind, direction, dtype, order, and the configuration
+
+
+@functools.cache
+def costs() -> Mapping[Key, tuple[Cost, ...]]:
+    """The kernels of every configuration whose code was read."""
+    found: dict[Key, tuple[Cost, ...]] = {}
+    with Path(__file__).with_name("gpu_costs.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            numbers = [int(row[field.name]) for field in fields(Configuration)]
+            key = (row["kind"], row["direction"], row["dtype"], int(row["order"]), Configuration(*numbers))
+            per_thread = int(row["registers"]), int(row["shared"])
+            per_iteration = (float(row[name]) for name in ("bytes", "instructions", "special", "cycles"))
+            found[key] = (*found.get(key, ()), Cost(row["kernel"], row["per"], *per_thread, *per_iteration))
+    return found
+
+
+def known_costs(scan: Scan, configuration: Configuration) -> tuple[Cost, ...]:
+    """Of the least order whose code was read and that is not below the scan's. Empty: there is none."""
+    orders = [
+        order
+        for kind, direction, dtype, order, known in costs()
+        if (kind, direction, dtype, known) == (scan.kind, scan.direction, scan.dtype, configuration)
+    ]
+    order = min((order for order in orders if order >= scan.order), default=None)
+    return () if order is None else costs()[scan.kind, scan.direction, scan.dtype, order, configuration]
+
+
+def resident(card: Card, registers: int, shared: int, num_warps: int) -> int:
+    """Programs that a multiprocessor runs at a time."""
+    warp = math.ceil(registers / 8) * 8 * 32  # registers are given to a warp by 256, and to a quarter of the warps each
+    by_registers = REGISTERS // SCHEDULERS // warp * SCHEDULERS // num_warps
+    by_shared = card.shared // (shared + 1024)  # 1 KiB of every program is the system's
+    return min(PROGRAMS, WARPS // num_warps, by_registers, by_shared)
+
+
+def predict(scan: Scan, configuration: Configuration, card: Card) -> Prediction:
+    """Seconds of a scan on a card.
+
+    Args:
+        scan: with an order for which there is a cost: `known_costs`.
+        configuration: one of `CONFIGURATIONS`.
+        card: one of `CARDS`, or from `card_of`.
+    """
+    chunks = math.ceil(scan.length / configuration.chunk_size) if configuration.chunk_size else 1
+    tiles = scan.batch * math.ceil(scan.blocks / configuration.block_n)
+    unused = max(1.0, SECTOR / (configuration.block_n * (4 if scan.dtype == "float32" else 2)))
+    seconds = memory = issue = latency = 0.0
+    occupancy = 1.0
+    for cost in known_costs(scan, configuration):
+        whole = chunks if cost.per == "chunk" else scan.length  # iterations over the whole of time
+        programs, iterations = tiles, whole
+        if configuration.chunk_size and cost.per == "step":
+            programs, iterations = tiles * chunks, configuration.chunk_size
+        at_once = resident(card, cost.registers, cost.shared, configuration.num_warps)
+        occupancy = min(occupancy, at_once * configuration.num_warps / WARPS)
+        waves = math.ceil(programs / (card.multiprocessors * at_once))
+        warps = math.ceil(math.ceil(programs / card.multiprocessors) * configuration.num_warps / SCHEDULERS)
+        busy = max(cost.instructions, cost.special * SPECIAL) * card.issue
+        parts = (
+            cost.bytes * scan.batch * scan.blocks * whole * unused / card.bandwidth,
+            warps * iterations * busy / card.clock,
+            waves * iterations * cost.cycles / card.clock,
+        )
+        memory, issue, latency = (total + part for total, part in zip((memory, issue, latency), parts, strict=True))
+        seconds += max(*parts, LAUNCH)
+    return Prediction(seconds, memory, issue, latency, occupancy)
+
+
+@functools.lru_cache(maxsize=1024)
+def choose(scan: Scan, card: Card) -> Configuration:
+    """The configuration with the least predicted time; among equals, as where memory binds, the one with most to spare.
+
+    Raises:
+        ValueError: none is known for this order.
+    """
+
+    def cost(configuration: Configuration) -> tuple[float, float]:
+        prediction = predict(scan, configuration, card)
+        return prediction.seconds, prediction.issue + prediction.latency
+
+    known = [configuration for configuration in CONFIGURATIONS if known_costs(scan, configuration)]
+    if not known:
+        raise ValueError(f"choose: no configuration of the GPU kernels serves {scan}.")
+    return min(known, key=cost)
+
+
+def card_of(properties: Any) -> Card:
+    """One of `CARDS` by its name, or one with the numbers of `torch.cuda.get_device_properties`."""
+    for name, card in CARDS.items():
+        if name in properties.name and card.multiprocessors == properties.multi_processor_count:
+            return card
+    bandwidth = 2.0 * properties.memory_clock_rate * 1e3 * properties.memory_bus_width / 8  # two transfers a cycle
+    return Card(
+        properties.name,
+        f"cuda:{properties.major}{properties.minor}",
+        properties.multi_processor_count,
+        bandwidth,
+        properties.clock_rate * 1e3,
+        properties.shared_memory_per_multiprocessor,
+    )
