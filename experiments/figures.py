@@ -156,6 +156,23 @@ def language(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def shakespeare(rows: Sequence[Row]) -> Figure:
+    """Validation loss over wall-clock time: a line a run."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for label in dict.fromkeys(row["label"] for row in rows):
+        points = [(row["at_seconds"], row["valid_loss"]) for row in rows if row["label"] == label]
+        axes.plot(*zip(*points, strict=True), marker=".", label=f"{label}: {points[-1][1]:.3f}")
+    axes.set(xlabel="seconds of training steps", ylabel="validation loss, nats per character", xscale="log")
+    seconds = (30, 60, 120, 240, 480, 900)
+    axes.set_xticks(seconds, map(str, seconds))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
 def _bare(row: Row) -> str:
     return re.sub(r", seed \d+$", "", row["label"])
 

@@ -20,7 +20,9 @@ from typing import Any
 import endless
 import figures
 import relu
+import shakespeare
 import torch
+from matplotlib.figure import Figure
 
 from statemix.files import write_whole
 from statemix.report import align
@@ -44,16 +46,23 @@ def main() -> None:
         if not (file := RESULTS / f"{name}.csv").exists():
             continue
         rows = read(file)
-        picture = BytesIO()
-        draw(rows).savefig(picture, format="png", dpi=150)
-        write_whole(RESULTS / f"{name}.png", picture.getvalue())
+        save(draw(rows), name)
         page = fill(page, name, f"{align(table(rows), markdown=True)}\n\n{provenance(rows)}")
         print(f"{name}: {len(rows)} runs")
     for name, plain in PLAIN.items():
         if (file := RESULTS / f"{name}.csv").exists():
             page = fill(page, name, align(plain(read(file)), markdown=True))
+    if (file := RESULTS / "shakespeare.csv").exists():
+        save(figures.shakespeare(read(file)), "shakespeare")
     page = fill(page, "efficiency", align(efficiency(), markdown=True))
     write_whole(PAGE, page.encode())
+
+
+def save(figure: Figure, name: str) -> None:
+    """Write results/NAME.png."""
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    write_whole(RESULTS / f"{name}.png", picture.getvalue())
 
 
 def efficiency() -> list[list[str]]:
@@ -173,7 +182,9 @@ CLAIMS: dict[str, tuple[Any, Any]] = {
     "regular": (figures.regular, lambda rows: tabulate(rows, accuracies(40, 80, 160, kinds=("token",)))),
 }
 # tables of scripts of their own, without a picture
-PLAIN: dict[str, Callable[[Sequence[Row]], list[list[str]]]] = {"relu": relu.table, "endless": endless.table}
+PLAIN: dict[str, Callable[[Sequence[Row]], list[list[str]]]] = {
+    **{"relu": relu.table, "endless": endless.table, "shakespeare": shakespeare.table}
+}
 
 if __name__ == "__main__":
     main()

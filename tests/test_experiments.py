@@ -45,7 +45,8 @@ def test_every_sweep_is_of_valid_configs_and_has_seeds(results, budget):
 def test_a_table_holds_whole_runs(name):
     with (ROOT / "results" / f"{name}.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {int(row["seed"]) for row in rows} >= {0, 1, 2}
+    if "at_seconds" not in rows[0]:  # runs against the clock want the whole machine: one each
+        assert {int(row["seed"]) for row in rows} >= {0, 1, 2}
     if "task.name" in rows[0]:  # of a sweep
         assert all(row["status"] == "done" or row["error"] for row in rows)
         assert all(row["machine"] for row in rows)

@@ -1,0 +1,167 @@
+"""Characters of Shakespeare against the clock: what each mixer makes of a few minutes on this machine.
+
+    python experiments/shakespeare.py                  the small-transformer recipe, then every mixer in its time
+    python experiments/shakespeare.py --minutes 15     one larger model
+
+The text is karpathy's tinyshakespeare.txt (https://github.com/karpathy/char-rnn, data/tinyshakespeare/input.txt), in
+data/: its first 90 % train, the last 10 % validate. The recipe is that of a well-known small transformer for CPUs: 4
+layers, 4 heads, width 128, windows of 64 characters, 12 of them a step, 2,000 steps. The others train for as many
+steps as fit in the time that it trains: by short runs of both in turns, in the median round, so that what else the
+machine does meets both. Times are of training steps alone; validations and checkpoints, fewer here than in the recipe,
+come on top. Runs are in runs/shakespeare; what is finished there is not done again.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from statemix import TrainConfig, train
+from statemix.config import ModelConfig, OptimizerConfig
+from statemix.files import write_whole
+from statemix.runs import write_table
+
+RESULTS = Path("results")
+Row = dict[str, Any]
+
+TEXT = {"name": "text", "source": "data/tinyshakespeare.txt", "tokenizer": "characters", "valid": 0.1, "test": 0.0}
+TRAINED, VALIDATED = (128, 256), 1024  # characters of a window; the first half of the steps reads the shorter ones
+TRIAL, ROUNDS = 30, 3  # steps of a short run, whose second half is timed
+VALIDATIONS = 5
+
+RECIPE = TrainConfig(
+    task=TEXT | {"seq_len": 64},
+    mixer={"name": "attention", "head_dim": 32, "context": 64, "num_heads": 4},
+    model=ModelConfig(d_model=128, num_layers=4, mlp_size=352),
+    optimizer=OptimizerConfig(lr=1e-3, final_lr=1e-4, warmup=0.05, betas=(0.9, 0.99)),
+    steps=2000,
+    batch_size=12,
+    eval_every=250,
+    eval_sequences=2000,
+)
+OURS = TrainConfig(
+    task=TEXT | {"seq_len": VALIDATED},
+    mixer={"name": "bd_lru", "num_blocks": 32, "block_size": 4},
+    model=ModelConfig(d_model=128, num_layers=3, mlp_size=352),
+    optimizer=OptimizerConfig(lr=6e-3, warmup=0.05, muon_lr=0.02),
+    train_lengths=TRAINED,
+    batch_size=2,
+    eval_sequences=200,
+)
+# every mixer in the model and the training of OURS, with as many parameters
+MIXERS: dict[str, dict[str, Any]] = {
+    "BD-LRU, M 4": OURS.mixer,
+    "BD-LRU, M 1": {"name": "bd_lru", "num_blocks": 225, "block_size": 1},
+    "H-LRU, M 4": {"name": "h_lru", "num_channels": 102, "order": 4},
+    "LSTM": {"name": "lstm", "hidden_size": 110},
+    "Mamba-2": {"name": "mamba2", "head_dim": 56, "num_heads": 4, "state_dim": 64},
+    "attention": {"name": "attention", "head_dim": 56, "context": TRAINED[-1], "num_heads": 4},
+}
+LARGER = replace(
+    OURS,
+    mixer={"name": "bd_lru", "num_blocks": 48, "block_size": 4},
+    model=ModelConfig(d_model=160, num_layers=4, mlp_size=416, dropout=0.1),
+    batch_size=4,
+)
+
+
+def main() -> None:
+    """Train what was asked for, then write results/shakespeare.csv."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, help="train the larger model for so long")
+    parser.add_argument("--only", nargs="+", choices=list(MIXERS), default=list(MIXERS), metavar="MIXER")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/shakespeare"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.minutes:
+        timed(f"BD-LRU, M 4, {arguments.minutes:g} minutes", LARGER, arguments)
+    else:
+        timed("the transformer recipe", RECIPE, arguments)
+        for label in arguments.only:
+            timed(label, replace(OURS, mixer=MIXERS[label]), arguments)
+    rows = [row for file in sorted(arguments.out.glob("*/clock.json")) for row in curve(file)]
+    write_table(rows, RESULTS, "shakespeare")
+
+
+def timed(label: str, config: TrainConfig, arguments: argparse.Namespace) -> None:
+    """Train on the clock, for as many steps as fit."""
+    folder = arguments.out / f"{label.replace(',', '').replace(' ', '-').lower()}-seed-{arguments.seed}"
+    clock = folder / "clock.json"
+    if clock.exists():
+        return
+    config, limit = replace(config, seed=arguments.seed), None
+    if config.task["seq_len"] != RECIPE.task["seq_len"]:
+        config, limit = fitted(config, arguments.minutes, arguments.out / "trial")
+    print(f"{label}: {config.steps} steps", flush=True)
+    start = time.perf_counter()
+    result = train(config, folder, resume="never")  # a clock does not go on where a run was stopped
+    whole = time.perf_counter() - start
+    about = {"label": label, "seed": arguments.seed, "limit": limit, "whole_seconds": whole}
+    write_whole(clock, json.dumps(about | {"threads": arguments.threads}).encode())
+    print(f"{label}: {result.summary['parameters']:,} parameters, {whole:.0f} s, {result.summary['valid']['loss']:.4f}")
+
+
+def fitted(config: TrainConfig, minutes: float | None, folder: Path) -> tuple[TrainConfig, float]:
+    """The config with as many steps as fit in the minutes, or else in the time of the recipe's steps, and that time."""
+    fits = []
+    for _ in range(ROUNDS):
+        seconds = RECIPE.steps * step_seconds(RECIPE, folder) if minutes is None else 60 * minutes
+        fits.append((int(seconds / step_seconds(config, folder)), seconds))
+    print(f"steps that fit, and seconds, by round: {fits}", flush=True)
+    steps, seconds = sorted(fits)[ROUNDS // 2]
+    return replace(config, steps=steps, eval_every=-(-steps // VALIDATIONS)), seconds
+
+
+def step_seconds(config: TrainConfig, folder: Path) -> float:
+    """Seconds of a step, in a short run."""
+    short = replace(config, steps=TRIAL, eval_every=TRIAL, eval_sequences=1, log_every=TRIAL // 2)
+    *_, speed = (
+        line["tokens_per_s"]
+        for line in train(short, folder, resume="never", progress=False).metrics
+        if "tokens_per_s" in line
+    )
+    return config.batch_size * config.task["seq_len"] / speed
+
+
+def curve(clock: Path) -> list[Row]:
+    """Rows of a run: its validations, each after so many seconds of training steps."""
+    about = json.loads(clock.read_text())
+    result = json.loads((clock.parent / "result.json").read_text())
+    config = TrainConfig.load(clock.parent / "config.json")
+    tokens = config.batch_size * config.task["seq_len"]
+    rows, seconds, before = [], 0.0, 0
+    for line in map(json.loads, (clock.parent / "metrics.jsonl").read_text().splitlines()):
+        if "tokens_per_s" in line:
+            seconds += (line["step"] - before) * tokens / line["tokens_per_s"]
+            before = line["step"]
+        if "valid_loss" in line:
+            rows.append(
+                about
+                | {"parameters": result["parameters"], "step": line["step"], "at_seconds": seconds}
+                | {"valid_loss": line["valid_loss"], "config": config.to_json()}
+            )
+    return rows
+
+
+def table(rows: Sequence[Row]) -> list[list[str]]:
+    """A line per run: its size, its time and its last validation."""
+    head = ["", "parameters", "steps", "seconds given", "seconds of steps", "with all else", "validation loss"]
+    lines = [head]
+    for label in dict.fromkeys(row["label"] for row in rows):
+        last = [row for row in rows if row["label"] == label][-1]
+        sizes = f"{last['parameters']:,.0f}", f"{last['step']:,.0f}"
+        given = f"{last['limit']:.0f}" if last["limit"] else ""
+        times = given, f"{last['at_seconds']:.0f}", f"{last['whole_seconds']:.0f}"
+        lines.append([label, *sizes, *times, f"{last['valid_loss']:.4f}"])
+    return lines
+
+
+if __name__ == "__main__":
+    main()
