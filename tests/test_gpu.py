@@ -225,7 +225,7 @@ def test_a_call_that_the_kernels_do_not_serve_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("lacking", "problem"),
     [
-        ("triton", "it needs triton, which is not installed: pip install triton."),
+        ("triton", "it needs triton, which is not installed: pip install 'statemix[gpu]'."),
         ("GPU", "it needs a GPU, and torch finds none here."),
     ],
 )

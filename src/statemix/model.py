@@ -49,7 +49,7 @@ class SwiGLU(nn.Module):
 class Layer(nn.Module):
     """x + dropout(mixer(norm(x))), then x + dropout(SwiGLU(norm(x)))."""
 
-    def __init__(self, d_model: int, mixer: Spec, mlp_size: int, dropout: float) -> None:
+    def __init__(self, d_model: int, mixer: Spec, mlp_size: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.mixer_norm = nn.RMSNorm(d_model, eps=1e-6)

@@ -36,7 +36,7 @@ class Launch(NamedTuple):
 def load_problem() -> str | None:
     """Why the Triton kernels cannot be used here, in a sentence; None if they can."""
     if not _HAS_TRITON:
-        return "it needs triton, which is not installed: pip install triton."
+        return "it needs triton, which is not installed: pip install 'statemix[gpu]'."
     if not torch.cuda.is_available() and not _interpreted():
         return "it needs a GPU, and torch finds none here."
     return None
