@@ -89,7 +89,7 @@ def table() -> list[tuple]:
             cases.append((kind, normalization, order, length, blocks[count % 3], 1 + count % 2, *rest[7 * count % 24]))
     long = ((2, 65, 5), (1, 64, 33), (3, 31, 5))
     for i, kind in enumerate(SCANS):
-        for order, length, blocks in ((1, 257, 5), long[i]):
+        for order, length, blocks in ((1, 257, 5), long[i]) if kind == "block" else (long[i],):
             layout = list(LAYOUTS)[(i + order) % 3]
             # float32, because the conversions of bfloat16 take the interpreter long
             cases.append((kind, "softmax", order, length, blocks, 1, True, order > 1, layout, torch.float32))
