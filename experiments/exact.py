@@ -1,11 +1,11 @@
-"""Claim 7, exact state tracking: one BD-LRU layer learns S3, S4 and S5 and does not err at 64 times its longest length.
+"""Claim 7, exact state tracking: can one BD-LRU layer learn S3, S4, S5 and not err at 64 times its longest length?
 
     statemix sweep experiments/exact.py --budget quick --out runs/exact
     python experiments/results.py --collect exact
 
-The recipe: a start token, so that the state is written once; short lengths first, and for the second half of the steps
-64; with it comes the penalty on the entropy of the rows of gates, on batches without an error. On S3 each of the three
-is also left out. Without a start token the penalty may make the layer forget, so that is tried without the penalty too.
+The recipe: a start token, so that the state is written once; short lengths first, 64 last; in the second half of the
+steps a penalty on the entropy of the rows of gates, on batches without an error. On S3 each of the three is also left
+out. Without a start token the penalty may make the layer forget, so that is tried without the penalty too.
 """
 
 from dataclasses import replace

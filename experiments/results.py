@@ -87,6 +87,7 @@ def collect(name: str) -> None:
             if row["status"] == "unfinished":
                 continue
             made: Row = {key: value for key, value in row.items() if key != "folder"} | {"machine": machine}
+            made["error"] = row["error"].replace(f"{(RUNS / name).resolve()}/", "")  # a folder of this machine
             if row["folder"]:
                 lines = (Path(row["folder"]) / "metrics.jsonl").read_text().splitlines()
                 norms = [line["grad_norm"] for line in map(json.loads, lines) if "grad_norm" in line]

@@ -50,6 +50,7 @@ def test_a_table_holds_whole_runs(name):
     if "task.name" in rows[0]:  # of a sweep
         assert all(row["status"] == "done" or row["error"] for row in rows)
         assert all(row["machine"] for row in rows)
+        assert not any("'/" in row["error"] or " /" in row["error"] for row in rows)  # no folder of a machine
 
 
 def test_the_page_shows_what_the_tables_say(results):

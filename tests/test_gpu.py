@@ -18,7 +18,7 @@ from statemix.gates import NORMALIZATIONS
 from statemix.scan import gpu
 from statemix.scan.gpu_model import Configuration
 
-pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+pytest.importorskip("triton", reason="triton is not installed: pip install statemix[gpu]")
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
 each_kind = pytest.mark.parametrize("kind", SCANS)

@@ -70,7 +70,7 @@ LANGUAGE_MIXERS: dict[str, Spec] = {
 def _exact(
     group: str, block_size: int, num_blocks: int, d_model: int, steps: int, lengths: tuple[int, ...]
 ) -> TrainConfig:
-    """State tracking at length 64, which comes in the second half of the steps, with the penalty."""
+    """State tracking at length 64, which is trained last; the penalty comes in the second half of the steps."""
     return TrainConfig(
         task={"name": "permutation", "group": group, "seq_len": 64, "start": True},
         mixer={"name": "bd_lru", "num_blocks": num_blocks, "block_size": block_size},
