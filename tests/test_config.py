@@ -23,7 +23,7 @@ NOT_DEFAULT = [
     TrainConfig(optimizer=OptimizerConfig(0.1, 1e-9, 1.0, (0.0, 0.5), 0.0, 1e300)),
     TrainConfig(optimizer=OptimizerConfig(clip=None)),
     TrainConfig(task={"name": "text", "test": 0.0, "tokenizer": "characters"}, accumulate=4, carry=True),
-    TrainConfig(train_lengths=(4, 16), row_entropy=0.1),
+    TrainConfig(train_lengths=(4, 16), row_entropy=0.1, block_dropout=0.5),
 ]
 
 

@@ -89,7 +89,7 @@ def test_unknown_names_are_told_with_the_known():
 
 
 @pytest.mark.parametrize(
-    ("preset", "group", "size"), [("exact-s3", "S3", 3), ("exact-s4", "S4", 4), ("exact-s5", "S5", 6)]
+    ("preset", "group", "size"), [("exact-s3", "S3", 3), ("exact-s4", "S4", 4), ("exact-s5", "S5", 5)]
 )
 def test_exact_tracking_has_a_start_short_lengths_first_and_the_penalty(preset, group, size):
     config = preset_config(preset)

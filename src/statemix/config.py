@@ -18,6 +18,7 @@ PRECISIONS = ("no", "bf16", "fp16")
 # fields, dotted, that version 0.1.0 has not had from its start, and their defaults
 LATER = {
     "accumulate": 1,
+    "block_dropout": 0.0,
     "carry": False,
     "row_entropy": 0.0,
     "train_lengths": (),
@@ -111,6 +112,9 @@ class TrainConfig:
             the loss of every batch (with `accumulate` or many processes, every part) that is answered without an error,
             with a weight that rises from 0 in the middle of training to this at the end; the best checkpoint is that of
             the lowest sum. Of `bd_lru` and `h_lru` alone.
+        block_dropout: share of the blocks whose states the read-out of a layer does not see, in [0, 1), other ones for
+            each sequence and step, in the first half of training: what one block gets wrong others cannot make up for
+            then, so each has to be right by itself. Of `bd_lru` and `h_lru` alone.
         seed: of the initial weights and the training stream. Validation and test data are the same for every seed.
         eval_every: steps between validations; each also writes a checkpoint.
         patience: training ends after so many validations in a row without a lower loss. None: after `steps`.
@@ -139,6 +143,7 @@ class TrainConfig:
     train_sequences: int | None = None
     train_lengths: tuple[int, ...] = ()
     row_entropy: float = 0.0
+    block_dropout: float = 0.0
     seed: int = 0
     eval_every: int = 100
     patience: int | None = None
@@ -186,9 +191,11 @@ class TrainConfig:
             rule = "empty with `train_sequences`, `carry` or an autoencoder"
             _require("train_lengths", self.train_lengths, at_will, rule)
             task.with_seq_len(length)
-        entropy, penalised = self.row_entropy, self.mixer["name"] in ("bd_lru", "h_lru")
+        entropy, hidden, rows = self.row_entropy, self.block_dropout, self.mixer["name"] in ("bd_lru", "h_lru")
         _require("row_entropy", entropy, 0 <= entropy < math.inf, "at least 0 and finite")
-        _require("row_entropy", entropy, penalised or not entropy, "0 for a mixer without rows of gates")
+        _require("row_entropy", entropy, rows or not entropy, "0 for a mixer without rows of gates")
+        _require("block_dropout", hidden, 0 <= hidden < 1, "in [0, 1)")
+        _require("block_dropout", hidden, rows or not hidden, "0 for a mixer without blocks")
         with torch.device("meta"):  # checks the options; no memory, no random numbers drawn
             build_mixer(self.mixer, self.model.d_model)
 

@@ -6,9 +6,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -29,10 +28,10 @@ from statemix.checkpoint import (
     optimizer_tensors,
 )
 from statemix.config import OptimizerConfig, TrainConfig, first_difference
-from statemix.mixers.base import LinearRecurrence
 from statemix.model import AutoEncoder, SequenceModel, State, TokenModel, load_model
 from statemix.optimizer import make_optimizer
 from statemix.processes import all_rows, make_accelerator, own_rows, prepare, whole, whole_model
+from statemix.regularization import dropout_seed, hidden_blocks, row_entropies
 from statemix.report import plot_curves
 from statemix.tasks import IGNORE_INDEX, Batch, Score, build_task
 from statemix.tasks.base import Task, finite_batch
@@ -174,9 +173,10 @@ def _run(
             may_end = step + 1 == config.steps or (ends_early and (step + 1) % config.eval_every == 0)
             logged = (step + 1) % config.log_every == 0 or may_end
             penalty = config.row_entropy * max(0.0, 2 * step / config.steps - 1)
-            with _row_entropies(model, enabled=penalty > 0) as entropies:
+            hidden = config.block_dropout if 2 * step < config.steps else 0.0
+            with row_entropies(model, enabled=penalty > 0) as entropies, hidden_blocks(model, hidden):
                 args = (wrapped, accelerator, batch, carried, config.accumulate)
-                with _dropout_seed(config, step, accelerator.process_index):
+                with dropout_seed(config, step, accelerator.process_index):
                     done = _gradients(*args, predict=logged, penalty=penalty, entropies=entropies)
             carried = done.state if config.carry else None
             clip = math.inf if config.optimizer.clip is None else config.optimizer.clip
@@ -200,7 +200,7 @@ def _run(
                 bar.update(line)
             if step % config.eval_every == 0 or step == config.steps:
                 rows, device = config.batch_size, accelerator.device
-                with _row_entropies(model, enabled=config.row_entropy > 0) as entropies:
+                with row_entropies(model, enabled=config.row_entropy > 0) as entropies:
                     valid = evaluate(wrapped, task, "valid", config.eval_sequences, rows, device, carry=config.carry)
                 if entropies:  # the mean over layers and batches
                     valid["row_entropy"] = float(sum(entropies)) / len(entropies)
@@ -368,15 +368,6 @@ def _accuracies(score: Score) -> dict[str, float]:
     return {name: getattr(score, name) for name in names}
 
 
-@contextlib.contextmanager
-def _dropout_seed(config: TrainConfig, step: int, process: int) -> Iterator[None]:
-    """What dropout drops is a function of seed, step and process, so that a run can go on anywhere."""
-    with torch.random.fork_rng(enabled=config.model.dropout > 0):
-        if config.model.dropout > 0:
-            torch.manual_seed(hash((config.seed, step, process)))
-        yield
-
-
 def _training_batch(config: TrainConfig, task: Task, step: int) -> Batch:
     """The global batch of a step: a pure function of its arguments, so that a run can go on anywhere."""
     if config.carry:
@@ -388,28 +379,6 @@ def _training_batch(config: TrainConfig, task: Task, step: int) -> Batch:
     if config.train_sequences is None:
         return task.sample("train", config.batch_size, seed=config.seed, index=step)
     return finite_batch(task, config.train_sequences, config.batch_size, seed=config.seed, step=step)
-
-
-ENTROPY_TOKENS = 512  # of a batch: more would cost as much as the layer itself
-
-
-@contextlib.contextmanager
-def _row_entropies(model: TokenModel, *, enabled: bool) -> Iterator[list[Tensor]]:
-    """A list that fills, while the model runs, with each layer's mean entropy of its rows of gates at the first tokens.
-
-    It is computed within the forward, where a wrapper for many processes has the weights at hand.
-    """
-    entropies: list[Tensor] = []
-
-    def add(mixer: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        entropies.append(cast(LinearRecurrence, mixer).row_entropy(inputs[0].flatten(0, 1)[None, :ENTROPY_TOKENS]))
-
-    hooks = [mixer.register_forward_pre_hook(add) for mixer in model.mixers if enabled]
-    try:
-        yield entropies
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _reached(config: TrainConfig, line: dict[str, Any]) -> bool:

@@ -1,0 +1,109 @@
+"""Hidden blocks: what the read-out sees, when, and that a run resumes with them. The penalty: test_train_exact."""
+
+import importlib
+import re
+
+import pytest
+import torch
+from test_checkpoint import Stopped, differing, run, small_config
+
+from statemix import SequenceModel, TrainConfig
+from statemix.config import ModelConfig
+from statemix.regularization import hidden_blocks
+
+MIXERS = [
+    {"name": "bd_lru", "num_blocks": 40, "block_size": 3},
+    {"name": "h_lru", "num_channels": 40, "order": 3},
+    {"name": "h_lru", "num_channels": 40, "order": 3, "form": "observer"},
+]
+
+
+@pytest.mark.parametrize("mixer", MIXERS, ids=["block", "companion", "observer"])
+def test_whole_blocks_are_hidden_for_whole_sequences(mixer):
+    """What the read-out of each layer is given, against what it is given without."""
+    torch.manual_seed(0)
+    model = SequenceModel(7, 16, 2, mixer)
+    seen, tokens = [], torch.randint(7, (6, 9))
+    for layer in model.mixers:  # a hook, so that neither run is fused
+        layer.output.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].unflatten(2, (-1, 40))))
+    model(tokens)
+    whole = seen.pop(0)[:, 2:]  # lags before the beginning are zero
+    seen.clear()
+    with hidden_blocks(model, 0.25):
+        model(tokens)
+    first, second = (states[:, 2:] for states in seen)
+    factor = first / whole  # (6, 7, M or 1, 40)
+    assert whole.abs().min() > 0
+    assert factor.min() == 0
+    assert torch.allclose(factor, (factor > 0) / 0.75, rtol=1e-5)
+    assert torch.equal(factor > 0, (factor > 0)[:, :1, :1].expand(factor.shape))
+    assert 0.15 < (factor == 0).float().mean() < 0.35
+    assert len({tuple(row.tolist()) for row in factor[:, 0, 0] > 0}) == 6  # a sequence has blocks of its own
+    assert not torch.equal(second[:, 0, 0] == 0, first[:, 0, 0] == 0)
+
+
+def test_nothing_is_hidden_afterwards_or_at_zero():
+    torch.manual_seed(0)
+    model = SequenceModel(7, 16, 1, MIXERS[0])
+    tokens = torch.randint(7, (4, 20))
+    before = model(tokens)[0]
+    with hidden_blocks(model, 0.0):
+        assert torch.equal(model(tokens)[0], before)
+    with hidden_blocks(model, 0.5):
+        assert not torch.allclose(model(tokens)[0], before)
+    assert torch.equal(model(tokens)[0], before)
+
+
+@pytest.fixture
+def shares(monkeypatch):
+    """What training hides at each step."""
+    noted = []
+
+    def spy(model, share):
+        noted.append(share)
+        return hidden_blocks(model, share)
+
+    monkeypatch.setattr(importlib.import_module("statemix.train"), "hidden_blocks", spy)
+    return noted
+
+
+def test_blocks_are_hidden_in_the_first_half_of_training(tmp_path, shares):
+    changes = {"steps": 7, "eval_every": 7, "log_every": 1}
+    plain = run(tmp_path / "plain", small_config(**changes))
+    assert shares == [0.0] * 7
+    shares.clear()
+    hidden = run(tmp_path / "hidden", small_config(**changes, block_dropout=0.5))
+    assert shares == [0.5] * 4 + [0.0] * 3
+    assert plain.metrics[0]["loss"] != hidden.metrics[0]["loss"]
+
+
+def test_a_resumed_run_hides_the_same_blocks(tmp_path):
+    """With dropout beside it: both draw from the same stream of the step."""
+    config = small_config(steps=8, eval_every=2, block_dropout=0.5, model=ModelConfig(d_model=8, dropout=0.1))
+    whole = run(tmp_path / "whole", config)
+    with pytest.raises(Stopped):
+        run(tmp_path / "stopped", config, stop_before=3)
+    run(tmp_path / "stopped", config)
+    assert differing(tmp_path / "stopped", whole.out) == []
+
+
+def test_the_config_keeps_the_names_of_older_runs():
+    assert "block_dropout" not in TrainConfig().to_json()
+    config = TrainConfig(block_dropout=0.5)
+    assert TrainConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"block_dropout": 1.0}, "`block_dropout` must be in [0, 1), got 1.0."),
+        ({"block_dropout": -0.1}, "`block_dropout` must be in [0, 1), got -0.1."),
+        (
+            {"block_dropout": 0.1, "mixer": {"name": "lstm", "hidden_size": 4}},
+            "`block_dropout` must be 0 for a mixer without blocks, got 0.1.",
+        ),
+    ],
+)
+def test_bad_values(changes, text):
+    with pytest.raises(ValueError, match=f"^TrainConfig: {re.escape(text)}$"):
+        TrainConfig(**changes)
