@@ -4,8 +4,9 @@
     python experiments/results.py --collect exact
 
 The recipe: a start token, so that the state is written once; short lengths first, 64 last; in the second half of the
-steps a penalty on the entropy of the rows of gates, on batches without an error. On S3 each of the three is also left
-out. Without a start token the penalty may make the layer forget, so that is tried without the penalty too.
+steps a penalty on the entropy of the rows of gates, on batches without an error; on S5 half of the blocks are hidden
+from the read-out in the first half. On S3 each of the first three is also left out. Without a start token the penalty
+may make the layer forget, so that is tried without the penalty too.
 """
 
 from dataclasses import replace
