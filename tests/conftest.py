@@ -2,6 +2,10 @@
 
 import dataclasses
 import importlib.util
+import os
+
+# before torch: threads that wait for work sleep, or with two in each of two workers they keep each other from working
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import pytest
