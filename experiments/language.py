@@ -45,7 +45,7 @@ def configs(budget: str) -> dict[str, TrainConfig]:
             eval_every=100,
             eval_sequences=512,
         )
-        for seed in range(SEEDS[budget])
         for text, source in TEXTS.items()
+        for seed in range(SEEDS[budget])
         for label, (mixer, fixed) in VARIANTS.items()
     }
