@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     folder = parser.parse_args().runs
     rows: list[Row] = []
-    for label, runs in group_over_seeds(find_runs([folder])).items():
+    for label, runs in sorted(group_over_seeds(find_runs([folder])).items()):
         if not label.endswith("the recipe"):
             continue
         for run in runs:
