@@ -36,8 +36,8 @@ def configs(budget: str) -> dict[str, TrainConfig]:
             eval_sequences=512,
             test_lengths=(40, 80, 160),
         )
-        for seed in range(SEEDS[budget])
         for task in TASKS
         for m in BLOCK_SIZES
         for normalization in NORMALIZATIONS
+        for seed in range(SEEDS[budget])
     }
