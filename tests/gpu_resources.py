@@ -2,7 +2,7 @@
 
     python tests/gpu_resources.py --kinds block --orders 1 4 --dtypes float32 --targets cuda:90   # a line each
     python tests/gpu_resources.py                    # every shipped configuration, on every target
-    python tests/gpu_resources.py --write            # the same of all configurations; rewrites the model's table
+    python tests/gpu_resources.py --write            # the same of all configurations, into the model's table
 
 Run without TRITON_INTERPRET. Registers are read from the cubin, spills from ptxas, bytes from the loop of the PTX.
 The cycles of a step are those of one warp that has a scheduler to itself: the loop of the machine code is played
@@ -21,12 +21,23 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from statemix.scan import gpu_model
-from statemix.scan.gpu_model import CARDS, CONFIGURATIONS, SPECIAL, WARPS, Configuration, Scan, resident
+from statemix.scan.gpu_model import (
+    CARDS,
+    CHUNK_SIZES,
+    CONFIGURATIONS,
+    SECTOR,
+    SPECIAL,
+    WARPS,
+    Configuration,
+    Scan,
+    resident,
+)
 
 # Cycles until a result is there. Shared memory 29 and global memory 480 on an H100 that does nothing else: Luo et al.
 # 2024 (arXiv 2402.13499), table of latencies. Half as much again for memory that is busy, which is an assumption.
@@ -47,6 +58,7 @@ def compiled(launch: Any, target: str) -> Any:
 
     backend, arch = target.split(":")
     machine = GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
+    triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: machine))  # what kernels ask for
     signature: dict[str, str] = {}
     aligned = {}
     for i, parameter in enumerate(launch.kernel.params):
@@ -58,6 +70,8 @@ def compiled(launch: Any, target: str) -> Any:
             aligned[(i,)] = [["tt.divisibility", 16]]  # as torch allocates
         else:
             signature[name] = "i32"
+            if name.endswith("_stride"):
+                aligned[(i,)] = [["tt.divisibility", 16]]  # as the launcher finds them where N is a multiple of 16
     source = ASTSource(launch.kernel, signature, launch.constants, aligned)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     return triton.compile(source, target=machine, options=options)
@@ -81,11 +95,13 @@ def cuda_resources(kernel: Any, arch: int) -> dict[str, Any]:
         code = _tool("nvdisasm", "-c", "-hex", str(cubin))
         name = re.findall(r"\.target (\w+)", kernel.asm["ptx"])[0]
         assembler = "ptxas-blackwell" if arch >= 100 else "ptxas"
-        notes = _tool(assembler, "-v", f"--gpu-name={name}", str(ptx), "-o", os.devnull)
-    stores, loads = map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", notes))
+        spills = 0  # where there is no memory for them; only else is the assembler worth asking, which may take minutes
+        if any(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage))):
+            notes = _tool(assembler, "-v", f"--gpu-name={name}", str(ptx), "-o", os.devnull)
+            spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", notes)))
     registers = int(re.findall(r"REG:(\d+)", usage)[0])
     return {
-        **{"registers": registers, "spills": stores + loads, "shared": kernel.metadata.shared, "code": code},
+        **{"registers": registers, "spills": spills, "shared": kernel.metadata.shared, "code": code},
         **ptx_loop(kernel.asm["ptx"]),
     }
 
@@ -196,9 +212,10 @@ def resources(
             continue
         found = cuda_resources(kernel, int(target.partition(":")[2]))
         code, loaded, stored, accesses = (found.pop(name) for name in ("code", "loaded", "stored", "accesses"))
-        steps = max(configuration.num_stages - 1, 1)  # in an iteration of the loop
-        lanes = 32 * launch.num_warps / configuration.block_n / steps  # threads for one block in one step
-        row |= found | {"per": "step", "bytes": (loaded + stored) * lanes}
+        steps = launch.constants.get("STEPS", max(launch.constants.get("AHEAD", 0), 1))  # in an iteration of the loop
+        lanes = 32 * launch.num_warps / launch.constants["BLOCK_N"]  # of a block; in lagged_summary all read the same
+        each = (1 if launch.kernel.__name__ == "lagged_summary" else lanes) / steps
+        row |= found | {"per": launch.per, "bytes": (loaded + stored) * each}
         row["ratio"] = row["bytes"] / scan.least_bytes
         card = next(card for card in CARDS.values() if card.target == target)
         at_once = resident(card, found["registers"], found["shared"], launch.num_warps)
@@ -214,6 +231,8 @@ def resources(
         yield row
 
 
+KINDS, DIRECTIONS, DTYPES = ("block", "companion", "observer"), ("forward", "backward"), ("float32", "bfloat16")
+SCAN = ("kind", "direction", "dtype", "order")
 COSTS = ("kernel", "per", "registers", "shared", "bytes", "instructions", "special", "cycles")  # of gpu_costs.csv
 FILE = Path(gpu_model.__file__).with_name("gpu_costs.csv")
 
@@ -221,8 +240,16 @@ FILE = Path(gpu_model.__file__).with_name("gpu_costs.csv")
 def worth_trying(kind: str, dtype: str, order: int, configuration: Configuration) -> bool:
     """Whether a warp reads whole sectors of memory, its lanes share out the rows, and 15 to 40 loads are on the way.
 
+    Of a tile a lane takes few steps, because it keeps all of their maps.
     Above M 8 half a sector of bfloat16 has to do: with whole ones a lane has 8 rows, and they spill.
     """
+    if configuration.tile:
+        in_lane = configuration.tile * configuration.block_n / (32 * configuration.num_warps)
+        sectors = configuration.block_n * (4 if dtype == "float32" else 2) / SECTOR
+        whole = kind == "block" and not configuration.chunk_size
+        return whole and sectors == 2 and order == (1 if in_lane > 4 else 2)
+    if configuration.chunk_size and order > 8 and kind == "block":
+        return False  # the map of a chunk takes more registers than there are
     lanes = 1 << (order - 1).bit_length() if kind == "block" else 1
     block_n = max(32 // lanes, 8 if dtype == "float32" or order > 8 else 16)
     rows = -(-order * block_n // 32) if kind == "block" else 1
@@ -237,6 +264,8 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         options.kinds, options.directions, options.dtypes, options.orders, CONFIGURATIONS, options.targets
     )
     for *scan, configuration, target in products:
+        if configuration.chunk_size not in (0, CHUNK_SIZES[0]):
+            continue  # the code is the same for all sizes of a chunk
         kind, _, dtype, order = scan
         tried = options.write and worth_trying(kind, dtype, order, configuration)
         if tried or (*scan, configuration) in known:
@@ -244,31 +273,39 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def write(found: list[dict[str, Any]]) -> None:
-    """Rewrite the model's table: configurations of which no kernel spills on any target, with the costs on sm_90."""
-    names = [*("kind", "direction", "dtype", "order"), *(field.name for field in dataclasses.fields(Configuration))]
+    """Rewrite the model's table for the scans that were read: the costs on sm_90 of what spills on no target."""
+    names = [*SCAN, *(field.name for field in dataclasses.fields(Configuration))]
+
+    def scan_of(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["kind"], row["direction"], row["dtype"], int(row["order"])
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(row[name] for name in names)
 
-    spilling = {key(row) for row in found if row["spills"]}
+    read, spilling = set(map(scan_of, found)), {key(row) for row in found if row["spills"]}
+    with FILE.open(newline="") as file:
+        table = [row for row in csv.DictReader(file) if scan_of(row) not in read]
+    for row in found:
+        if row["target"] == "cuda:90" and key(row) not in spilling:
+            table.append({name: round(x, 1) if isinstance(x, float) else x for name, x in row.items()})
+    order = list(itertools.product(KINDS, DIRECTIONS, DTYPES))
+    table.sort(key=lambda row: (order.index(scan_of(row)[:3]), int(row["order"])))
     with FILE.open("w", newline="") as file:
-        table = csv.DictWriter(file, [*names, *COSTS], extrasaction="ignore", lineterminator="\n")
-        table.writeheader()
-        for row in found:
-            if row["target"] == "cuda:90" and key(row) not in spilling:
-                table.writerow({name: round(x, 1) if isinstance(x, float) else x for name, x in row.items()})
+        writer = csv.DictWriter(file, [*names, *COSTS], extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
 
 
 def main() -> None:
     """Print a line of JSON for every kernel."""
     several = {"nargs": "+", "metavar": "X"}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", default=["block", "companion", "observer"], **several)
-    parser.add_argument("--directions", default=["forward", "backward"], **several)
-    parser.add_argument("--dtypes", default=["float32", "bfloat16"], **several)
+    parser.add_argument("--kinds", default=KINDS, **several)
+    parser.add_argument("--directions", default=DIRECTIONS, **several)
+    parser.add_argument("--dtypes", default=DTYPES, **several)
     parser.add_argument("--orders", default=[1, 2, 4, 8, 16], type=int, **several)
     parser.add_argument("--targets", default=[card.target for card in CARDS.values()], **several)
-    parser.add_argument("--write", action="store_true", help=f"rewrite {FILE.name} from what is read")
+    parser.add_argument("--write", action="store_true", help=f"rewrite what is read in {FILE.name}")
     options = parser.parse_args()
     found = []
     for row in rows(options):

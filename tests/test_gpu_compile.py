@@ -12,6 +12,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import gpu_resources
 import pytest
 from gpu_resources import BARRIER, COSTS, FILE, LATENCY, instructions, lone_cycles, ptx_loop
 
@@ -23,6 +24,7 @@ WRITTEN_WITH = "3.7.1"  # of triton; gpu_costs.csv has what its compiler made
 NAMES = ("kind", "direction", "dtype", "order", *(field.name for field in dataclasses.fields(Configuration)))
 SM_90 = [  # options of gpu_resources.py
     "--kinds block --orders 4 --dtypes float32 bfloat16",
+    "--kinds block --orders 2 --dtypes float32 --directions backward",
     "--kinds companion --orders 4 --dtypes float32 --directions backward",
 ]
 ELSEWHERE = "--kinds block --orders 2 --dtypes float32 --directions forward --targets"
@@ -54,7 +56,9 @@ def test_every_scan_that_was_asked_for_is_there(rows):
     asked = {
         ("block", direction, dtype, 4) for direction in ("forward", "backward") for dtype in ("float32", "bfloat16")
     }
-    assert {key[:4] for key in of_scans(rows)} == asked | {("companion", "backward", "float32", 4)}
+    asked |= {("block", "backward", "float32", 2), ("companion", "backward", "float32", 4)}
+    assert {key[:4] for key in of_scans(rows)} == asked
+    assert {row["kernel"] for row in rows} >= {"block_forward", "block_backward", "tile_backward", "lagged_backward"}
 
 
 def test_nothing_spills(rows):
@@ -73,7 +77,8 @@ def test_the_inner_loop_moves_the_least_bytes(rows):
         least = Scan(kind, direction, order, dtype, 1, 1, 1).least_bytes
         more = (0 if dtype == "float32" else states * size) + (size if key[:2] == ("companion", "backward") else 0)
         moved = sum(row["bytes"] for row in kernels if row["per"] == "step")
-        assert moved <= 2 * least + more if key[-1] else moved == least + more, key
+        in_chunks = key[NAMES.index("chunk_size")]
+        assert moved <= 2 * least + more if in_chunks else moved == least + more, key
 
 
 def test_loads_are_on_their_way_before_they_are_needed(rows):
@@ -104,6 +109,25 @@ def test_the_table_of_the_model_is_that_of_the_code(rows):
             assert (
                 float(kept[name]) == pytest.approx(row[name], abs=0.051) if name != "per" else kept[name] == row[name]
             )
+
+
+def test_the_table_keeps_what_was_not_read_and_drops_what_spills(tmp_path, monkeypatch):
+    scan = {"kind": "block", "direction": "forward", "dtype": "float32"}
+    code = dict.fromkeys(COSTS, 1) | {"kernel": "it", "per": "step", "target": "cuda:90", "spills": 0, "cycles": 2.25}
+
+    def row(order: int, num_stages: int, **changes) -> dict:
+        configuration = dataclasses.asdict(Configuration(32, 1, num_stages))
+        return {**scan, "order": order, **configuration, **code, **changes}
+
+    monkeypatch.setattr(gpu_resources, "FILE", tmp_path / "costs.csv")
+    gpu_resources.FILE.write_text(",".join((*NAMES, *COSTS)) + "\n")
+    gpu_resources.write([row(4, 2), row(2, 2), row(1, 7)])
+    elsewhere = {"target": "cuda:80", "cycles": 9}
+    again = [row(4, 3, cycles=3.75), row(4, 5), row(4, 5, spills=8, **elsewhere), row(2, 4), row(2, 4, **elsewhere)]
+    gpu_resources.write(again)
+    with gpu_resources.FILE.open(newline="") as file:
+        kept = [(int(row["order"]), int(row["num_stages"]), float(row["cycles"])) for row in csv.DictReader(file)]
+    assert kept == [(1, 7, 2.2), (2, 4, 2.2), (4, 3, 3.8)]
 
 
 PTX = """

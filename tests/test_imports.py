@@ -47,7 +47,7 @@ PLAIN_SCANS = (SCAN, f"{SCAN}.reference", f"{SCAN}.associative", f"{SCAN}.cpu")
 # What only the named modules may import, and they only what is named.
 ONLY_BY = {
     "tokenizers": ("statemix.tokenizer", "statemix.hf"),
-    "triton": tuple(f"{SCAN}.gpu.{module}" for module in ("weights", "block", "lagged")),
+    "triton": tuple(f"{SCAN}.gpu.{module}" for module in ("weights", "block", "lagged", "tiles", "chunks")),
     "statemix.cli": ("statemix.__main__",),
     "statemix.sweep": ("statemix.cli",),
     "statemix.executors": ("statemix.sweep",),

@@ -25,7 +25,7 @@ from statemix.benchmark.scans import SCANS, sizes
 from statemix.gates import normalize
 from statemix.mixers import BDLRU
 from statemix.model import SequenceModel
-from statemix.scan.gpu_model import BOUNDS, CONFIGURATIONS, Card, Scan, choose, known_costs, predict
+from statemix.scan.gpu_model import BOUNDS, CONFIGURATIONS, Card, Scan, choose, fits, known_costs, predict
 
 CALLS = 20  # of a kernel between two looks at the clock
 LAYER, STEP = "layer", "training step"  # parts of a shape besides those of a scan
@@ -42,8 +42,8 @@ def plan(panel: str, shape: Shape, card: Card) -> dict[str, Any]:
     scan = scan_of(shape)
     chosen, floor, rows = choose(scan, card), scan.floor(card), []
     for configuration in CONFIGURATIONS:
-        if kernels := known_costs(scan, configuration):
-            prediction = predict(scan, configuration, card)
+        if fits(scan, configuration, card):
+            kernels, prediction = known_costs(scan, configuration), predict(scan, configuration, card)
             numbers = dataclasses.asdict(configuration)
             rows.append(
                 {
@@ -64,7 +64,7 @@ def plan(panel: str, shape: Shape, card: Card) -> dict[str, Any]:
 def plan_table(title: str, result: Mapping[str, Any]) -> Table:
     """A row per configuration: what is predicted, what binds it, and * at the one that the scan takes."""
     drawn = Table(title=f"{title}; {LEAST} {amount(result['floor'], 's')}", title_justify="left")
-    for header in (*("", "blocks", "warps", "stages", "chunk", "predicted", f"/ {LEAST}"), *BOUNDS):
+    for header in (*("", "blocks", "warps", "stages", "chunk", "tile", "predicted", f"/ {LEAST}"), *BOUNDS):
         drawn.add_column(header, justify="right", no_wrap=True)
     for header in ("bound by", "registers", "occupancy"):
         drawn.add_column(header, justify="right", no_wrap=True)

@@ -16,10 +16,11 @@ import csv
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+MAX_ORDER = 16  # M that the kernels serve
 BOUNDS = ("memory", "issue", "latency")  # what may bind a kernel besides its launch
 LAUNCH = 3e-6  # seconds; an assumption: the order of what is usual for small kernels
 SCHEDULERS = 4  # of a multiprocessor: each issues an instruction a cycle
@@ -38,18 +39,26 @@ class Configuration:
         num_warps: warps of 32 threads that share them.
         num_stages: loads in flight: 1 issues those of a step when it begins, s > 1 issues them s - 1 steps before.
         chunk_size: steps per program; 0 gives one program the whole of time.
+        tile: steps that the lanes of a program take side by side; 0: a lane takes one after the other.
     """
 
     block_n: int
     num_warps: int
     num_stages: int
     chunk_size: int = 0
+    tile: int = 0
 
 
+CHUNK_SIZES = (64, 256, 1024)  # one code serves all of them
 CONFIGURATIONS = (
     *(Configuration(32, 1, num_stages) for num_stages in (2, 4, 7)),
     *(Configuration(16, 1, num_stages) for num_stages in (2, 3, 6)),
     *(Configuration(8, 1, num_stages) for num_stages in (2, 3, 5)),
+    *(Configuration(16, 8, 3, tile=tile) for tile in (64, 128)),
+    *(Configuration(32, 8, 3, tile=tile) for tile in (32, 128)),
+    *(Configuration(32, 1, 7, chunk_size) for chunk_size in CHUNK_SIZES),
+    *(Configuration(16, 1, num_stages, chunk_size) for num_stages in (2, 3, 6) for chunk_size in CHUNK_SIZES),
+    *(Configuration(8, 1, num_stages, chunk_size) for num_stages in (3, 5) for chunk_size in CHUNK_SIZES),
 )
 
 
@@ -122,6 +131,16 @@ class Scan:
         numbers = gates + values + states
         return (numbers if self.direction == "forward" else 2 * numbers) * (4 if self.dtype == "float32" else 2)
 
+    @property
+    def least_chunk_size(self) -> int:
+        """Steps of a chunk from which on a scan in chunks moves at most twice the least bytes: docs/gpu.md.
+
+        The inputs that are read twice leave that much room: M numbers a step (companion: 1), in a backward more. It
+        takes in what is written and read of a chunk, in float32: its map, M (M+1) numbers, and its carry, M.
+        """
+        room = (1 if self.kind == "companion" else self.order) * (4 if self.dtype == "float32" else 2)
+        return math.ceil(4 * 2 * (self.order * (self.order + 1) + self.order) / room)
+
     def floor(self, card: Card) -> float:
         """Seconds for the least bytes."""
         return self.least_bytes * self.batch * self.length * self.blocks / card.bandwidth
@@ -177,22 +196,23 @@ def costs() -> Mapping[Key, tuple[Cost, ...]]:
     with Path(__file__).with_name("gpu_costs.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             numbers = [int(row[field.name]) for field in fields(Configuration)]
-            key = (row["kind"], row["direction"], row["dtype"], int(row["order"]), Configuration(*numbers))
             per_thread = int(row["registers"]), int(row["shared"])
             per_iteration = (float(row[name]) for name in ("bytes", "instructions", "special", "cycles"))
-            found[key] = (*found.get(key, ()), Cost(row["kernel"], row["per"], *per_thread, *per_iteration))
+            cost = Cost(row["kernel"], row["per"], *per_thread, *per_iteration)
+            configuration = Configuration(*numbers)
+            for chunk_size in CHUNK_SIZES if configuration.chunk_size else (0,):  # the table has the first of them
+                known = replace(configuration, chunk_size=chunk_size)
+                key = (row["kind"], row["direction"], row["dtype"], int(row["order"]), known)
+                found[key] = (*found.get(key, ()), cost)
     return found
 
 
 def known_costs(scan: Scan, configuration: Configuration) -> tuple[Cost, ...]:
     """Of the least order whose code was read and that is not below the scan's. Empty: there is none."""
-    orders = [
-        order
-        for kind, direction, dtype, order, known in costs()
-        if (kind, direction, dtype, known) == (scan.kind, scan.direction, scan.dtype, configuration)
-    ]
-    order = min((order for order in orders if order >= scan.order), default=None)
-    return () if order is None else costs()[scan.kind, scan.direction, scan.dtype, order, configuration]
+    known = costs()
+    orders = range(scan.order, MAX_ORDER + 1)
+    keys = ((scan.kind, scan.direction, scan.dtype, order, configuration) for order in orders)
+    return next((known[key] for key in keys if key in known), ())
 
 
 def resident(card: Card, registers: int, shared: int, num_warps: int) -> int:
@@ -203,12 +223,23 @@ def resident(card: Card, registers: int, shared: int, num_warps: int) -> int:
     return min(PROGRAMS, WARPS // num_warps, by_registers, by_shared)
 
 
+def fits(scan: Scan, configuration: Configuration, card: Card) -> bool:
+    """Whether the code of its kernels was read, and a multiprocessor of the card holds a program of each.
+
+    And chunks, if there are any, are more than one, and none below `Scan.least_chunk_size`.
+    """
+    if configuration.chunk_size and not scan.least_chunk_size <= configuration.chunk_size < scan.length:
+        return False
+    kernels = known_costs(scan, configuration)
+    return bool(kernels) and all(resident(card, it.registers, it.shared, configuration.num_warps) for it in kernels)
+
+
 def predict(scan: Scan, configuration: Configuration, card: Card) -> Prediction:
     """Seconds of a scan on a card.
 
     Args:
-        scan: with an order for which there is a cost: `known_costs`.
-        configuration: one of `CONFIGURATIONS`.
+        scan: what is computed.
+        configuration: one that `fits`.
         card: one of `CARDS`, or from `card_of`.
     """
     chunks = math.ceil(scan.length / configuration.chunk_size) if configuration.chunk_size else 1
@@ -240,15 +271,17 @@ def predict(scan: Scan, configuration: Configuration, card: Card) -> Prediction:
 def choose(scan: Scan, card: Card) -> Configuration:
     """The configuration with the least predicted time; among equals, as where memory binds, the one with most to spare.
 
+    So time is cut into chunks where B x N alone leaves the card waiting.
+
     Raises:
-        ValueError: none is known for this order.
+        ValueError: none fits.
     """
 
     def cost(configuration: Configuration) -> tuple[float, float]:
         prediction = predict(scan, configuration, card)
         return prediction.seconds, prediction.issue + prediction.latency
 
-    known = [configuration for configuration in CONFIGURATIONS if known_costs(scan, configuration)]
+    known = [configuration for configuration in CONFIGURATIONS if fits(scan, configuration, card)]
     if not known:
         raise ValueError(f"choose: no configuration of the GPU kernels serves {scan}.")
     return min(known, key=cost)

@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from statemix.scan.gpu_model import Card, Configuration, Scan, card_of, choose
-
-MAX_ORDER = 16
+from statemix.scan.gpu_model import MAX_ORDER, Card, Configuration, Scan, card_of, choose
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up now: torch.compile could not trace that
 
@@ -24,6 +22,7 @@ class Launch(NamedTuple):
     """A kernel and what it is compiled with.
 
     constants: of its tl.constexpr parameters. pointers: dtype behind each pointer parameter. All others are integers.
+    per: what an iteration of its loop takes, a "step" or a "chunk".
     """
 
     kernel: Any
@@ -31,6 +30,7 @@ class Launch(NamedTuple):
     pointers: dict[str, torch.dtype]
     num_warps: int
     num_stages: int
+    per: str = "step"
 
 
 def load_problem() -> str | None:
@@ -80,26 +80,24 @@ def launches(
         keep: whether a forward keeps what its backward needs.
 
     Returns:
-        One launch for each kernel.
-
-    Raises:
-        ValueError: the configuration cuts time into chunks, for which there are no kernels.
+        One launch for each kernel; in chunks of time these are a summary, a relay and the scan.
     """
-    if configuration.chunk_size:
-        raise ValueError(f"launches: `configuration` must have chunk_size = 0, got {configuration.chunk_size}.")
-    from statemix.scan.gpu import block, lagged
+    from statemix.scan.gpu import block, lagged, tiles
 
     forward, wide = direction == "forward", torch.float32
-    module = block if kind == "block" else lagged
-    kernel = getattr(module, f"{'block' if kind == 'block' else 'lagged'}_{direction}")
+    family = "lagged" if kind != "block" else "tile" if configuration.tile else "block"
+    kernel = getattr({"block": block, "lagged": lagged, "tile": tiles}[family], f"{family}_{direction}")
     constants: dict[str, Any] = {"M": order, "N": blocks, "BLOCK_N": configuration.block_n}
-    if kind == "block":
-        # the lanes of a warp that the blocks leave free share out their rows
-        constants["GROUPS"] = max(1, min(32 // configuration.block_n, 1 << (order - 1).bit_length()))
-    else:
-        constants["OBSERVER"] = kind == "observer"
-    constants |= {"AHEAD": configuration.num_stages - 1, "NORMALIZATION": normalization, "HAS_RESET": reset}
+    constants |= {"NORMALIZATION": normalization, "HAS_RESET": reset}
     constants |= {"HAS_RESIDUAL": dtype != wide and (keep or not forward)}
+    if family == "tile":
+        constants |= {"STEPS": configuration.tile, "STAGES": configuration.num_stages}
+    else:
+        constants |= {"AHEAD": configuration.num_stages - 1}
+    if family == "block":
+        constants |= {"GROUPS": _groups(order, configuration.block_n)}
+    elif family == "lagged":
+        constants |= {"OBSERVER": kind == "observer"}
     pointers = {"raw_gates_ptr": dtype, "values_ptr": dtype, "carry_ptr": wide, "reset_ptr": torch.uint8}
     pointers |= {"states_ptr": dtype, "residual_ptr": dtype}
     if forward:
@@ -107,7 +105,38 @@ def launches(
     else:
         pointers |= {"initial_state_ptr": wide, "grad_states_ptr": dtype, "grad_initial_state_ptr": wide}
         pointers |= {"grad_raw_gates_ptr": dtype, "grad_values_ptr": dtype}
-    return [Launch(kernel, constants, pointers, configuration.num_warps, 1)]
+    scan = Launch(kernel, constants, pointers, configuration.num_warps, 1)
+    return [*_carry_launches(kind, scan, configuration, not forward), scan] if configuration.chunk_size else [scan]
+
+
+def _groups(order: int, block_n: int) -> int:
+    """Lanes that share out the rows of a block: those of a warp that the blocks leave free."""
+    return max(1, min(32 // block_n, 1 << (order - 1).bit_length()))
+
+
+def _carry_launches(kind: str, scan: Launch, configuration: Configuration, adjoint: bool) -> list[Launch]:
+    """The summary and the relay that make the carries of a scan in chunks."""
+    from statemix.scan.gpu import chunks
+
+    order, wide = scan.constants["M"], torch.float32
+    shared = {"M": order, "N": scan.constants["N"], "ADJOINT": adjoint}
+    constants = shared | {name: scan.constants[name] for name in ("NORMALIZATION", "HAS_RESET")}
+    constants |= {"COLUMNS": 1 << (order - 1).bit_length(), "AHEAD": configuration.num_stages - 1}
+    if kind == "block":
+        kernel = chunks.block_summary
+        constants |= {"BLOCK_N": configuration.block_n, "GROUPS": _groups(order, configuration.block_n)}
+    else:
+        kernel = chunks.lagged_summary
+        # above M 8 the columns of the product are more than a lane has registers for
+        constants |= {"BLOCK_N": min(configuration.block_n, 32 if order <= 8 else 8), "OBSERVER": kind == "observer"}
+    pointers = {name: scan.pointers[name] for name in ("raw_gates_ptr", "values_ptr", "reset_ptr")} | {"maps_ptr": wide}
+    summary = Launch(kernel, constants, pointers, 1, 1)
+
+    groups = _groups(order, 8)  # 8 lanes and more read whole sectors of the maps
+    loads = -(-order // groups) * (order + 1)
+    constants = shared | {"BLOCK_N": 32 // groups, "GROUPS": groups, "AHEAD": max(1, 32 // loads)}
+    pointers = dict.fromkeys(("maps_ptr", "start_ptr", "carry_ptr"), wide)
+    return [summary, Launch(chunks.relay, constants, pointers, 1, 1, "chunk")]
 
 
 def block_scan(
@@ -159,8 +188,11 @@ def configure(kind: str, direction: str, values: Tensor, order: int) -> Configur
     return _choose(Scan(kind, direction, order, dtype, batch, length, blocks), _card(values.device))
 
 
-def _run(launch: Launch, tensors: dict[str, Tensor | None], integers: tuple[int, ...], grid: tuple[int, ...]) -> None:
+def _run(
+    launch: Launch, tensors: dict[str, Tensor | None], integers: tuple[int, ...], batch: int, chunks: int = 1
+) -> None:
     """Launch a kernel on tensors named like its pointers; for one that is None any other stands in, and is not read."""
+    grid = (-(-launch.constants["N"] // launch.constants["BLOCK_N"]), batch, chunks)
     some = next(x for x in tensors.values() if x is not None)
     names = [name for name in launch.kernel.arg_names if name.endswith("_ptr")]
     pointers = [some if tensors[name] is None else tensors[name] for name in names]
@@ -168,6 +200,27 @@ def _run(launch: Launch, tensors: dict[str, Tensor | None], integers: tuple[int,
         launch.kernel[grid](
             *pointers, *integers, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
         )
+
+
+def _carry(
+    before: list[Launch], raw_gates: Tensor, values: Tensor, reset: Tensor | None, start: Tensor, chunk_size: int
+) -> Tensor:
+    """What enters each chunk, (B, C, M, N), with `start` for the first: by a summary and a relay, where C is above 1.
+
+    In a backward `values` are the gradients of the states, and the first chunk is the last.
+    """
+    (batch, order, blocks), length = start.shape, values.shape[1]
+    chunks = -(-length // chunk_size)
+    if chunks == 1:
+        return start
+    summary, relay = before
+    maps = start.new_empty(batch, chunks - 1, order, order + 1, blocks)
+    carry = start.new_empty(batch, chunks, order, blocks)
+    tensors = {"raw_gates_ptr": raw_gates, "values_ptr": values, "reset_ptr": _bytes(reset), "maps_ptr": maps}
+    integers = (length, chunk_size, *raw_gates.stride()[:2], *values.stride()[:2])
+    _run(summary, tensors, integers, batch, chunks - 1)
+    _run(relay, {"maps_ptr": maps, "start_ptr": start, "carry_ptr": carry}, (chunks,), batch)
+    return carry
 
 
 def _scan_forward(
@@ -183,20 +236,22 @@ def _scan_forward(
     states, final_state, residual = _states_like(values, initial_state, kind, keep)
     length, blocks, order = values.shape[1], values.shape[-1], initial_state.shape[1]
     configuration = configure(kind, "forward", values, order)
-    (launch,) = launches(
+    *before, launch = launches(
         kind, "forward", order, values.dtype, configuration, normalization, reset is not None, blocks, keep
     )
+    chunk_size = configuration.chunk_size or length
+    carry = _carry(before, raw_gates, values, reset, initial_state.contiguous(), chunk_size)
     tensors = {
         "raw_gates_ptr": raw_gates,
         "values_ptr": values,
-        "carry_ptr": initial_state.contiguous(),
+        "carry_ptr": carry,
         "reset_ptr": _bytes(reset),
         "states_ptr": states,
         "residual_ptr": residual,
         "final_state_ptr": final_state,
     }
-    grid = (-(-blocks // configuration.block_n), values.shape[0], 1)
-    _run(launch, tensors, (length, length, *raw_gates.stride()[:2], *values.stride()[:2]), grid)
+    integers = (length, chunk_size, *raw_gates.stride()[:2], *values.stride()[:2])
+    _run(launch, tensors, integers, values.shape[0], -(-length // chunk_size))
     return states, final_state, residual
 
 
@@ -228,8 +283,12 @@ def _scan_backward(
     grads = _grads_like(raw_gates, values, initial_state)
     length, blocks, order = values.shape[1], values.shape[-1], initial_state.shape[1]
     configuration = configure(kind, "backward", values, order)
-    (launch,) = launches(kind, "backward", order, values.dtype, configuration, normalization, reset is not None, blocks)
-    carry = torch.zeros_like(initial_state) if grad_final_state is None else grad_final_state
+    *before, launch = launches(
+        kind, "backward", order, values.dtype, configuration, normalization, reset is not None, blocks
+    )
+    chunk_size, grad_states = configuration.chunk_size or length, grad_states.contiguous()
+    start = initial_state.new_zeros(initial_state.shape) if grad_final_state is None else grad_final_state.contiguous()
+    carry = _carry(before, raw_gates, grad_states, reset, start, chunk_size)
     tensors = {
         "raw_gates_ptr": raw_gates,
         "values_ptr": values,
@@ -237,14 +296,14 @@ def _scan_backward(
         "reset_ptr": _bytes(reset),
         "states_ptr": states,
         "residual_ptr": residual,
-        "grad_states_ptr": grad_states.contiguous(),
-        "carry_ptr": carry.contiguous(),
+        "grad_states_ptr": grad_states,
+        "carry_ptr": carry,
         "grad_raw_gates_ptr": grads[0],
         "grad_values_ptr": grads[1],
         "grad_initial_state_ptr": grads[2],
     }
-    grid = (-(-blocks // configuration.block_n), values.shape[0], 1)
-    _run(launch, tensors, (length, length, *raw_gates.stride()[:2], *values.stride()[:2]), grid)
+    integers = (length, chunk_size, *raw_gates.stride()[:2], *values.stride()[:2])
+    _run(launch, tensors, integers, values.shape[0], -(-length // chunk_size))
     return grads
 
 

@@ -6,7 +6,8 @@ gates and the value, one vector each, which neighbouring lanes read from neighbo
 of shape (1, BLOCK_N), which all lanes of a block hold; the rows are sent to them by shuffles.
 
 What step t reads is loaded AHEAD steps before, into a list that moves on by one step at a time; the loop is unrolled
-AHEAD times, so that it moves by renaming only.
+AHEAD times, so that it moves by renaming only. No load of that loop asks whether its step exists: the last ones read
+the last steps again. What does not fill AHEAD steps follows, one by one.
 
 Backward: with the adjoint s_t = dL/dh_t + A_{t+1}^T s_{t+1}, in the notation of `weigh`,
     dL/dz[i, j] = s[i] d[i, j] (u_j - g[i, j] h_t[i]),  dL/dv[i] = s[i] p[i, M],
@@ -20,7 +21,25 @@ the scan returns, and the residual that rounding left.
 import triton
 import triton.language as tl
 
-from statemix.scan.gpu.weights import as_float, cleared, load_list, store_list, weigh, where_all
+from statemix.scan.gpu.weights import as_float, cleared, load_list, store_list, weigh
+
+
+@triton.jit
+def _inside(n, group, N: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr):
+    """Which lanes have a block, (GROUPS, BLOCK_N)."""
+    if N % BLOCK_N == 0:
+        return tl.full((GROUPS, BLOCK_N), True, tl.int1)  # a constant: loads and stores have no mask
+    else:
+        return (n < N) & (group < GROUPS)
+
+
+@triton.jit
+def _has_row(inside, group, k: tl.constexpr, M: tl.constexpr, GROUPS: tl.constexpr):
+    """Which lanes have a row k."""
+    if (k + 1) * GROUPS <= M:
+        return inside
+    else:
+        return inside & (k * GROUPS + group < M)
 
 
 @triton.jit
@@ -31,8 +50,8 @@ def _send(rows, group, M: tl.constexpr, GROUPS: tl.constexpr):
         if GROUPS == 1:
             components = components + [rows[i]]
         else:
-            mine = tl.where(group == i % GROUPS, rows[i // GROUPS], 0.0)
-            components = components + [tl.sum(mine, axis=0, keep_dims=True)]
+            owner = tl.full((1, rows[0].shape[1]), i % GROUPS, tl.int32)
+            components = components + [tl.gather(rows[i // GROUPS], owner, 0)]
     return components
 
 
@@ -53,7 +72,7 @@ def _load_gates(gates, values, inside, group, M: tl.constexpr, N: tl.constexpr, 
     """Of each row of a lane: M + 1 raw gates and the value."""
     loaded = []
     for k in tl.static_range((M + GROUPS - 1) // GROUPS):
-        mask = inside & (k * GROUPS + group < M)
+        mask = _has_row(inside, group, k, M, GROUPS)
         for j in tl.static_range(M + 1):
             loaded = loaded + [tl.load(gates + (k * GROUPS * (M + 1) + j) * N, mask=mask, other=0.0)]
         loaded = loaded + [tl.load(values + k * GROUPS * N, mask=mask, other=0.0)]
@@ -65,7 +84,27 @@ def _load_rows(at, inside, group, M: tl.constexpr, N: tl.constexpr, GROUPS: tl.c
     """One number of each row of a lane."""
     loaded = []
     for k in tl.static_range((M + GROUPS - 1) // GROUPS):
-        loaded = loaded + [tl.load(at + k * GROUPS * N, mask=inside & (k * GROUPS + group < M), other=0.0)]
+        loaded = loaded + [tl.load(at + k * GROUPS * N, mask=_has_row(inside, group, k, M, GROUPS), other=0.0)]
+    return loaded
+
+
+@triton.jit
+def _load_forward(
+    gates,
+    values,
+    reset,
+    there,
+    inside,
+    group,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+):
+    """What one step of the forward reads: as `_load_gates`, then the reset."""
+    loaded = _load_gates(gates, values, inside & there, group, M, N, GROUPS)
+    if HAS_RESET:
+        loaded = loaded + [tl.load(reset, mask=there, other=0)]
     return loaded
 
 
@@ -99,6 +138,44 @@ def _load_backward(
 
 
 @triton.jit
+def _step_forward(
+    loaded,
+    state,
+    states,
+    residual,
+    inside,
+    group,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    GROUPS: tl.constexpr,
+    NORMALIZATION: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    """The state after a step, which is written to where `states` and `residual` point."""
+    ROWS: tl.constexpr = (M + GROUPS - 1) // GROUPS
+    GATES: tl.constexpr = M + 2  # with the value
+    entering = state
+    if HAS_RESET:
+        entering = cleared(loaded[ROWS * GATES] != 0, state)
+    rows = []
+    for k in tl.static_range(ROWS):
+        z = as_float(loaded[k * GATES : k * GATES + M + 1])
+        p, _, _ = weigh(z, M + 1, NORMALIZATION, False)
+        row = p[M] * loaded[k * GATES + M + 1].to(tl.float32)
+        for j in tl.static_range(M):
+            row += p[j] * entering[j]
+        rows = rows + [row]
+        mask = _has_row(inside, group, k, M, GROUPS)
+        rounded = row.to(states.dtype.element_ty)
+        tl.store(states + k * GROUPS * N, rounded, mask=mask)
+        if HAS_RESIDUAL:
+            left = (row - rounded.to(tl.float32)).to(residual.dtype.element_ty)
+            tl.store(residual + k * GROUPS * N, left, mask=mask)
+    return _send(rows, group, M, GROUPS)
+
+
+@triton.jit
 def block_forward(
     raw_gates_ptr,
     values_ptr,
@@ -127,73 +204,137 @@ def block_forward(
     Pointers: raw_gates (B, T, M, M+1, N) and values (B, T, M, N) by their strides, carry (B, C, M, N): the state that
     enters each chunk, reset (B, T), states and residual (B, T, M, N), final_state (B, M, N). Grid: (N / BLOCK_N, B, C).
     """
-    ROWS: tl.constexpr = (M + GROUPS - 1) // GROUPS
-    GATES: tl.constexpr = M + 2  # with the value
-    LOADS: tl.constexpr = ROWS * GATES + HAS_RESET
+    LOADS: tl.constexpr = (M + GROUPS - 1) // GROUPS * (M + 2) + HAS_RESET
     STEPS: tl.constexpr = max(AHEAD, 1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     group = tl.arange(0, GROUPS)[:, None]
-    inside = (n < N) & (group < GROUPS)
+    inside = _inside(n, group, N, BLOCK_N, GROUPS)
     batch, chunk = tl.program_id(1).to(tl.int64), tl.program_id(2)
     begin = chunk * chunk_size
     end = tl.minimum(begin + chunk_size, length)
-    gates = raw_gates_ptr + batch * gate_batch_stride + group * ((M + 1) * N) + n
-    values = values_ptr + batch * value_batch_stride + group * N + n
-    written = (batch * length) * (M * N) + group * N + n
+    whole = (end - begin) // STEPS * STEPS
+    gate_stride, value_stride = tl.cast(gate_time_stride, tl.int64), tl.cast(value_time_stride, tl.int64)
+    gates = raw_gates_ptr + batch * gate_batch_stride + begin * gate_stride + group * ((M + 1) * N) + n
+    values = values_ptr + batch * value_batch_stride + begin * value_stride + group * N + n
+    resets = reset_ptr + batch * length + begin
+    rows = (batch * length + begin) * (M * N) + group * N + n
+    states, residual = states_ptr + rows, residual_ptr + rows
 
     state = load_list(carry_ptr + (batch * tl.num_programs(2) + chunk) * (M * N) + n, N, n < N, M)
     queue = []
-    for ahead in tl.static_range(AHEAD):
-        time = tl.cast(begin + ahead, tl.int64)
-        queue = queue + _load_gates(
-            gates + time * gate_time_stride,
-            values + time * value_time_stride,
-            inside & (time < end),
-            group,
-            M,
-            N,
-            GROUPS,
-        )
-        if HAS_RESET:
-            queue = queue + [tl.load(reset_ptr + batch * length + time, mask=time < end, other=0)]
-    for t in tl.range(begin, end, STEPS, num_stages=1):
+    for step in tl.static_range(AHEAD):
+        at, value_at = gates + step * gate_stride, values + step * value_stride
+        queue = queue + _load_forward(at, value_at, resets + step, whole > 0, inside, group, M, N, GROUPS, HAS_RESET)
+    for t in tl.range(0, whole, STEPS, num_stages=1):
+        now, later = tl.cast(t, tl.int64), tl.cast(tl.minimum(t + AHEAD, whole - STEPS), tl.int64)
         for step in tl.static_range(STEPS):
-            time = tl.cast(t + step + AHEAD, tl.int64)
-            queue = queue + _load_gates(
-                gates + time * gate_time_stride,
-                values + time * value_time_stride,
-                inside & (time < end),
+            queue = queue + _load_forward(
+                gates + later * gate_stride + step * gate_stride,
+                values + later * value_stride + step * value_stride,
+                resets + later + step,
+                True,
+                inside,
                 group,
                 M,
                 N,
                 GROUPS,
+                HAS_RESET,
             )
-            if HAS_RESET:
-                queue = queue + [tl.load(reset_ptr + batch * length + time, mask=time < end, other=0)]
-
-            now = tl.cast(t + step, tl.int64)
             loaded, queue = queue[:LOADS], queue[LOADS:]
-            entering = state
-            if HAS_RESET:
-                entering = cleared(loaded[ROWS * GATES] != 0, state)
-            rows = []
-            for k in tl.static_range(ROWS):
-                z = as_float(loaded[k * GATES : k * GATES + M + 1])
-                p, _, _ = weigh(z, M + 1, NORMALIZATION, False)
-                row = p[M] * loaded[k * GATES + M + 1].to(tl.float32)
-                for j in tl.static_range(M):
-                    row += p[j] * entering[j]
-                rows = rows + [row]
-                mask = inside & (k * GROUPS + group < M) & (now < end)
-                rounded = row.to(states_ptr.dtype.element_ty)
-                offset = written + now * (M * N) + k * GROUPS * N
-                tl.store(states_ptr + offset, rounded, mask=mask)
-                if HAS_RESIDUAL:
-                    residual = (row - rounded.to(tl.float32)).to(residual_ptr.dtype.element_ty)
-                    tl.store(residual_ptr + offset, residual, mask=mask)
-            state = where_all(now < end, _send(rows, group, M, GROUPS), state, M)
+            state = _step_forward(
+                loaded,
+                state,
+                states + now * (M * N) + step * (M * N),
+                residual + now * (M * N) + step * (M * N),
+                inside,
+                group,
+                M,
+                N,
+                GROUPS,
+                NORMALIZATION,
+                HAS_RESET,
+                HAS_RESIDUAL,
+            )
+    if STEPS > 1:
+        for t in tl.range(whole, end - begin, num_stages=1):
+            now = tl.cast(t, tl.int64)
+            at, value_at = gates + now * gate_stride, values + now * value_stride
+            loaded = _load_forward(at, value_at, resets + now, True, inside, group, M, N, GROUPS, HAS_RESET)
+            state = _step_forward(
+                loaded,
+                state,
+                states + now * (M * N),
+                residual + now * (M * N),
+                inside,
+                group,
+                M,
+                N,
+                GROUPS,
+                NORMALIZATION,
+                HAS_RESET,
+                HAS_RESIDUAL,
+            )
     if end == length:
         store_list(final_state_ptr + batch * (M * N) + n, N, n < N, state, M)
+
+
+@triton.jit
+def _step_backward(
+    loaded,
+    adjoint,
+    state,
+    first,
+    is_first,
+    grad_gates,
+    grad_values,
+    inside,
+    group,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    GROUPS: tl.constexpr,
+    NORMALIZATION: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    """Write the gradients of a step; the adjoint of the state before it, and the rows of that state."""
+    ROWS: tl.constexpr = (M + GROUPS - 1) // GROUPS
+    GATES: tl.constexpr = M + 2
+    AFTER: tl.constexpr = ROWS * GATES  # where the gradient of the states begins, then the state before, its residual
+    RESET: tl.constexpr = AFTER + ROWS * (2 + HAS_RESIDUAL)
+    before = []
+    for k in tl.static_range(ROWS):
+        row = loaded[AFTER + ROWS + k].to(tl.float32)
+        if HAS_RESIDUAL:
+            row += loaded[AFTER + 2 * ROWS + k].to(tl.float32)
+        before = before + [tl.where(is_first, first[k], row)]
+    entering = before
+    if HAS_RESET:
+        entering = cleared(loaded[RESET] != 0, before)
+    u = _send(entering, group, M, GROUPS)
+
+    parts = []  # of the adjoint of the state before, from the rows of this lane
+    for k in tl.static_range(ROWS):
+        mask = _has_row(inside, group, k, M, GROUPS)
+        z = as_float(loaded[k * GATES : k * GATES + M + 1])
+        p, d, g = weigh(z, M + 1, NORMALIZATION, True)
+        value = loaded[k * GATES + M + 1].to(tl.float32)
+        s = _own(adjoint, group, k, M, GROUPS) + loaded[AFTER + k].to(tl.float32)
+        gradients = []
+        for j in tl.static_range(M):
+            gradients = gradients + [s * d[j] * (u[j] - g[j] * state[k])]
+            if k == 0:
+                parts = parts + [s * p[j]]
+            else:
+                parts = parts[1:] + [parts[0] + s * p[j]]
+        gradients = gradients + [s * d[M] * (value - g[M] * state[k])]
+        store_list(grad_gates + k * GROUPS * ((M + 1) * N), N, mask, gradients, M + 1)
+        store_list(grad_values + k * GROUPS * N, N, mask, [s * p[M]], 1)
+    handed = parts
+    if GROUPS > 1:
+        handed = [tl.sum(part, axis=0, keep_dims=True) for part in parts]
+    if HAS_RESET:
+        handed = cleared(loaded[RESET] != 0, handed)
+    return handed, before
 
 
 @triton.jit
@@ -230,41 +371,44 @@ def block_backward(
     (B, C, M, N): what later chunks hand back to the state that leaves each chunk, and the dense gradients. Same grid.
     """
     ROWS: tl.constexpr = (M + GROUPS - 1) // GROUPS
-    GATES: tl.constexpr = M + 2
-    AFTER: tl.constexpr = ROWS * GATES  # where the gradient of the states begins, then the state before, its residual
-    LOADS: tl.constexpr = AFTER + ROWS * (2 + HAS_RESIDUAL) + HAS_RESET
+    LOADS: tl.constexpr = ROWS * (M + 4 + HAS_RESIDUAL) + HAS_RESET
     STEPS: tl.constexpr = max(AHEAD, 1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     group = tl.arange(0, GROUPS)[:, None]
-    inside = (n < N) & (group < GROUPS)
+    inside = _inside(n, group, N, BLOCK_N, GROUPS)
     batch, chunk = tl.program_id(1).to(tl.int64), tl.program_id(2)
     begin = chunk * chunk_size
     end = tl.minimum(begin + chunk_size, length)
-    gates = raw_gates_ptr + batch * gate_batch_stride + group * ((M + 1) * N) + n
-    values = values_ptr + batch * value_batch_stride + group * N + n
-    row_like = (batch * length) * (M * N) + group * N + n
-    gate_like = (batch * length) * (M * (M + 1) * N) + group * ((M + 1) * N) + n
+    whole = (end - begin) // STEPS * STEPS
+    # all of these point to the last step, the states to the one before it
+    last = tl.cast(end - 1, tl.int64)
+    gate_stride, value_stride = tl.cast(gate_time_stride, tl.int64), tl.cast(value_time_stride, tl.int64)
+    gates = raw_gates_ptr + batch * gate_batch_stride + last * gate_stride + group * ((M + 1) * N) + n
+    values = values_ptr + batch * value_batch_stride + last * value_stride + group * N + n
+    resets = reset_ptr + batch * length + last
+    rows = (batch * length + last) * (M * N) + group * N + n
+    states, residual = states_ptr + rows - M * N, residual_ptr + rows - M * N
+    grad_states, grad_values = grad_states_ptr + rows, grad_values_ptr + rows
+    grad_gates = grad_raw_gates_ptr + (batch * length + last) * (M * (M + 1) * N) + group * ((M + 1) * N) + n
 
     adjoint = load_list(carry_ptr + (batch * tl.num_programs(2) + chunk) * (M * N) + n, N, n < N, M)
     first = _load_rows(initial_state_ptr + batch * (M * N) + group * N + n, inside, group, M, N, GROUPS)
-    last = row_like + tl.cast(end - 1, tl.int64) * (M * N)
-    state = as_float(_load_rows(states_ptr + last, inside, group, M, N, GROUPS))
+    state = as_float(_load_rows(states + M * N, inside, group, M, N, GROUPS))
     if HAS_RESIDUAL:
-        residual = _load_rows(residual_ptr + last, inside, group, M, N, GROUPS)
+        left = _load_rows(residual + M * N, inside, group, M, N, GROUPS)
         for k in tl.static_range(ROWS):
-            state = state[1:] + [state[0] + residual[k].to(tl.float32)]
+            state = state[1:] + [state[0] + left[k].to(tl.float32)]
     queue = []
-    for ahead in tl.static_range(AHEAD):
-        time = tl.cast(end - 1 - ahead, tl.int64)
+    for step in tl.static_range(AHEAD):
         queue = queue + _load_backward(
-            gates + time * gate_time_stride,
-            values + time * value_time_stride,
-            grad_states_ptr + row_like + time * (M * N),
-            states_ptr + row_like + (time - 1) * (M * N),
-            residual_ptr + row_like + (time - 1) * (M * N),
-            reset_ptr + batch * length + time,
-            time >= begin,
-            time > 0,
+            gates - step * gate_stride,
+            values - step * value_stride,
+            grad_states - step * (M * N),
+            states - step * (M * N),
+            residual - step * (M * N),
+            resets - step,
+            whole > 0,
+            last - step > 0,
             inside,
             group,
             M,
@@ -273,18 +417,18 @@ def block_backward(
             HAS_RESET,
             HAS_RESIDUAL,
         )
-    for r in tl.range(0, end - begin, STEPS, num_stages=1):
+    for r in tl.range(0, whole, STEPS, num_stages=1):
+        now, later = tl.cast(r, tl.int64), tl.cast(tl.minimum(r + AHEAD, whole - STEPS), tl.int64)
         for step in tl.static_range(STEPS):
-            time = tl.cast(end - 1 - AHEAD - r - step, tl.int64)
             queue = queue + _load_backward(
-                gates + time * gate_time_stride,
-                values + time * value_time_stride,
-                grad_states_ptr + row_like + time * (M * N),
-                states_ptr + row_like + (time - 1) * (M * N),
-                residual_ptr + row_like + (time - 1) * (M * N),
-                reset_ptr + batch * length + time,
-                time >= begin,
-                time > 0,
+                gates - later * gate_stride - step * gate_stride,
+                values - later * value_stride - step * value_stride,
+                grad_states - later * (M * N) - step * (M * N),
+                states - later * (M * N) - step * (M * N),
+                residual - later * (M * N) - step * (M * N),
+                resets - later - step,
+                True,
+                last - later - step > 0,
                 inside,
                 group,
                 M,
@@ -293,43 +437,60 @@ def block_backward(
                 HAS_RESET,
                 HAS_RESIDUAL,
             )
-            now = tl.cast(end - 1 - r - step, tl.int64)
             loaded, queue = queue[:LOADS], queue[LOADS:]
-            before = []
-            for k in tl.static_range(ROWS):
-                row = loaded[AFTER + ROWS + k].to(tl.float32)
-                if HAS_RESIDUAL:
-                    row += loaded[AFTER + 2 * ROWS + k].to(tl.float32)
-                before = before + [tl.where(now == 0, first[k], row)]
-            entering = before
-            if HAS_RESET:
-                entering = cleared(loaded[LOADS - 1] != 0, before)
-            u = _send(entering, group, M, GROUPS)
-
-            parts = []  # of the adjoint of the state before, from the rows of this lane
-            for k in tl.static_range(ROWS):
-                mask = inside & (k * GROUPS + group < M) & (now >= begin)
-                z = as_float(loaded[k * GATES : k * GATES + M + 1])
-                p, d, g = weigh(z, M + 1, NORMALIZATION, True)
-                value = loaded[k * GATES + M + 1].to(tl.float32)
-                s = _own(adjoint, group, k, M, GROUPS) + loaded[AFTER + k].to(tl.float32)
-                offset = gate_like + now * (M * (M + 1) * N) + k * GROUPS * ((M + 1) * N)
-                gradients = []
-                for j in tl.static_range(M):
-                    gradients = gradients + [s * d[j] * (u[j] - g[j] * state[k])]
-                    if k == 0:
-                        parts = parts + [s * p[j]]
-                    else:
-                        parts = parts[1:] + [parts[0] + s * p[j]]
-                gradients = gradients + [s * d[M] * (value - g[M] * state[k])]
-                store_list(grad_raw_gates_ptr + offset, N, mask, gradients, M + 1)
-                store_list(grad_values_ptr + row_like + now * (M * N) + k * GROUPS * N, N, mask, [s * p[M]], 1)
-            handed = parts
-            if GROUPS > 1:
-                handed = [tl.sum(part, axis=0, keep_dims=True) for part in parts]
-            if HAS_RESET:
-                handed = cleared(loaded[LOADS - 1] != 0, handed)
-            adjoint = where_all(now >= begin, handed, adjoint, M)
-            state = before
+            adjoint, state = _step_backward(
+                loaded,
+                adjoint,
+                state,
+                first,
+                last - now - step == 0,
+                grad_gates - now * (M * (M + 1) * N) - step * (M * (M + 1) * N),
+                grad_values - now * (M * N) - step * (M * N),
+                inside,
+                group,
+                M,
+                N,
+                GROUPS,
+                NORMALIZATION,
+                HAS_RESET,
+                HAS_RESIDUAL,
+            )
+    if STEPS > 1:
+        for r in tl.range(whole, end - begin, num_stages=1):
+            now = tl.cast(r, tl.int64)
+            loaded = _load_backward(
+                gates - now * gate_stride,
+                values - now * value_stride,
+                grad_states - now * (M * N),
+                states - now * (M * N),
+                residual - now * (M * N),
+                resets - now,
+                True,
+                last - now > 0,
+                inside,
+                group,
+                M,
+                N,
+                GROUPS,
+                HAS_RESET,
+                HAS_RESIDUAL,
+            )
+            adjoint, state = _step_backward(
+                loaded,
+                adjoint,
+                state,
+                first,
+                last - now == 0,
+                grad_gates - now * (M * (M + 1) * N),
+                grad_values - now * (M * N),
+                inside,
+                group,
+                M,
+                N,
+                GROUPS,
+                NORMALIZATION,
+                HAS_RESET,
+                HAS_RESIDUAL,
+            )
     if begin == 0:
         store_list(grad_initial_state_ptr + batch * (M * N) + n, N, n < N, adjoint, M)

@@ -20,12 +20,23 @@ from statemix.scan.gpu.weights import as_float, cleared, load_list, store_list, 
 
 
 @triton.jit
-def _load_step(gates, values, reset, there, inside, M: tl.constexpr, N: tl.constexpr, HAS_RESET: tl.constexpr):
-    """M + 1 raw gates, the value, and the reset."""
+def load_step(
+    gates,
+    values,
+    reset,
+    there,
+    inside,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    VALUES: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+):
+    """M + 1 raw gates, the value (or VALUES of them), and the reset."""
     loaded = []
     for j in tl.static_range(M + 1):
         loaded = loaded + [tl.load(gates + j * N, mask=inside & there, other=0.0)]
-    loaded = loaded + [tl.load(values, mask=inside & there, other=0.0)]
+    for i in tl.static_range(VALUES):
+        loaded = loaded + [tl.load(values + i * N, mask=inside & there, other=0.0)]
     if HAS_RESET:
         loaded = loaded + [tl.load(reset, mask=there, other=0)]
     return loaded
@@ -79,12 +90,12 @@ def lagged_forward(
     for ahead in tl.static_range(AHEAD):
         time = tl.cast(begin + ahead, tl.int64)
         gates_at, values_at = gates + time * gate_time_stride, values + time * value_time_stride
-        queue = queue + _load_step(gates_at, values_at, resets + time, time < end, inside, M, N, HAS_RESET)
+        queue = queue + load_step(gates_at, values_at, resets + time, time < end, inside, M, N, 1, HAS_RESET)
     for t in tl.range(begin, end, STEPS, num_stages=1):
         for step in tl.static_range(STEPS):
             time = tl.cast(t + step + AHEAD, tl.int64)
             gates_at, values_at = gates + time * gate_time_stride, values + time * value_time_stride
-            queue = queue + _load_step(gates_at, values_at, resets + time, time < end, inside, M, N, HAS_RESET)
+            queue = queue + load_step(gates_at, values_at, resets + time, time < end, inside, M, N, 1, HAS_RESET)
 
             now = tl.cast(t + step, tl.int64)
             loaded, queue = queue[:LOADS], queue[LOADS:]
@@ -136,12 +147,12 @@ def _load_backward(
     HAS_RESET: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
-    """As `_load_step` at `time`, then the gradient of the states, and what the walk back meets for the first time.
+    """As `load_step` at `time`, then the gradient of the states, and what the walk back meets for the first time.
 
     That is the state of M steps before (observer: of one) from the states or the initial state, and the reset after it.
     """
     there = time >= begin
-    loaded = _load_step(gates, values, reset, there, inside, M, N, False)
+    loaded = load_step(gates, values, reset, there, inside, M, N, 1, False)
     for i in tl.static_range(M if OBSERVER else 1):
         loaded = loaded + [tl.load(grad_states + i * N, mask=inside & there, other=0.0)]
     old = time - (1 if OBSERVER else M)

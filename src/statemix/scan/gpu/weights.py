@@ -10,11 +10,34 @@ its variable, which may not change its dtype in a loop: hence the small function
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
 from statemix.gates import RELU_FLOOR
 
 _RELU_FLOOR = tl.constexpr(RELU_FLOOR)
 _TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # which runs no machine code
+
+
+@triton.jit
+def _exp(x):
+    """e^x, on NVIDIA cards in one instruction, which gives 0 for what is below the normal numbers."""
+    if _INTERPRETED or not is_cuda():
+        return tl.exp(x)
+    else:
+        code: tl.constexpr = "ex2.approx.ftz.f32 $0, $1;"
+        return tl.inline_asm_elementwise(code, "=f,f", [x * _LOG2_E], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _inverse(x):
+    """1 / x for a normal x, on NVIDIA cards in one instruction, which gives 0 for what is below the normal numbers."""
+    if _INTERPRETED or not is_cuda():
+        return 1.0 / x
+    else:
+        code: tl.constexpr = "rcp.approx.ftz.f32 $0, $1;"
+        return tl.inline_asm_elementwise(code, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -60,7 +83,7 @@ def weigh(z, COUNT: tl.constexpr, NORMALIZATION: tl.constexpr, SLOPES: tl.conste
             peak = tl.maximum(peak, z[j])
     f, slopes = [], []
     if NORMALIZATION == "softmax":
-        f = [tl.exp(x - peak) for x in z]
+        f = [_exp(x - peak) for x in z]
         slopes = f
     elif NORMALIZATION == "sigmoid":
         # below -80 the sigmoid is exp to the last bit, and a row of exp may be shifted
@@ -92,7 +115,10 @@ def weigh(z, COUNT: tl.constexpr, NORMALIZATION: tl.constexpr, SLOPES: tl.conste
         total = total_of(f, COUNT)
     if NORMALIZATION == "relu":
         total += _RELU_FLOOR * COUNT
-    inverse = 1.0 / tl.where(total < _TINY, 1.0, total)
+    if NORMALIZATION == "softmax":
+        inverse = _inverse(total)  # of 1 to COUNT
+    else:
+        inverse = 1.0 / tl.where(total < _TINY, 1.0, total)
     p = [x * inverse for x in f]
     if not SLOPES:
         return p, p, p
