@@ -30,6 +30,7 @@ def tiny(seed: int, **changes) -> TrainConfig:
 
 
 LONG = tiny(99, steps=200, eval_every=10, log_every=10)
+ENDLESS = tiny(99, steps=1_000_000, eval_every=10, log_every=10)  # stopped, however fast the machine
 NO_TEST = tiny(
     50, task={"name": "permutation", "group": "Z3", "seq_len": 5}, test_lengths=(2,)
 )  # has no such sequences
@@ -146,7 +147,7 @@ def test_a_run_that_fails_is_told_with_its_error_and_equal_configs_run_once(tmp_
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_a_sweep_that_is_stopped_stops_its_runs_and_says_how_to_go_on(tmp_path, capsys, monkeypatch, signal_number):
     monkeypatch.chdir(tmp_path)
-    Path("long.py").write_text("from test_sweep import LONG, tiny\nconfigs = [tiny(0), LONG]")
+    Path("long.py").write_text("from test_sweep import ENDLESS, tiny\nconfigs = [tiny(0), ENDLESS]")
     pids, sleep = [], time.sleep
 
     class Noting(Local):
@@ -157,7 +158,7 @@ def test_a_sweep_that_is_stopped_stops_its_runs_and_says_how_to_go_on(tmp_path, 
 
     def stop_when_begun(seconds):
         sleep(seconds)
-        if len(pids) == 2 and list(Path().glob(f"runs/long/{run_name(LONG)}/checkpoints.json")):
+        if len(pids) == 2 and list(Path().glob(f"runs/long/{run_name(ENDLESS)}/checkpoints.json")):
             signal.raise_signal(signal_number)
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
