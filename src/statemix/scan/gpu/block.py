@@ -25,7 +25,7 @@ from statemix.scan.gpu.weights import as_float, cleared, load_list, store_list, 
 
 
 @triton.jit
-def _inside(n, group, N: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr):
+def lanes_inside(n, group, N: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr):
     """Which lanes have a block, (GROUPS, BLOCK_N)."""
     if N % BLOCK_N == 0:
         return tl.full((GROUPS, BLOCK_N), True, tl.int1)  # a constant: loads and stores have no mask
@@ -43,7 +43,7 @@ def _has_row(inside, group, k: tl.constexpr, M: tl.constexpr, GROUPS: tl.constex
 
 
 @triton.jit
-def _send(rows, group, M: tl.constexpr, GROUPS: tl.constexpr):
+def send_rows(rows, group, M: tl.constexpr, GROUPS: tl.constexpr):
     """Rows, each (GROUPS, BLOCK_N), to the M components, each (1, BLOCK_N), in all lanes of a block."""
     components = []
     for i in tl.static_range(M):
@@ -68,7 +68,7 @@ def _own(components, group, k: tl.constexpr, M: tl.constexpr, GROUPS: tl.constex
 
 
 @triton.jit
-def _load_gates(gates, values, inside, group, M: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr):
+def load_gates(gates, values, inside, group, M: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr):
     """Of each row of a lane: M + 1 raw gates and the value."""
     loaded = []
     for k in tl.static_range((M + GROUPS - 1) // GROUPS):
@@ -101,8 +101,8 @@ def _load_forward(
     GROUPS: tl.constexpr,
     HAS_RESET: tl.constexpr,
 ):
-    """What one step of the forward reads: as `_load_gates`, then the reset."""
-    loaded = _load_gates(gates, values, inside & there, group, M, N, GROUPS)
+    """What one step of the forward reads: as `load_gates`, then the reset."""
+    loaded = load_gates(gates, values, inside & there, group, M, N, GROUPS)
     if HAS_RESET:
         loaded = loaded + [tl.load(reset, mask=there, other=0)]
     return loaded
@@ -126,8 +126,8 @@ def _load_backward(
     HAS_RESET: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
-    """What one step of the backward reads: as `_load_gates`, then the gradient of the states, the state before, ..."""
-    loaded = _load_gates(gates, values, inside & there, group, M, N, GROUPS)
+    """What one step of the backward reads: as `load_gates`, then the gradient of the states, the state before, ..."""
+    loaded = load_gates(gates, values, inside & there, group, M, N, GROUPS)
     loaded = loaded + _load_rows(grad_states, inside & there, group, M, N, GROUPS)
     loaded = loaded + _load_rows(states_before, inside & there & has_before, group, M, N, GROUPS)
     if HAS_RESIDUAL:
@@ -172,7 +172,7 @@ def _step_forward(
         if HAS_RESIDUAL:
             left = (row - rounded.to(tl.float32)).to(residual.dtype.element_ty)
             tl.store(residual + k * GROUPS * N, left, mask=mask)
-    return _send(rows, group, M, GROUPS)
+    return send_rows(rows, group, M, GROUPS)
 
 
 @triton.jit
@@ -208,7 +208,7 @@ def block_forward(
     STEPS: tl.constexpr = max(AHEAD, 1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     group = tl.arange(0, GROUPS)[:, None]
-    inside = _inside(n, group, N, BLOCK_N, GROUPS)
+    inside = lanes_inside(n, group, N, BLOCK_N, GROUPS)
     batch, chunk = tl.program_id(1).to(tl.int64), tl.program_id(2)
     begin = chunk * chunk_size
     end = tl.minimum(begin + chunk_size, length)
@@ -310,7 +310,7 @@ def _step_backward(
     entering = before
     if HAS_RESET:
         entering = cleared(loaded[RESET] != 0, before)
-    u = _send(entering, group, M, GROUPS)
+    u = send_rows(entering, group, M, GROUPS)
 
     parts = []  # of the adjoint of the state before, from the rows of this lane
     for k in tl.static_range(ROWS):
@@ -375,7 +375,7 @@ def block_backward(
     STEPS: tl.constexpr = max(AHEAD, 1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     group = tl.arange(0, GROUPS)[:, None]
-    inside = _inside(n, group, N, BLOCK_N, GROUPS)
+    inside = lanes_inside(n, group, N, BLOCK_N, GROUPS)
     batch, chunk = tl.program_id(1).to(tl.int64), tl.program_id(2)
     begin = chunk * chunk_size
     end = tl.minimum(begin + chunk_size, length)

@@ -16,7 +16,7 @@ and laid out as raw gates are: (B, C - 1, M, M+1, N), [..., i, j, :] from compon
 import triton
 import triton.language as tl
 
-from statemix.scan.gpu.block import _inside, _load_gates, _send
+from statemix.scan.gpu.block import lanes_inside, load_gates, send_rows
 from statemix.scan.gpu.lagged import load_step
 from statemix.scan.gpu.weights import as_float, cleared, load_list, store_list, weigh, where_all
 
@@ -100,7 +100,7 @@ def block_summary(
     OFFSETS: tl.constexpr = 1 if ADJOINT else M
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     group, column = tl.arange(0, GROUPS)[:, None], tl.arange(0, COLUMNS)[:, None]
-    inside = _inside(n, group, N, BLOCK_N, GROUPS)
+    inside = lanes_inside(n, group, N, BLOCK_N, GROUPS)
     batch, chunk = tl.program_id(1).to(tl.int64), tl.program_id(2) + (1 if ADJOINT else 0)
     begin = chunk * chunk_size
     end = tl.minimum(begin + chunk_size, length)
@@ -113,14 +113,14 @@ def block_summary(
     for ahead in tl.static_range(AHEAD):
         time = tl.cast(tl.minimum(begin + ahead, end - 1), tl.int64)  # what is read beyond the end is not used
         gates_at, values_at = gates + time * gate_time_stride, values + time * value_time_stride
-        queue = queue + _load_gates(gates_at, values_at, inside, group, M, N, GROUPS)
+        queue = queue + load_gates(gates_at, values_at, inside, group, M, N, GROUPS)
         if HAS_RESET:
             queue = queue + [tl.load(reset_ptr + batch * length + time)]
     for t in tl.range(begin, end, STEPS, num_stages=1):
         for step in tl.static_range(STEPS):
             time = tl.cast(tl.minimum(t + step + AHEAD, end - 1), tl.int64)
             gates_at, values_at = gates + time * gate_time_stride, values + time * value_time_stride
-            queue = queue + _load_gates(gates_at, values_at, inside, group, M, N, GROUPS)
+            queue = queue + load_gates(gates_at, values_at, inside, group, M, N, GROUPS)
             if HAS_RESET:
                 queue = queue + [tl.load(reset_ptr + batch * length + time)]
 
@@ -141,7 +141,7 @@ def block_summary(
                     for j in tl.static_range(M):
                         row += p[j] * state[j]
                 rows = rows + [row]
-            components = _send(rows, group, M, GROUPS)  # of the state, or of its gradient
+            components = send_rows(rows, group, M, GROUPS)  # of the state, or of its gradient
             leaving = []
             for i in tl.static_range(M):
                 p = weights[(i // GROUPS) * (M + 1) : (i // GROUPS + 1) * (M + 1)]
@@ -315,7 +315,7 @@ def relay(
                 for j in tl.static_range(M):
                     row += loaded[k * (M + 1) + j] * state[j]
                 rows = rows + [row]
-            state = where_all(now < count, _send(rows, group, M, GROUPS), state, M)
+            state = where_all(now < count, send_rows(rows, group, M, GROUPS), state, M)
             to = tl.cast(count - 1 - now if ADJOINT else now + 1, tl.int64)
             for k in tl.static_range(ROWS):
                 mask = inside & (k * GROUPS + group < M) & (now < count)
