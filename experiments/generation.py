@@ -10,7 +10,7 @@ import argparse
 import itertools
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -54,8 +54,9 @@ def main() -> None:
             )
         )
         done = last + ROUNDS * BURST
-        print(align(table(rows), markdown=False), flush=True)
+        print(f"{done:,} of {TOKENS:,} tokens, ratio {rows[-1]['ratio']:.3f}", flush=True)
     write_table(rows, arguments.out, "generation")
+    print(align(table(rows), markdown=True))
 
 
 def take(tokens: Iterator[list[int | None]], count: int) -> float:
@@ -66,7 +67,7 @@ def take(tokens: Iterator[list[int | None]], count: int) -> float:
     return time.perf_counter() - began
 
 
-def table(rows: list[Row]) -> list[list[str]]:
+def table(rows: Sequence[Row]) -> list[list[str]]:
     """A line per part."""
     head = ["tokens", "tokens/s", "us a token here", "us a token at first", "ratio", "peak memory, MiB"]
     cells = [[f"{row['tokens']:,.0f}", *(f"{row[key]:.0f}" for key in list(row)[1:4])] for row in rows]

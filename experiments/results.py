@@ -19,6 +19,7 @@ from typing import Any
 
 import endless
 import figures
+import generation
 import relu
 import shakespeare
 import torch
@@ -184,7 +185,8 @@ CLAIMS: dict[str, tuple[Any, Any]] = {
 }
 # tables of scripts of their own, without a picture
 PLAIN: dict[str, Callable[[Sequence[Row]], list[list[str]]]] = {
-    **{"relu": relu.table, "endless": endless.table, "shakespeare": shakespeare.table}
+    **{"relu": relu.table, "endless": endless.table},
+    **{"shakespeare": shakespeare.table, "generation": generation.table},
 }
 
 if __name__ == "__main__":
