@@ -46,7 +46,7 @@ RECIPE = TrainConfig(
 )
 OURS = TrainConfig(
     task=TEXT | {"seq_len": VALIDATED},
-    mixer={"name": "bd_lru", "num_blocks": 32, "block_size": 4},
+    mixer={"name": "h_lru", "num_channels": 150, "order": 2},
     model=ModelConfig(d_model=128, num_layers=3, mlp_size=352),
     optimizer=OptimizerConfig(lr=6e-3, warmup=0.05, muon_lr=0.02),
     train_lengths=TRAINED,
@@ -55,16 +55,18 @@ OURS = TrainConfig(
 )
 # every mixer in the model and the training of OURS, with as many parameters
 MIXERS: dict[str, dict[str, Any]] = {
-    "BD-LRU, M 4": OURS.mixer,
+    "H-LRU, M 2": OURS.mixer,
+    "H-LRU, M 4": {"name": "h_lru", "num_channels": 90, "order": 4},
     "BD-LRU, M 1": {"name": "bd_lru", "num_blocks": 225, "block_size": 1},
-    "H-LRU, M 4": {"name": "h_lru", "num_channels": 102, "order": 4},
+    "BD-LRU, M 2": {"name": "bd_lru", "num_blocks": 90, "block_size": 2},
+    "BD-LRU, M 4": {"name": "bd_lru", "num_blocks": 32, "block_size": 4},
     "LSTM": {"name": "lstm", "hidden_size": 110},
     "Mamba-2": {"name": "mamba2", "head_dim": 56, "num_heads": 4, "state_dim": 64},
     "attention": {"name": "attention", "head_dim": 56, "context": TRAINED[-1], "num_heads": 4},
 }
 LARGER = replace(
     OURS,
-    mixer={"name": "bd_lru", "num_blocks": 48, "block_size": 4},
+    mixer={"name": "h_lru", "num_channels": 187, "order": 2},
     model=ModelConfig(d_model=160, num_layers=4, mlp_size=416, dropout=0.1),
     batch_size=4,
 )
@@ -81,7 +83,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.minutes:
-        timed(f"BD-LRU, M 4, {arguments.minutes:g} minutes", LARGER, arguments)
+        timed(f"H-LRU, M 2, {arguments.minutes:g} minutes", LARGER, arguments)
     else:
         timed("the transformer recipe", RECIPE, arguments)
         for label in arguments.only:
