@@ -85,9 +85,7 @@ STATEMIX_INLINE V<T> add_any(V<T> a, V<T> b, V<T>& lost) {
 
 template <class T, Normalization norm, bool slopes>
 STATEMIX_INLINE void weigh_gate(V<T> z, V<T>& f, V<T>& slope) {
-  if constexpr (norm == kSoftmax) {
-    f = slope = exp_of_negative<T>(z);
-  } else if constexpr (norm == kSigmoid) {
+  if constexpr (norm == kSigmoid) {
     const Sigmoid<T> s(z);
     f = s.value;
     slope = s.value * s.complement;
@@ -118,86 +116,97 @@ STATEMIX_INLINE V<T> fold(const V<T>* x, int count, Combine combine) {
   return count > 2 ? combine(part[0], part[2]) : part[0];
 }
 
-// Weights of one row at `Side` steps. A row spends most of its time waiting for its own sums, so small ones go side by side.
-template <class T, Normalization norm, bool slopes, int Gates, int Side>
-STATEMIX_INLINE void weigh_row(const T* gate, const Steps<T>& steps, int gates, Weights<T> w) {
+// f of the gates of one row, into q, and its slope, into d. Returns S.
+template <class T, Normalization norm, bool slopes, int Gates>
+STATEMIX_INLINE V<T> measure_row(const T* gate, int64_t row, int64_t ahead, int gates, T* q, T* d) {
   constexpr int capacity = Gates ? Gates : kMaxOrder + 1;
-  const V<T> floor = splat(norm == kRelu ? T(kReluFloor) * gates : T(0)), half = splat(T(0.5));
-  const int64_t ahead = steps.next * steps.gates.step;
-  V<T> f[Side][capacity], inverse[Side];
-#pragma GCC unroll 4
-  for (int t = 0; t < Side; ++t)
+  const auto max = [](V<T> a, V<T> b) { return larger<T>(a, b); };
+  V<T> f[capacity];
 #pragma GCC unroll 17
-    for (int j = 0; j < gates; ++j) {
-      const T* const at = gate + t * steps.gates.step + j * steps.gates.row;
-      f[t][j] = load(at);
-      __builtin_prefetch(at + ahead, 0, 2);
-      if (norm == kNone) store(w.q + t * w.step + j * kSlot<T>, f[t][j]);
-      if (norm == kNone && slopes) store(w.d + t * w.step + j * kSlot<T>, splat(T(1)));
-    }
-  if constexpr (norm == kNone) return;
-#pragma GCC unroll 4
-  for (int t = 0; t < Side; ++t) {
-    V<T> shift = {};  // of the whole row, to keep its largest entry away from underflow
-    if constexpr (norm == kSoftmax || norm == kSigmoid) {
-      const V<T> peak = fold<T>(f[t], gates, [](V<T> a, V<T> b) { return larger<T>(a, b); });
-      // below -80 the sigmoid is exp to the last bit, and a row of exp may be shifted
-      shift = norm == kSoftmax ? -peak : larger<T>(T(-80) - peak, V<T>{});
-    }
+  for (int j = 0; j < gates; ++j) {
+    f[j] = load(gate + j * row);
+    __builtin_prefetch(gate + j * row + ahead, 0, 2);
+  }
+  if constexpr (norm == kSoftmax) {  // no slope is asked for: the weights say it
+    const V<T> reach = fold<T>(f, gates, [](V<T> a, V<T> b) { return farther<T>(a, b); });
+    if (__builtin_expect(Mask<T>::any_above(reach, kReach<T>), 0)) {
+      const V<T> peak = fold<T>(f, gates, max);
+      for (int j = 0; j < gates; ++j) store(q + j * kSlot<T>, f[j] = exp_of_negative<T>(f[j] - peak));
+    } else {
 #pragma GCC unroll 17
+      for (int j = 0; j < gates; ++j) store(q + j * kSlot<T>, f[j] = Exponential<T>(f[j]).value_within_reach());
+    }
+  } else {
+    // below -80 the sigmoid is exp to the last bit, and a row of exp may be shifted to keep its largest away from underflow
+    const V<T> shift = norm == kSigmoid ? larger<T>(T(-80) - fold<T>(f, gates, max), V<T>{}) : V<T>{};
     for (int j = 0; j < gates; ++j) {
       V<T> slope;
-      weigh_gate<T, norm, slopes>(f[t][j] + shift, f[t][j], slope);
-      if (slopes) store(w.d + t * w.step + j * kSlot<T>, slope);
+      weigh_gate<T, norm, slopes>(norm == kSigmoid ? f[j] + shift : f[j], f[j], slope);
+      store(q + j * kSlot<T>, f[j]);
+      if (slopes) store(d + j * kSlot<T>, slope);
+      if (is_signed(norm)) f[j] = absolute<T>(f[j]);
     }
   }
-#pragma GCC unroll 4
-  for (int t = 0; t < Side; ++t) {
-    V<T> size[capacity];
-#pragma GCC unroll 17
-    for (int j = 0; j < gates; ++j) size[j] = is_signed(norm) ? absolute<T>(f[t][j]) : f[t][j];
-    const V<T> sum = floor + fold<T>(size, gates, [](V<T> a, V<T> b) { return a + b; });
-    // a row of zeros has weights of 0: tests/test_gates.py. The largest term of softmax is 1.
-    inverse[t] = norm == kSoftmax ? reciprocal<T>(sum)
-                                  : T(1) / (sum < std::numeric_limits<T>::min() ? splat(T(1)) : sum);
-  }
-#pragma GCC unroll 4
-  for (int t = 0; t < Side; ++t) {
-    T *const q = w.q + t * w.step, *const d = w.d + t * w.step, *const sign = w.sign + t * w.step;
-    V<T> others[2] = {floor * inverse[t], {}};
+  return fold<T>(f, gates, [](V<T> a, V<T> b) { return a + b; });
+}
+
+// q and d of a row from what was measured.
+template <class T, Normalization norm, bool slopes>
+STATEMIX_INLINE void share_row(V<T> sum, int gates, T* q, T* d, T* sign) {
+  const V<T> floor = splat(norm == kRelu ? T(kReluFloor) * gates : T(0));
+  sum += floor;
+  // a row of zeros has weights of 0: tests/test_gates.py
+  const V<T> inverse =
+      norm == kSoftmax ? reciprocal<T>(sum) : T(1) / (sum < std::numeric_limits<T>::min() ? splat(T(1)) : sum);
+  if constexpr (is_convex(norm)) {
+    const V<T> half = T(0.5) * sum;
+    V<T> others[2] = {floor, {}};
 #pragma GCC unroll 17
     for (int j = 0; j < gates; ++j) {
-      f[t][j] *= inverse[t];
-      if (is_convex(norm)) others[j % 2] = Mask<T>::not_above(f[t][j], half).add(others[j % 2], f[t][j]);
+      const V<T> f = load(q + j * kSlot<T>);
+      others[j % 2] = Mask<T>::not_above(f, half).add(others[j % 2], f);
     }
-    const V<T> below_one = -(others[0] + others[1]);
+    const V<T> below_one = -(others[0] + others[1]) * inverse;
 #pragma GCC unroll 17
     for (int j = 0; j < gates; ++j) {
-      const V<T> p = f[t][j];
-      store(q + j * kSlot<T>, is_convex(norm) ? Mask<T>::not_above(p, half).choose(p, below_one) : p);
-      if (slopes) store(d + j * kSlot<T>, load(d + j * kSlot<T>) * inverse[t]);
+      const V<T> f = load(q + j * kSlot<T>);
+      store(q + j * kSlot<T>, Mask<T>::not_above(f, half).multiply(f, inverse, below_one));
+    }
+  } else {
+    for (int j = 0; j < gates; ++j) {
+      const V<T> p = load(q + j * kSlot<T>) * inverse;
+      store(q + j * kSlot<T>, p);
       if (slopes && is_signed(norm)) store(sign + j * kSlot<T>, p > 0 ? splat(T(1)) : (p < 0 ? splat(T(-1)) : V<T>{}));
     }
   }
+  if (slopes)
+    for (int j = 0; j < gates; ++j) store(d + j * kSlot<T>, load(d + j * kSlot<T>) * inverse);
 }
 
 // Weights of every row of every step; with d and sign if `slopes`. Gates is M + 1, or 0: known at run time only.
+// A row by itself would mostly wait, for its sum, its inverse, its largest weight; so some rows are measured, then shared.
 template <class T, Normalization norm, bool slopes, int Gates>
 STATEMIX_NOINLINE void weigh(const Steps<T>& steps, int rows, Weights<T> w) {
-  constexpr int side = Gates == 0 ? 1 : Gates <= 2 ? 4 : Gates <= 5 ? 2 : 1;  // as many as the registers hold
-  const int gates = Gates ? Gates : steps.order + 1;
+  constexpr int kTogether = 16;
+  const int gates = Gates ? Gates : steps.order + 1, together = rows < kTogether ? kTogether / rows : 1;
+  const int64_t row = gates * kSlot<T>, ahead = steps.next * steps.gates.step;
+  V<T> sums[kMaxOrder];
   if (slopes && !is_signed(norm)) store(w.sign, splat(T(norm == kNone ? 0 : 1)));
-  for (int t = 0, together = side; t < steps.count; t += together) {
-    if (steps.count - t < side) together = 1;
-    const T* gate = steps.gates(t, 0);
-    Weights<T> row = {w.q + t * w.step, w.d + t * w.step, w.sign + t * w.step, w.step};
-    for (int i = 0; i < rows; ++i) {
-      if (together == side)
-        weigh_row<T, norm, slopes, Gates, side>(gate, steps, gates, row);
-      else
-        weigh_row<T, norm, slopes, Gates, 1>(gate, steps, gates, row);
-      gate += gates * steps.gates.row;
-      row.q += gates * kSlot<T>, row.d += gates * kSlot<T>, row.sign += gates * kSlot<T>;
+  for (int first = 0; first < steps.count; first += together) {
+    const int end = first + together < steps.count ? first + together : steps.count;
+    V<T>* sum = sums;
+    for (int t = first; t < end; ++t) {
+      const T* gate = steps.gates(t, 0);
+      T *q = w.q + t * w.step, *d = w.d + t * w.step;
+      for (int i = 0; i < rows; ++i, gate += gates * steps.gates.row, q += row, d += row)
+        *sum++ = measure_row<T, norm, slopes, Gates>(gate, steps.gates.row, ahead, gates, q, d);
+    }
+    if constexpr (norm == kNone) continue;
+    sum = sums;
+    for (int t = first; t < end; ++t) {
+      T *q = w.q + t * w.step, *d = w.d + t * w.step, *sign = w.sign + t * w.step;
+      for (int i = 0; i < rows; ++i, q += row, d += row, sign += row)
+        share_row<T, norm, slopes>(*sum++, gates, q, d, sign);
     }
   }
 }

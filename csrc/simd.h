@@ -8,7 +8,11 @@
 #include <immintrin.h>
 #define STATEMIX_VECTOR_BYTES 64
 #elif defined(__AVX2__)
+#include <immintrin.h>
 #define STATEMIX_VECTOR_BYTES 32
+#elif defined(__SSE2__)
+#include <immintrin.h>
+#define STATEMIX_VECTOR_BYTES 16
 #else
 #define STATEMIX_VECTOR_BYTES 16
 #endif
@@ -127,6 +131,12 @@ struct Mask<float> {
   STATEMIX_INLINE V<float> add(V<float> a, V<float> x) const {
     return (V<float>)_mm512_mask_add_ps((__m512)a, lanes, (__m512)a, (__m512)x);
   }
+  STATEMIX_INLINE V<float> multiply(V<float> x, V<float> y, V<float> other) const {
+    return (V<float>)_mm512_mask_mul_ps((__m512)other, lanes, (__m512)x, (__m512)y);
+  }
+  static STATEMIX_INLINE bool any_above(V<float> x, float limit) {
+    return _mm512_cmp_ps_mask((__m512)x, (__m512)splat(limit), _CMP_GT_OQ);
+  }
 };
 template <>
 struct Mask<double> {
@@ -139,6 +149,12 @@ struct Mask<double> {
   STATEMIX_INLINE V<double> add(V<double> a, V<double> x) const {
     return (V<double>)_mm512_mask_add_pd((__m512d)a, lanes, (__m512d)a, (__m512d)x);
   }
+  STATEMIX_INLINE V<double> multiply(V<double> x, V<double> y, V<double> other) const {
+    return (V<double>)_mm512_mask_mul_pd((__m512d)other, lanes, (__m512d)x, (__m512d)y);
+  }
+  static STATEMIX_INLINE bool any_above(V<double> x, double limit) {
+    return _mm512_cmp_pd_mask((__m512d)x, (__m512d)splat(limit), _CMP_GT_OQ);
+  }
 };
 #else
 template <class T>
@@ -149,6 +165,19 @@ struct Mask {
   static STATEMIX_INLINE Mask bits_below(V<T> a, I limit) { return {(I)a < limit}; }
   STATEMIX_INLINE V<T> choose(V<T> a, V<T> b) const { return lanes ? a : b; }
   STATEMIX_INLINE V<T> add(V<T> a, V<T> x) const { return a + (V<T>)((I)x & lanes); }
+  STATEMIX_INLINE V<T> multiply(V<T> x, V<T> y, V<T> other) const { return lanes ? x * y : other; }
+  static STATEMIX_INLINE bool any_above(V<T> x, T limit) {
+#if defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)(x > splat(limit)));
+#elif defined(__SSE2__)
+    return _mm_movemask_ps((__m128)(x > splat(limit)));
+#else
+    const I above = x > splat(limit);
+    int64_t words[2];
+    std::memcpy(words, &above, sizeof words);
+    return words[0] | words[1];
+#endif
+  }
 };
 #endif
 
@@ -162,11 +191,25 @@ STATEMIX_INLINE V<float> larger<float>(V<float> a, V<float> b) {
   return (V<float>)_mm512_maskz_max_ps(-1, (__m512)a, (__m512)b);
 }
 #endif
+// the larger absolute value
+template <class T>
+STATEMIX_INLINE V<T> farther(V<T> a, V<T> b) {
+  return larger<T>(absolute<T>(a), absolute<T>(b));
+}
+#if defined(__AVX512F__)
+template <>
+STATEMIX_INLINE V<float> farther<float>(V<float> a, V<float> b) {
+  return (V<float>)_mm512_range_ps((__m512)a, (__m512)b, 11);
+}
+#endif
 template <class T>
 STATEMIX_INLINE V<T> clamp(V<T> x, V<T> low, V<T> high) {
   x = x < low ? low : x;
   return x > high ? high : x;
 }
+
+template <class T>
+constexpr T kReach = 40;  // 65 exponentials of numbers no farther from 0, and what they add up to, are in (2^-64, 2^64)
 
 // exp(x) = 2^k (1 + q): q = expm1(r) by a polynomial for |r| <= ln(2) / 2, k = rint(x / ln 2).
 template <class T>
@@ -191,6 +234,14 @@ struct Exponential {
     return x * (V<T>)((half + L::bias) << L::mantissa) * (V<T>)((exponent - half + L::bias) << L::mantissa);
   }
   STATEMIX_INLINE V<T> value() const { return scaled(q + T(1)); }
+  STATEMIX_INLINE V<T> value_within_reach() const {  // where |x| <= kReach
+#if defined(__AVX512F__)
+    return value();
+#else
+    using I = typename L::I;  // no subnormal results: the exponent can be added to that of a float
+    return (V<T>)((I)(q + T(1)) + ((I)(k + L::round) << L::mantissa));
+#endif
+  }
   STATEMIX_INLINE V<T> minus_one() const {  // exact near x = 0, where value() - 1 would cancel
     const V<T> scale = scaled(splat<T>(T(1)));
     return q * scale + (scale - T(1));
@@ -212,7 +263,7 @@ STATEMIX_INLINE V<T> exp_of_negative(V<T> x) {  // x <= 0
   return Exponential<T>(larger<T>(splat<T>(Lanes<T>::lowest), x)).value();
 }
 
-// 1 / x for x in [1, 2^64), within one unit in the last place
+// 1 / x for x in (2^-64, 2^64), within one unit in the last place
 template <class T>
 STATEMIX_INLINE V<T> reciprocal(V<T> x) {
   return T(1) / x;

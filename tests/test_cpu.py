@@ -146,8 +146,9 @@ def test_a_closed_gate_forgets_a_large_state(generator, instruction_set, kind, n
     assert_close(problem.states("cpu"), problem.to(torch.float64).states("reference"))
 
 
-# Where exp leaves the normal numbers of float32 or float64, so that a sum is 0 or has no finite inverse.
-EXTREMES = (-1e4, -740.0, -100.0, -95.0, -88.0, 0.0, 88.0, 100.0, 1e4)
+# Where exp leaves the normal numbers of float32 or float64, so that a sum is 0 or has no finite inverse; and either
+# side of 40, beyond which a row of softmax is shifted.
+EXTREMES = (-1e4, -740.0, -100.0, -95.0, -88.0, -40.5, -39.5, 0.0, 39.5, 40.5, 88.0, 100.0, 1e4)
 
 
 @functools.cache
