@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import choose_m
 import endless
 import figures
 import generation
@@ -185,7 +186,7 @@ CLAIMS: dict[str, tuple[Any, Any]] = {
 }
 # tables of scripts of their own, without a picture
 PLAIN: dict[str, Callable[[Sequence[Row]], list[list[str]]]] = {
-    **{"relu": relu.table, "endless": endless.table},
+    **{"relu": relu.table, "endless": endless.table, "choose_m": choose_m.table},
     **{"shakespeare": shakespeare.table, "generation": generation.table},
 }
 
