@@ -4,7 +4,7 @@
 
 namespace statemix {
 
-constexpr int kInterface = 3;   // counts the changes of these structs
+constexpr int kInterface = 4;   // counts the changes of these structs
 constexpr int kMaxOrder = 64;  // largest block size or order served
 
 enum Kind : int32_t { kBlock = 0, kCompanion = 1, kObserver = 2 };
@@ -53,6 +53,14 @@ struct Pair {
   const void *gate_and_input, *mlp_output;  // (2 mlp_size, D), the gates first; (D, mlp_size)
 };
 
+// y = silu(gate) * inner for rows of x (2 size), the gates first; with grad_x its gradient instead. All contiguous.
+struct Gated {
+  int64_t rows, size;
+  int32_t storage, threads;  // kFloat or kDouble
+  const void *x, *grad_y;
+  void *y, *grad_x;  // null: the one that is not wanted
+};
+
 struct Kernels {
   void (*scan_forward)(const Scan&);
   void (*scan_backward)(const Scan&);
@@ -60,6 +68,7 @@ struct Kernels {
   void (*layer_backward)(const Layer&);
   void (*layer_step)(const Layer&);  // length 1, without reset: y and final_state, nothing kept
   void (*pair_step)(const Pair&);
+  void (*gated)(const Gated&);
 };
 
 }  // namespace statemix

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import test_layer
+import test_pointwise
 import test_step
 import torch
 from conftest import LAYOUTS, SCANS, TOLERANCE, make_problem, relative_error
@@ -42,6 +43,7 @@ def main() -> None:
             width = (1, 5, 16, 40)[i % 4]
             run_layer(test_layer.make_problem(generator, kind, order, blocks, width, dtype=dtype, **options), arrange)
     run_pairs()
+    run_gated()
 
 
 def assert_near(results: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -82,6 +84,17 @@ def run_pairs() -> None:
         for dtype in (torch.float32, torch.float64):
             pair = test_step.make_pair(mixer, width, mlp_size).to(dtype)
             test_step.assert_step(pair, torch.randn(2, width, dtype=dtype), None)
+
+
+def run_gated() -> None:
+    """The product of a SwiGLU and its gradient."""
+    for instruction_set, dtype, (rows, size) in itertools.product(
+        cpu.instruction_sets(), (torch.float32, torch.float64), test_pointwise.SHAPES
+    ):
+        cpu.use_instruction_set(instruction_set)
+        x, cotangent = torch.randn(rows, 2 * size, dtype=dtype), torch.randn(rows, size, dtype=dtype)
+        y, gradient = test_pointwise.by_torch(x, cotangent)
+        assert_near({"y": cpu.gated(x), "x": cpu.gated_backward(cotangent, x)}, {"y": y, "x": gradient})
 
 
 if __name__ == "__main__":

@@ -273,7 +273,7 @@ assert (cpu.instruction_set() if "cpu" in available_backends() else None) == {se
     assert process.returncode == 0, process.stderr
 
 
-@pytest.mark.parametrize(("struct", "count"), [("Scan", 23), ("Layer", 28)])
+@pytest.mark.parametrize(("struct", "count"), [("Scan", 23), ("Layer", 28), ("Gated", 8)])
 def test_the_problem_of_python_is_the_struct_of_the_header(struct, count):
     header = re.sub(r"//[^\n]*", "", (SOURCES / "interface.h").read_text())
     (body,) = re.findall(rf"struct {struct} \{{(.*?)\}};", header, re.DOTALL)

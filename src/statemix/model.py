@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from statemix.mixers import Mixer, build_mixer, complete_mixer
 from statemix.mixers.base import LinearRecurrence, check_flags, check_sizes
+from statemix.pointwise import Dropout, gated
 from statemix.scan import cpu
 from statemix.specs import Spec
 
@@ -41,8 +42,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
-        gate, inner = self.gate_and_input(x).chunk(2, dim=-1)
-        y: Tensor = self.output(nn.functional.silu(gate) * inner)
+        y: Tensor = self.output(gated(self.gate_and_input(x)))
         return y
 
 
@@ -51,7 +51,7 @@ class Layer(nn.Module):
 
     def __init__(self, d_model: int, mixer: Spec, mlp_size: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.mixer_norm = nn.RMSNorm(d_model, eps=1e-6)
         self.mixer = build_mixer(mixer, d_model)
         self.mlp_norm = nn.RMSNorm(d_model, eps=1e-6)

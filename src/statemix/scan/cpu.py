@@ -21,7 +21,7 @@ MAX_ORDER = 64  # kMaxOrder in csrc/interface.h
 LIBRARY = "statemix_cpu.so"
 INSTRUCTION_SET_VARIABLE = "STATEMIX_INSTRUCTION_SET"
 
-_INTERFACE = 3  # kInterface in csrc/interface.h
+_INTERFACE = 4  # kInterface in csrc/interface.h
 _KINDS = {"block": 0, "companion": 1, "observer": 2}
 _NORMALIZATIONS = {"softmax": 0, "sigmoid": 1, "relu": 2, "tanh": 3, "silu": 4, "linear": 5, "none": 6}
 _STORAGES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -62,6 +62,16 @@ class _Pair(ctypes.Structure):
         [("mixer", _Layer), ("mlp_size", ctypes.c_int64)]
         + [(name, ctypes.c_double) for name in ("mixer_epsilon", "mlp_epsilon")]
         + _pointers("mixer_norm", "mlp_norm", "gate_and_input", "mlp_output")
+    )
+
+
+class _Gated(ctypes.Structure):
+    """`Gated` of csrc/interface.h, field by field."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("rows", "size")]
+        + [(name, ctypes.c_int32) for name in ("storage", "threads")]
+        + _pointers("x", "grad_y", "y", "grad_x")
     )
 
 
@@ -390,6 +400,25 @@ def prepare_pair_step(x: Tensor, inputs: PairInputs, y: Tensor, final_state: Ten
     # an alias keeps the memory, also where `parameter.data` is exchanged
     problem.kept = [t.detach() for t in (x, *inputs.weights, inputs.state, *inputs.others, y, final_state)]
     return partial(_library().run, "statemix_pair_step", problem)
+
+
+def gated(x: Tensor) -> Tensor:
+    """silu(gate) * inner for x (..., 2 H), contiguous, the gates first, to (..., H); without gradients."""
+    y = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    _library().run("statemix_gated", _gated_problem(x, y=y.data_ptr()))
+    return y
+
+
+def gated_backward(grad_y: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x of `gated` from that of its result."""
+    grad_y, grad_x = grad_y.contiguous(), torch.empty_like(x)
+    _library().run("statemix_gated", _gated_problem(x, grad_y=grad_y.data_ptr(), grad_x=grad_x.data_ptr()))
+    return grad_x
+
+
+def _gated_problem(x: Tensor, **addresses: int) -> _Gated:
+    size = x.shape[-1] // 2
+    return _Gated(x.numel() // (2 * size), size, _STORAGES[x.dtype], torch.get_num_threads(), x.data_ptr(), **addresses)
 
 
 def _pair_problem(x: Tensor, inputs: PairInputs, y: Tensor, final_state: Tensor) -> _Pair:

@@ -1,0 +1,145 @@
+"""pointwise.py: the product of a SwiGLU by every instruction set and as torch sees it; dropout."""
+
+import pytest
+import torch
+from conftest import assert_close
+from torch import Tensor, nn
+
+from statemix.model import SwiGLU
+from statemix.pointwise import Dropout, gated
+from statemix.scan import cpu
+
+needs_kernels = pytest.mark.skipif(cpu.load_problem() is not None, reason=f"no kernels: {cpu.load_problem()}")
+each_instruction_set = pytest.mark.parametrize("instruction_set", cpu.instruction_sets(), indirect=True)
+SHAPES = [(1, 1), (3, 15), (2, 16), (5, 17), (4, 33), (70, 500)]  # rows and H; the last is for several threads
+
+
+def by_torch(x: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+    """The product and its gradient in float64."""
+    x = x.detach().double().requires_grad_()
+    gate, inner = x.chunk(2, dim=-1)
+    y = nn.functional.silu(gate) * inner
+    return y.detach(), torch.autograd.grad(y, x, cotangent.double())[0]
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """The entry points that were called, so that a test which compares a path with itself fails."""
+    names, run = [], cpu._Library.run
+    monkeypatch.setattr(cpu._Library, "run", lambda self, name, problem: (names.append(name), run(self, name, problem)))
+    return names
+
+
+@each_instruction_set
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "size"), SHAPES)
+def test_each_instruction_set_equals_torch(generator, calls, instruction_set, dtype, rows, size):
+    x = 4 * torch.randn(rows, 2 * size, generator=generator, dtype=dtype)
+    cotangent = torch.randn(rows, size, generator=generator, dtype=dtype)
+    y, gradient = by_torch(x, cotangent)
+    assert_close(gated(x), y)
+    assert_close(torch.autograd.grad(gated(x.requires_grad_()), x, cotangent)[0], gradient)
+    assert calls == ["statemix_gated"] * 3
+
+
+@each_instruction_set
+def test_gates_of_any_size(instruction_set):
+    gates = torch.tensor([-1e30, -200.0, -87.0, -30.0, -1e-30, 0.0, 1e-40, 5.0, 90.0, 1e30])
+    x = torch.cat([gates, torch.ones(10)])[None].requires_grad_()
+    expected = gates.double() * gates.double().sigmoid()
+    y = gated(x)
+    error = (y[0].double() - expected).abs() / expected.abs().clamp(min=1e-37)
+    assert error.max() <= 4e-7  # of each number for itself
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert_close(gradient, by_torch(x, torch.ones(1, 10))[1])
+    assert gated(torch.tensor([[float("nan"), 1.0]])).isnan().all()
+
+
+@needs_kernels
+def test_the_number_of_threads_changes_no_bit(generator):
+    x, results = torch.randn(70, 1000, generator=generator).requires_grad_(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y = gated(x)
+            results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    finally:
+        torch.set_num_threads(2)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+def test_first_and_second_derivatives(generator):
+    x = torch.randn(2, 3, 10, generator=generator, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(gated, x)
+    assert torch.autograd.gradgradcheck(gated, x)
+
+
+def test_torch_sees_its_own_operations(generator, calls):
+    x = torch.randn(4, 3, 10, generator=generator, dtype=torch.float64)
+    expected = gated(x)
+    calls.clear()
+    assert_close(torch.compile(gated, fullgraph=True, backend="aot_eager")(x), expected)
+    assert_close(torch.func.vmap(gated)(x), expected)
+    gradient = torch.func.grad(lambda x: gated(x).square().sum())(x)
+    assert_close(gradient, by_torch(x, 2 * expected)[1])
+    assert not calls
+
+
+def test_any_layout_and_no_rows(generator):
+    x = torch.randn(10, 3, 4, generator=generator, dtype=torch.float64).mT.transpose(0, 2)
+    assert not x.is_contiguous()
+    assert_close(gated(x), gated(x.contiguous()))
+    assert gated(torch.empty(0, 10)).shape == (0, 5)
+
+
+def test_autocast_keeps_bfloat16(generator):
+    mlp, x = SwiGLU(8, 16), torch.randn(3, 8, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mlp(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), mlp(x), rtol=0, atol=0.02)
+
+
+# ---- dropout
+
+
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])
+def test_as_many_are_dropped_as_asked(p):
+    torch.manual_seed(0)
+    x = torch.ones(1001, 1003, requires_grad=True)
+    y = Dropout(p)(x)
+    kept, count = y != 0, x.numel()
+    assert abs(kept.float().mean().item() - (1 - p)) < 4 * (p * (1 - p) / count) ** 0.5 + 2**-17
+    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / (1 - p)), rtol=2e-4, atol=0)
+    assert abs(y.mean().item() - 1) < 4 * (p / (1 - p) / count) ** 0.5
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y)
+    for shift in (1, 2, 3, 4, 1003):  # four numbers share what is drawn at once
+        flat = kept.flatten().float()
+        together = (flat[shift:] * flat[:-shift]).mean().item()
+        assert abs(together - (1 - p) ** 2) < 6 / count**0.5
+
+
+def test_a_seed_says_what_is_dropped():
+    masks = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        masks.append(Dropout(0.5)(torch.ones(7, 9, 5)))
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
+def test_nothing_is_dropped_in_evaluation_or_at_zero(generator):
+    x = torch.randn(5, 7, generator=generator)
+    assert Dropout(0.5).eval()(x) is x
+    assert torch.equal(Dropout(0.0)(x), x)
+
+
+def test_nearly_all_are_dropped_without_an_error():
+    y = Dropout(1 - 1e-9)(torch.ones(10**5))
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_dtype_stays(dtype):
+    assert Dropout(0.25)(torch.ones(8, dtype=dtype)).dtype == dtype
