@@ -66,9 +66,18 @@ def test_the_orthogonalized_matrix_keeps_the_singular_vectors(shape):
     x = sizes / sizes.norm()  # the same polynomial, of each singular value
     for _ in range(5):
         x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
-    torch.testing.assert_close(orthogonalized(matrix), u @ x.diag() @ v)
+    torch.testing.assert_close(orthogonalized([matrix])[0], u @ x.diag() @ v)
     assert float(x.min()) > 0.5
     assert float(x.max()) < 1.3
+
+
+def test_many_matrices_at_once_are_each_as_alone():
+    torch.manual_seed(1)
+    shapes = [(6, 6), (12, 6), (6, 9), (4, 12), (5, 4)]  # three of 6 rows or columns, two of 4
+    matrices = [torch.randn(shape, dtype=torch.float64) for shape in shapes] + [torch.randn(6, 7)]
+    for matrix, result in zip(matrices, orthogonalized(matrices), strict=True):
+        torch.testing.assert_close(result, orthogonalized([matrix])[0])
+    assert orthogonalized([]) == []
 
 
 @pytest.mark.parametrize("shape", [(40, 10), (10, 10)])
@@ -78,8 +87,8 @@ def test_float32_orthogonalizes_a_nearly_singular_matrix(shape):
     torch.manual_seed(1)
     u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
     matrix = u @ torch.logspace(0, -5, 10, dtype=torch.float64).diag() @ v
-    wanted = orthogonalized(matrix)
-    assert (orthogonalized(matrix.float()) - wanted).norm() < 2e-3 * wanted.norm()
+    (wanted,), (actual,) = orthogonalized([matrix]), orthogonalized([matrix.float()])
+    assert (actual - wanted).norm() < 2e-3 * wanted.norm()
 
 
 def test_the_rule_is_that_of_torch(recwarn):

@@ -1,7 +1,7 @@
 """The optimizer of a run: AdamW, or Muon for the matrices of the layers and AdamW for the rest."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -75,33 +75,51 @@ class MuonAdamW(torch.optim.AdamW):
         finally:
             self.param_groups = groups
         for group in groups:
-            for weight in group["params"] if group["orthogonal"] else ():
-                if weight.grad is None:
-                    continue
+            weights = [p for p in group["params"] if p.grad is not None] if group["orthogonal"] else []
+            aims = []
+            for weight in weights:
                 momentum = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
                 momentum.lerp_(weight.grad, 1 - MOMENTUM)
-                direction = orthogonalized(weight.grad.lerp(momentum, MOMENTUM))
+                aims.append(weight.grad.lerp(momentum, MOMENTUM))
+            for weight, direction in zip(weights, orthogonalized(aims), strict=True):
                 size = math.sqrt(max(1, weight.shape[0] / weight.shape[1]))
                 weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"] * size)
         return loss
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
-    """A matrix with the singular vectors of this one and singular values near 1 (0.7 to 1.2), in float32 or wider.
+def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Matrices with the singular vectors of these and singular values near 1 (0.7 to 1.2), in float32 or wider.
 
     Every step multiplies X by a polynomial of its Gram matrix X X^T. These commute, so X is multiplied once,
-    by the product of them all: 2 products of its size instead of 10.
+    by the product of them all: 2 products of its size instead of 10. Gram matrices of one size go through as one batch.
     """
+    sizes: dict[tuple[int, torch.dtype], list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        sizes.setdefault((min(matrix.shape), matrix.dtype), []).append(i)
+    results = list(matrices)
+    for (_, dtype), members in sizes.items():
+        wide = [_wide(matrices[i]).to(torch.promote_types(dtype, torch.float32)) for i in members]
+        wide = [x / x.norm().clamp(min=1e-7) for x in wide]
+        products = _polynomials(torch.stack([x @ x.mT for x in wide]))
+        for i, x, product in zip(members, wide, products, strict=True):
+            tall = matrices[i].shape[0] > matrices[i].shape[1]
+            results[i] = ((product @ x).mT if tall else product @ x).to(dtype)
+    return results
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def _polynomials(gram: Tensor) -> Tensor:
+    """The product of all steps' polynomials, (K, m, m), of Gram matrices (K, m, m)."""
     a, b, c = NEWTON_SCHULZ
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.mT if tall else matrix).to(torch.promote_types(matrix.dtype, torch.float32))
-    x = x / x.norm().clamp(min=1e-7)
-    gram, product = x @ x.mT, None
+    product = None
     for left in reversed(range(ITERATIONS)):
-        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal().add_(a)
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
         product = factor if product is None else product @ factor
         if left:
             gram = factor @ gram @ factor
-    x = product @ x
-    return (x.mT if tall else x).to(matrix.dtype)
+    assert product is not None
+    return product
