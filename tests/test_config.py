@@ -22,6 +22,7 @@ NOT_DEFAULT = [
     TrainConfig(model=ModelConfig(init_std=0.02), train_sequences=100, patience=3, stop_accuracy=0.999),
     TrainConfig(optimizer=OptimizerConfig(0.1, 1e-9, 1.0, (0.0, 0.5), 0.0, 1e300)),
     TrainConfig(optimizer=OptimizerConfig(clip=None)),
+    TrainConfig(optimizer=OptimizerConfig(schedule="linear", muon_lr=0.02)),
     TrainConfig(task={"name": "text", "test": 0.0, "tokenizer": "characters"}, accumulate=4, carry=True),
     TrainConfig(train_lengths=(4, 16), row_entropy=0.1, block_dropout=0.5),
 ]
@@ -244,6 +245,7 @@ def test_a_value_out_of_range_is_named(name, value, rule):
         ("betas", (-0.1, 0.9), r"in \[0, 1\), got \(-0\.1, 0\.9\)"),
         ("weight_decay", -0.1, r"at least 0, got -0\.1"),
         ("clip", 0.0, r"above 0, got 0\.0"),
+        ("schedule", "step", r"one of \['cosine', 'linear'\], got 'step'"),
     ],
 )
 def test_an_optimizer_value_out_of_range_is_named(name, value, rule):

@@ -25,7 +25,7 @@ def test_mad_is_the_protocol_of_its_authors():
         },
         "optimizer": {
             **{"lr": 5e-4, "final_lr": 1e-6, "warmup": 0.0, "betas": (0.9, 0.999), "weight_decay": 0.0, "clip": None},
-            "muon_lr": None,
+            **{"muon_lr": None, "schedule": "cosine"},
         },
         "train_sequences": 12_800,
         "eval_sequences": 1_280,
@@ -148,7 +148,7 @@ def test_the_language_models_are_trained_as_in_the_paper(preset):
     }
     assert dataclasses.asdict(config.optimizer) == {
         **{"lr": 6e-3, "final_lr": 1e-5, "warmup": 0.1, "betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0},
-        "muon_lr": None,
+        **{"muon_lr": None, "schedule": "cosine"},
     }
     assert (config.steps, config.batch_size) == (18_850, 256)
     assert preset_steps(preset, None, 256) == (18_850, config.eval_every)

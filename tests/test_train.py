@@ -321,6 +321,9 @@ def test_learning_rate_by_hand():
     assert rates[7] == pytest.approx(0.6)
     assert rates[11] == pytest.approx(0.2)
     assert rates[2:] == sorted(rates[2:], reverse=True)
+    line = dataclasses.replace(config, schedule="linear")
+    assert [learning_rate(line, step, 12) for step in range(4)] == rates[:4]
+    assert [learning_rate(line, step, 12) for step in (5, 7, 11)] == pytest.approx([0.8, 0.6, 0.2])
 
 
 @pytest.mark.parametrize(

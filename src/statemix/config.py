@@ -15,6 +15,7 @@ from statemix.mixers import build_mixer, complete_mixer
 from statemix.tasks import build_task, complete_task
 
 PRECISIONS = ("no", "bf16", "fp16")
+SCHEDULES = ("cosine", "linear")
 # fields, dotted, that version 0.1.0 has not had from its start, and their defaults
 LATER = {
     "accumulate": 1,
@@ -24,6 +25,7 @@ LATER = {
     "train_lengths": (),
     "model.dropout": 0.0,
     "optimizer.muon_lr": None,
+    "optimizer.schedule": "cosine",
 }
 
 
@@ -59,7 +61,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up, then a cosine to `final_lr`.
+    """AdamW with a linear warm-up, then a cosine or a line to `final_lr`.
 
     Args:
         lr: peak learning rate, above 0.
@@ -70,6 +72,8 @@ class OptimizerConfig:
         clip: largest gradient norm, above 0. None: gradients are as they are.
         muon_lr: peak learning rate of Muon, above 0, which then updates the matrices of the layers and leaves the rest
             to AdamW; it warms up and falls as `lr` does. 0.02 is usual. None: AdamW updates all.
+        schedule: from `lr` to `final_lr` after the warm-up: "cosine", or "linear" (Bergsma et al. 2025, arXiv
+            2502.15938).
     """
 
     lr: float = 3e-3
@@ -79,6 +83,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip: float | None = 1.0
     muon_lr: float | None = None
+    schedule: str = "cosine"
 
     def __post_init__(self) -> None:
         _check_types(self, "optimizer.")
@@ -91,6 +96,8 @@ class OptimizerConfig:
         _require("optimizer.clip", self.clip, self.clip is None or self.clip > 0, "above 0")
         muon = self.muon_lr
         _require("optimizer.muon_lr", muon, muon is None or 0 < muon < math.inf, "above 0 and finite")
+        allowed = self.schedule in SCHEDULES
+        _require("optimizer.schedule", self.schedule, allowed, f"one of {sorted(SCHEDULES)}")
 
 
 @dataclass(frozen=True)

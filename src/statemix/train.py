@@ -238,12 +238,13 @@ def build_model(config: TrainConfig, task: Task) -> SequenceModel | AutoEncoder:
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Of step 0 .. steps - 1: lr (step + 1) / warm-up steps, then a cosine from lr to final_lr."""
+    """Of step 0 .. steps - 1: lr (step + 1) / warm-up steps, then a cosine or a line from lr to final_lr."""
     warmup = round(config.warmup * steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - 1 - warmup)
-    return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    left = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.final_lr + (config.lr - config.final_lr) * left
 
 
 class _Done(NamedTuple):
