@@ -5,13 +5,15 @@
 
 The text is karpathy's tinyshakespeare.txt (https://github.com/karpathy/char-rnn, data/tinyshakespeare/input.txt), in
 data/: its first 90 % train, the last 10 % validate. The recipe is that of a well-known small transformer for CPUs: 4
-layers, 4 heads, width 128, windows of 64 characters, 12 of them a step, 2,000 steps. The others train for as many
-steps as fit in the time that it trains: by short runs of both in turns, in the median round, so that what else the
-machine does meets both. Times are of training steps alone; validations and checkpoints, fewer here than in the recipe,
-come on top. Runs are in runs/shakespeare; what is finished there is not done again.
+layers, 4 heads, width 128, windows of 64 characters, 12 of them a step, 2,000 steps. The others train right after it,
+for as many steps as fit, by three short runs, in the time that its steps took, less a reserve: the speed of a machine
+drifts. Those times are of training steps alone; validations and checkpoints, fewer here than in the recipe, come on
+top; of the minutes of `--minutes` they are to fit into the reserve. Runs are in runs/shakespeare; what is finished
+there is not done again, and rows of the table without a run there stay.
 """
 
 import argparse
+import csv
 import json
 import time
 from collections.abc import Sequence
@@ -25,14 +27,17 @@ from statemix import TrainConfig, train
 from statemix.config import ModelConfig, OptimizerConfig
 from statemix.files import write_whole
 from statemix.runs import write_table
+from statemix.scan import cpu
 
 RESULTS = Path("results")
 Row = dict[str, Any]
 
 TEXT = {"name": "text", "source": "data/tinyshakespeare.txt", "tokenizer": "characters", "valid": 0.1, "test": 0.0}
-TRAINED, VALIDATED = (128, 256), 1024  # characters of a window; the first half of the steps reads the shorter ones
-TRIAL, ROUNDS = 30, 3  # steps of a short run, whose second half is timed
+TRAINED, VALIDATED = (128, 256), 2048  # characters of a window; the first half of the steps reads the shorter ones
+TRIAL, ROUNDS = 40, 3  # steps of a short run, whose second half is timed
+RESERVE = 0.05  # of the time
 VALIDATIONS = 5
+FIRST = "the transformer recipe"
 
 RECIPE = TrainConfig(
     task=TEXT | {"seq_len": 64},
@@ -48,9 +53,9 @@ OURS = TrainConfig(
     task=TEXT | {"seq_len": VALIDATED},
     mixer={"name": "h_lru", "num_channels": 150, "order": 2},
     model=ModelConfig(d_model=128, num_layers=3, mlp_size=352),
-    optimizer=OptimizerConfig(lr=6e-3, warmup=0.05, muon_lr=0.02),
+    optimizer=OptimizerConfig(lr=6e-3, warmup=0.05, muon_lr=0.02, schedule="linear"),
     train_lengths=TRAINED,
-    batch_size=2,
+    batch_size=1,
     eval_sequences=200,
 )
 # every mixer in the model and the training of OURS, with as many parameters
@@ -68,7 +73,7 @@ LARGER = replace(
     OURS,
     mixer={"name": "h_lru", "num_channels": 187, "order": 2},
     model=ModelConfig(d_model=160, num_layers=4, mlp_size=416, dropout=0.1),
-    batch_size=4,
+    batch_size=2,
 )
 
 
@@ -85,40 +90,52 @@ def main() -> None:
     if arguments.minutes:
         timed(f"H-LRU, M 2, {arguments.minutes:g} minutes", LARGER, arguments)
     else:
-        timed("the transformer recipe", RECIPE, arguments)
+        timed(FIRST, RECIPE, arguments)
         for label in arguments.only:
             timed(label, replace(OURS, mixer=MIXERS[label]), arguments)
     rows = [row for file in sorted(arguments.out.glob("*/clock.json")) for row in curve(file)]
-    write_table(rows, RESULTS, "shakespeare")
+    write_table(measured_elsewhere({row["label"] for row in rows}) + rows, RESULTS, "shakespeare")
+
+
+def measured_elsewhere(labels: set[str]) -> list[Row]:
+    """Rows of the table that there was, but for those of these labels."""
+    if not (table := RESULTS / "shakespeare.csv").exists():
+        return []
+    with table.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["label"] not in labels]
 
 
 def timed(label: str, config: TrainConfig, arguments: argparse.Namespace) -> None:
     """Train on the clock, for as many steps as fit."""
-    folder = arguments.out / f"{label.replace(',', '').replace(' ', '-').lower()}-seed-{arguments.seed}"
-    clock = folder / "clock.json"
+    clock = clock_file(label, arguments)
     if clock.exists():
         return
     config, limit = replace(config, seed=arguments.seed), None
-    if config.task["seq_len"] != RECIPE.task["seq_len"]:
-        config, limit = fitted(config, arguments.minutes, arguments.out / "trial")
+    if label != FIRST:
+        limit = 60 * arguments.minutes if arguments.minutes else curve(clock_file(FIRST, arguments))[-1]["at_seconds"]
+        config = fitted(config, limit, arguments.out / "trial")
     print(f"{label}: {config.steps} steps", flush=True)
     start = time.perf_counter()
-    result = train(config, folder, resume="never")  # a clock does not go on where a run was stopped
+    result = train(config, clock.parent, resume="never")  # a clock does not go on where a run was stopped
     whole = time.perf_counter() - start
     about = {"label": label, "seed": arguments.seed, "limit": limit, "whole_seconds": whole}
-    write_whole(clock, json.dumps(about | {"threads": arguments.threads}).encode())
+    about |= {"threads": arguments.threads, "kernels": cpu.instruction_set()}  # which tells machines apart
+    write_whole(clock, json.dumps(about).encode())
     print(f"{label}: {result.summary['parameters']:,} parameters, {whole:.0f} s, {result.summary['valid']['loss']:.4f}")
 
 
-def fitted(config: TrainConfig, minutes: float | None, folder: Path) -> tuple[TrainConfig, float]:
-    """The config with as many steps as fit in the minutes, or else in the time of the recipe's steps, and that time."""
-    fits = []
-    for _ in range(ROUNDS):
-        seconds = RECIPE.steps * step_seconds(RECIPE, folder) if minutes is None else 60 * minutes
-        fits.append((int(seconds / step_seconds(config, folder)), seconds))
-    print(f"steps that fit, and seconds, by round: {fits}", flush=True)
-    steps, seconds = sorted(fits)[ROUNDS // 2]
-    return replace(config, steps=steps, eval_every=-(-steps // VALIDATIONS)), seconds
+def clock_file(label: str, arguments: argparse.Namespace) -> Path:
+    """What a run leaves behind last."""
+    name = f"{label.replace(',', '').replace(' ', '-').lower()}-seed-{arguments.seed}"
+    return Path(arguments.out) / name / "clock.json"
+
+
+def fitted(config: TrainConfig, seconds: float, folder: Path) -> TrainConfig:
+    """The config with as many steps as fit, by the median of some short runs."""
+    fits = sorted(int((1 - RESERVE) * seconds / step_seconds(config, folder)) for _ in range(ROUNDS))
+    print(f"steps that fit in {seconds:.0f} s: {fits}", flush=True)
+    steps = fits[ROUNDS // 2]
+    return replace(config, steps=steps, eval_every=-(-steps // VALIDATIONS))
 
 
 def step_seconds(config: TrainConfig, folder: Path) -> float:
@@ -154,14 +171,14 @@ def curve(clock: Path) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
     """A line per run: its size, its time and its last validation."""
-    head = ["", "parameters", "steps", "seconds given", "seconds of steps", "with all else", "validation loss"]
+    head = ["", "kernels", "parameters", "steps", "seconds given", "of steps", "with all else", "validation loss"]
     lines = [head]
     for label in dict.fromkeys(row["label"] for row in rows):
         last = [row for row in rows if row["label"] == label][-1]
         sizes = f"{last['parameters']:,.0f}", f"{last['step']:,.0f}"
         given = f"{last['limit']:.0f}" if last["limit"] else ""
         times = given, f"{last['at_seconds']:.0f}", f"{last['whole_seconds']:.0f}"
-        lines.append([label, *sizes, *times, f"{last['valid_loss']:.4f}"])
+        lines.append([label, last["kernels"], *sizes, *times, f"{last['valid_loss']:.4f}"])
     return lines
 
 
