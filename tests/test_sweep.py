@@ -145,10 +145,14 @@ def test_a_run_that_fails_is_told_with_its_error_and_equal_configs_run_once(tmp_
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_a_sweep_that_is_stopped_stops_its_runs_and_says_how_to_go_on(tmp_path, capsys, monkeypatch, signal_number):
+def test_a_sweep_that_is_stopped_stops_its_runs_and_says_how_to_go_on(
+    tmp_path, capsys, monkeypatch, request, signal_number
+):
     monkeypatch.chdir(tmp_path)
     Path("long.py").write_text("from test_sweep import ENDLESS, tiny\nconfigs = [tiny(0), ENDLESS]")
     pids, sleep = [], time.sleep
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, outside))
 
     class Noting(Local):
         def start(self, config, folder):
