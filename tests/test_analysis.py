@@ -152,8 +152,8 @@ def test_half_lives_by_hand():
 def test_a_permutation_has_no_half_life():
     for n in (3, 5, 6):
         assert (half_life(copying(natural(f"Z{n}"))) == math.inf).all()
-    nearly = copying(natural("Z5")) * (1 - 1e-12)
-    assert half_life(nearly)[1].item() == pytest.approx(math.log(2) * 1e12, rel=1e-3)
+    nearly = copying(natural("Z5")) * (1 - 1e-10)  # the rounding of an eigenvalue is up to 1e-15
+    assert half_life(nearly)[1].item() == pytest.approx(math.log(2) * 1e10, rel=1e-3)
 
 
 @pytest.mark.parametrize("normalization", sorted(set(NORMALIZATIONS) & {"softmax", "sigmoid", "relu", "tanh", "silu"}))
