@@ -118,7 +118,12 @@ def _torch_rnn(name: str, kind: type[nn.LSTM] | type[nn.GRU]) -> Contender:
             target = _parameters(_bd_lru(shape))
         build = partial(kind, shape.d_model, batch_first=True)
         width = nearest_width(target, lambda width: build(hidden_size=width))
-        return layer_work(shape, partial(build, hidden_size=width))
+        try:
+            return layer_work(shape, partial(build, hidden_size=width))
+        except RuntimeError as error:  # oneDNN's, which has no bfloat16 LSTM where there is no AVX-512
+            if shape.dtype != "bfloat16" or "could not create a primitive" not in str(error):
+                raise
+            raise UnavailableError("torch has none in bfloat16 for this processor") from error
 
     return Contender(name, make)
 
