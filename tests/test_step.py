@@ -22,14 +22,6 @@ pytestmark = pytest.mark.skipif(cpu.load_problem() is not None, reason=f"no kern
 
 
 @pytest.fixture
-def calls(monkeypatch) -> list[str]:
-    """The entry points that were called, so that a test which compares a path with itself fails."""
-    names, run = [], cpu._Library.run
-    monkeypatch.setattr(cpu._Library, "run", lambda self, name, problem: (names.append(name), run(self, name, problem)))
-    return names
-
-
-@pytest.fixture
 def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads

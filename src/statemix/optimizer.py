@@ -102,8 +102,8 @@ def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
         wide = [x / x.norm().clamp(min=1e-7) for x in wide]
         products = _polynomials(torch.stack([x @ x.mT for x in wide]))
         for i, x, product in zip(members, wide, products, strict=True):
-            tall = matrices[i].shape[0] > matrices[i].shape[1]
-            results[i] = ((product @ x).mT if tall else product @ x).to(dtype)
+            y = product @ x
+            results[i] = (y if y.shape == matrices[i].shape else y.mT).to(dtype)
     return results
 
 
