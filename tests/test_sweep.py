@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -175,6 +177,40 @@ def test_a_sweep_that_is_stopped_stops_its_runs_and_says_how_to_go_on(
             os.kill(pid, 0)
     rows = table(Path("runs/long"))
     assert [(row["status"], row["error"]) for row in rows] == [("done", ""), ("unfinished", "")]
+
+
+def sweep_for_ever(out: Path) -> None:
+    sweep({"long": ENDLESS}, out, jobs=1, progress=False)
+
+
+def test_the_runs_of_a_killed_sweep_end_with_it(tmp_path):
+    """If they went on, the next sweep would find their folders in use."""
+    process = multiprocessing.get_context("spawn").Process(target=sweep_for_ever, args=(tmp_path,))
+    process.start()
+    folder = tmp_path / run_name(ENDLESS)
+    wait_until(lambda: (folder / "checkpoints.json").exists())
+    assert not is_free(folder)
+    process.kill()
+    process.join()
+    wait_until(lambda: is_free(folder))
+    reached = json.loads((folder / "checkpoints.json").read_text())["last"]
+    assert int(reached.removeprefix("step-")) < ENDLESS.steps
+
+
+def is_free(folder: Path) -> bool:
+    """Whether no process is at work there."""
+    try:
+        with locked(folder, "a run"):
+            return True
+    except ValueError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_a_sweep_of_another_version_is_refused(tmp_path):

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -70,7 +71,7 @@ class Local:
     def start(self, config: str, folder: Path) -> Job:
         """See `Executor`."""
         (folder / LOG_FILE).unlink(missing_ok=True)  # of an earlier try
-        # daemon: ended with this process
+        # daemon: ended with this process; see _end_with_parent
         process = self.context.Process(target=_train_in_process, args=(config, str(folder)), daemon=True)
         process.start()
         return _Process(process, folder / LOG_FILE)
@@ -158,11 +159,20 @@ EXECUTORS: dict[str, type[Local] | type[Ray]] = {"local": Local, "ray": Ray}
 
 def _train_in_process(config: str, folder: str) -> None:
     """A run in a process of its own; what C++ libraries print goes into the log too."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with (Path(folder) / LOG_FILE).open("w") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     if error := _train(config, folder):
         sys.exit(f"error: {error}")
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of the process of the sweep, which SIGKILL leaves no time to stop its runs, and end this one."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)  # as if killed: what is written is whole at any time
 
 
 def _train_to_log(config: str, folder: str) -> str:

@@ -111,7 +111,7 @@ def sweep(
 
     A run that fails, or whose process is killed, leaves the others as they are and is told with its error; started
     again, it goes on from its last checkpoint. Equal configs run once, under the first label. If this process itself is
-    killed with SIGKILL, the runs at work go on to their ends.
+    killed, the runs at work end with it (those of "ray": Ray's own rule).
 
     Args:
         entries: label -> config; see `load_configs`.
