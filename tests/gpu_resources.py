@@ -1,7 +1,7 @@
 """What the compiled GPU kernels cost: registers, spills, shared memory, bytes and cycles a step. No GPU is needed.
 
     python tests/gpu_resources.py --kinds block --orders 1 4 --dtypes float32 --targets cuda:90   # a line each
-    python tests/gpu_resources.py                    # every shipped configuration, on every target
+    python tests/gpu_resources.py                    # every shipped configuration, on every target that holds it
     python tests/gpu_resources.py --write            # the same of all configurations, into the model's table
 
 Run without TRITON_INTERPRET. Registers are read from the cubin, spills from ptxas, bytes from the loop of the PTX.
@@ -257,9 +257,17 @@ def worth_trying(kind: str, dtype: str, order: int, configuration: Configuration
     return configuration.block_n == block_n and (15 <= loads <= 40 or (configuration.num_stages == 2 and loads > 40))
 
 
+def shipped(*scan: Any, configuration: Configuration, target: str) -> bool:
+    """Whether the rule may take the configuration for a scan on a card of that target, if it is long enough."""
+    kind, direction, dtype, order = scan
+    if configuration.chunk_size:
+        configuration = dataclasses.replace(configuration, chunk_size=CHUNK_SIZES[-1])
+    endless = Scan(kind, direction, order, dtype, 1, 2 * CHUNK_SIZES[-1], BLOCKS)
+    return any(gpu_model.fits(endless, configuration, card) for card in CARDS.values() if card.target == target)
+
+
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Of everything that was asked for; a configuration that is not shipped for an order is left out."""
-    known = {} if options.write else gpu_model.costs()
+    """Of everything that was asked for; what the rule never takes on a target is left out there."""
     products = itertools.product(
         options.kinds, options.directions, options.dtypes, options.orders, CONFIGURATIONS, options.targets
     )
@@ -267,13 +275,19 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if configuration.chunk_size not in (0, CHUNK_SIZES[0]):
             continue  # the code is the same for all sizes of a chunk
         kind, _, dtype, order = scan
-        tried = options.write and worth_trying(kind, dtype, order, configuration)
-        if tried or (*scan, configuration) in known:
+        if options.write:
+            read = worth_trying(kind, dtype, order, configuration)
+        else:
+            read = shipped(*scan, configuration=configuration, target=target)
+        if read:
             yield from resources(*scan, configuration, target)
 
 
 def write(found: list[dict[str, Any]]) -> None:
-    """Rewrite the model's table for the scans that were read: the costs on sm_90 of what spills on no target."""
+    """Rewrite the model's table for the scans that were read: the costs on sm_90 of what spills nowhere.
+
+    Nowhere where the rule may take it: what a card holds, it finds by the registers and shared memory of sm_90.
+    """
     names = [*SCAN, *(field.name for field in dataclasses.fields(Configuration))]
 
     def scan_of(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -282,11 +296,17 @@ def write(found: list[dict[str, Any]]) -> None:
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(row[name] for name in names)
 
-    read, spilling = set(map(scan_of, found)), {key(row) for row in found if row["spills"]}
+    def held(row: dict[str, Any]) -> bool:
+        card = next(card for card in CARDS.values() if card.target == row["target"])
+        kernels = [it for it in sm_90 if key(it) == key(row)]
+        return all(resident(card, it["registers"], it["shared"], it["num_warps"]) for it in kernels)
+
+    sm_90 = [row for row in found if row["target"] == "cuda:90"]
+    read, spilling = set(map(scan_of, found)), {key(row) for row in found if row["spills"] and held(row)}
     with FILE.open(newline="") as file:
         table = [row for row in csv.DictReader(file) if scan_of(row) not in read]
-    for row in found:
-        if row["target"] == "cuda:90" and key(row) not in spilling:
+    for row in sm_90:
+        if key(row) not in spilling:
             table.append({name: round(x, 1) if isinstance(x, float) else x for name, x in row.items()})
     order = list(itertools.product(KINDS, DIRECTIONS, DTYPES))
     table.sort(key=lambda row: (order.index(scan_of(row)[:3]), int(row["order"])))

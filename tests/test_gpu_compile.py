@@ -124,10 +124,21 @@ def test_the_table_keeps_what_was_not_read_and_drops_what_spills(tmp_path, monke
     gpu_resources.write([row(4, 2), row(2, 2), row(1, 7)])
     elsewhere = {"target": "cuda:80", "cycles": 9}
     again = [row(4, 3, cycles=3.75), row(4, 5), row(4, 5, spills=8, **elsewhere), row(2, 4), row(2, 4, **elsewhere)]
+    too_large = {"shared": 100 << 10}  # for an MI300X, where it may spill then
+    again += [row(4, 6, **too_large), row(4, 6, target="hip:gfx942", spills=8)]
     gpu_resources.write(again)
     with gpu_resources.FILE.open(newline="") as file:
         kept = [(int(row["order"]), int(row["num_stages"]), float(row["cycles"])) for row in csv.DictReader(file)]
-    assert kept == [(1, 7, 2.2), (2, 4, 2.2), (4, 3, 3.8)]
+    assert kept == [(1, 7, 2.2), (2, 4, 2.2), (4, 3, 3.8), (4, 6, 2.2)]
+
+
+def test_what_no_card_of_a_target_holds_is_not_shipped_there():
+    tile = Configuration(32, 8, 3, tile=128)
+    scan = ("block", "backward", "bfloat16", 1)
+    assert gpu_resources.shipped(*scan, configuration=tile, target="cuda:90")
+    assert not gpu_resources.shipped(*scan, configuration=tile, target="hip:gfx942")  # 112 KiB, an MI300X has 64
+    assert gpu_resources.shipped(*scan, configuration=Configuration(32, 1, 7, 64), target="hip:gfx942")
+    assert not gpu_resources.shipped(*scan, configuration=Configuration(64, 1, 7), target="cuda:90")
 
 
 PTX = """

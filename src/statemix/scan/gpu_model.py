@@ -186,13 +186,13 @@ class Prediction:
         return max(BOUNDS, key=lambda name: getattr(self, name))
 
 
-Key = tuple[str, str, str, int, Configuration]  # kind, direction, dtype, order, and the configuration
+Key = tuple[str, str, str, int]  # kind, direction, dtype and order
 
 
 @functools.cache
-def costs() -> Mapping[Key, tuple[Cost, ...]]:
+def costs() -> Mapping[Key, Mapping[Configuration, tuple[Cost, ...]]]:
     """The kernels of every configuration whose code was read."""
-    found: dict[Key, tuple[Cost, ...]] = {}
+    found: dict[Key, dict[Configuration, tuple[Cost, ...]]] = {}
     with Path(__file__).with_name("gpu_costs.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             numbers = [int(row[field.name]) for field in fields(Configuration)]
@@ -200,19 +200,18 @@ def costs() -> Mapping[Key, tuple[Cost, ...]]:
             per_iteration = (float(row[name]) for name in ("bytes", "instructions", "special", "cycles"))
             cost = Cost(row["kernel"], row["per"], *per_thread, *per_iteration)
             configuration = Configuration(*numbers)
+            of_scan = found.setdefault((row["kind"], row["direction"], row["dtype"], int(row["order"])), {})
             for chunk_size in CHUNK_SIZES if configuration.chunk_size else (0,):  # the table has the first of them
                 known = replace(configuration, chunk_size=chunk_size)
-                key = (row["kind"], row["direction"], row["dtype"], int(row["order"]), known)
-                found[key] = (*found.get(key, ()), cost)
+                of_scan[known] = (*of_scan.get(known, ()), cost)
     return found
 
 
 def known_costs(scan: Scan, configuration: Configuration) -> tuple[Cost, ...]:
-    """Of the least order whose code was read and that is not below the scan's. Empty: there is none."""
+    """Of the least order whose code was read and that is not below the scan's. Empty: not in this configuration."""
     known = costs()
-    orders = range(scan.order, MAX_ORDER + 1)
-    keys = ((scan.kind, scan.direction, scan.dtype, order, configuration) for order in orders)
-    return next((known[key] for key in keys if key in known), ())
+    keys = ((scan.kind, scan.direction, scan.dtype, order) for order in range(scan.order, MAX_ORDER + 1))
+    return next((known[key] for key in keys if key in known), {}).get(configuration, ())
 
 
 def resident(card: Card, registers: int, shared: int, num_warps: int) -> int:
