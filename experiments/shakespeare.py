@@ -73,6 +73,7 @@ LARGER = replace(
     OURS,
     mixer={"name": "h_lru", "num_channels": 187, "order": 2},
     model=ModelConfig(d_model=160, num_layers=4, mlp_size=416, dropout=0.1),
+    optimizer=replace(OURS.optimizer, weight_decay=0.3),
     batch_size=2,
 )
 
