@@ -39,7 +39,7 @@ ALLOWED = {
     f"{BENCH}.results": (),
     f"{BENCH}.measure": (f"{BENCH}.contender", SCAN),
     f"{BENCH}.scans": (f"{BENCH}.contender", "statemix.gates", SCAN),
-    f"{BENCH}.layers": (f"{BENCH}.contender", "statemix.mixers", "statemix.model"),
+    f"{BENCH}.layers": (f"{BENCH}.contender", "statemix.mixers", "statemix.model", "statemix.generate"),
     f"{BENCH}.memory": (f"{BENCH}.contender", f"{BENCH}.layers", SCAN),
 }
 # These import torch, numpy and the standard library besides.

@@ -233,7 +233,7 @@ class TrainStep(Layer):
 
 @dataclass(frozen=True, kw_only=True)
 class Decode(Benchmark):
-    """One token at batch 1, by `step`: against an LSTMCell with as large a state.
+    """One token at batch 1, by `step` and by a Decoder: against an LSTMCell with as large a state.
 
     Args:
         d_model: D.

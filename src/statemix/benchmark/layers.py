@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from statemix.benchmark.contender import Contender, Results, Shape, UnavailableError, Work, imported, inputs
+from statemix.generate import Decoder
 from statemix.mixers import BDLRU, HLRU, build_mixer
 from statemix.model import SequenceModel
 
@@ -223,6 +224,20 @@ def decode_work(shape: Shape, build: Callable[[], nn.Module]) -> Work:
     return Work(call, per=DECODED)
 
 
+def decoder_work(shape: Shape, build: Callable[[], nn.Module]) -> Work:
+    """The same tokens by a Decoder, which is made anew, with its preparations, for every call."""
+    model = _built(shape, build)
+    token = torch.zeros(1, dtype=torch.int64)
+
+    def call() -> Results:
+        decoder = Decoder(model)
+        for _ in range(DECODED):
+            logits = decoder.step(token)
+        return logits, *decoder.state
+
+    return Work(call, per=DECODED)
+
+
 def _lstm_cell(shape: Shape) -> Work:
     """Steps of an LSTMCell with as large a state h as the BD-LRU's."""
     cell = _built(shape, partial(nn.LSTMCell, shape.d_model, shape.order * shape.blocks))
@@ -243,4 +258,5 @@ DECODE_CONTENDERS = (
     own("hlru", decode_work, _h_lru),
     Contender("lstm cell", _lstm_cell),
     own("model of 4 layers", decode_work, _model, layers=4),
+    own("Decoder of 4 layers", decoder_work, _model, layers=4),
 )
