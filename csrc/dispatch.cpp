@@ -54,4 +54,5 @@ STATEMIX_EXPORT void statemix_layer_forward(int index, const Layer* p) { kInstru
 STATEMIX_EXPORT void statemix_layer_backward(int index, const Layer* p) { kInstructionSets[index].kernels.layer_backward(*p); }
 STATEMIX_EXPORT void statemix_layer_step(int index, const Layer* p) { kInstructionSets[index].kernels.layer_step(*p); }
 STATEMIX_EXPORT void statemix_pair_step(int index, const Pair* p) { kInstructionSets[index].kernels.pair_step(*p); }
+STATEMIX_EXPORT void statemix_readout_step(int index, const Readout* p) { kInstructionSets[index].kernels.readout_step(*p); }
 STATEMIX_EXPORT void statemix_gated(int index, const Gated* p) { kInstructionSets[index].kernels.gated(*p); }

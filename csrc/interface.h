@@ -4,7 +4,7 @@
 
 namespace statemix {
 
-constexpr int kInterface = 4;   // counts the changes of these structs
+constexpr int kInterface = 5;   // counts the changes of these structs
 constexpr int kMaxOrder = 64;  // largest block size or order served
 
 enum Kind : int32_t { kBlock = 0, kCompanion = 1, kObserver = 2 };
@@ -53,6 +53,15 @@ struct Pair {
   const void *gate_and_input, *mlp_output;  // (2 mlp_size, D), the gates first; (D, mlp_size)
 };
 
+// y = weight (x norm / sqrt(mean(x^2) + epsilon)) for rows of x: the end of a model, from the last layer to its logits.
+struct Readout {
+  int64_t batch, width, count;
+  int32_t storage, threads;  // kFloat or kDouble
+  double epsilon;
+  const void *x, *norm, *weight;  // (batch, width); (width,); (count, width)
+  void* y;                        // (batch, count)
+};
+
 // y = silu(gate) * inner for rows of x (2 size), the gates first; with grad_x its gradient instead. All contiguous.
 struct Gated {
   int64_t rows, size;
@@ -68,6 +77,7 @@ struct Kernels {
   void (*layer_backward)(const Layer&);
   void (*layer_step)(const Layer&);  // length 1, without reset: y and final_state, nothing kept
   void (*pair_step)(const Pair&);
+  void (*readout_step)(const Readout&);
   void (*gated)(const Gated&);
 };
 

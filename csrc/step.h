@@ -1,4 +1,4 @@
-// One token: a mixer alone, or a whole residual pair of mixer and SwiGLU.
+// One token: a mixer alone, a whole residual pair of mixer and SwiGLU, or the logits of a model.
 //
 // Nearly all of the time goes into reading the weights, once each. So nothing is packed, and threads share out the rows of a
 // weight; each waits for the others before it needs what they made.
@@ -126,8 +126,21 @@ void step(const Pair& p) {
   });
 }
 
+template <class T>
+void step(const Readout& p) {
+  in_parallel(team_size(p.threads, p.width * p.count, sizeof(T)), [&](int64_t thread, int64_t threads) {
+    for (int64_t b = 0; b < p.batch; ++b) {
+      T* const y = (T*)p.y + b * p.count;
+      const T* const z = normed((const T*)p.x + b * p.width, (const T*)p.norm, p.epsilon, p.width);
+      times_vector(Team{thread, threads}, (const T*)p.weight, (const T*)nullptr, z, p.count, p.width,
+                   [&](int64_t r, T logit) { y[r] = logit; });
+    }
+  });
+}
+
 void layer_step(const Layer& p) { p.storage == kDouble ? step<double>(p) : step<float>(p); }
 void pair_step(const Pair& p) { p.mixer.storage == kDouble ? step<double>(p) : step<float>(p); }
+void readout_step(const Readout& p) { p.storage == kDouble ? step<double>(p) : step<float>(p); }
 
 }  // namespace
 }  // namespace statemix

@@ -43,6 +43,7 @@ def main() -> None:
             width = (1, 5, 16, 40)[i % 4]
             run_layer(test_layer.make_problem(generator, kind, order, blocks, width, dtype=dtype, **options), arrange)
     run_pairs()
+    run_readouts()
     run_gated()
 
 
@@ -84,6 +85,15 @@ def run_pairs() -> None:
         for dtype in (torch.float32, torch.float64):
             pair = test_step.make_pair(mixer, width, mlp_size).to(dtype)
             test_step.assert_step(pair, torch.randn(2, width, dtype=dtype), None)
+
+
+def run_readouts() -> None:
+    """The logits of a model; the last are enough for two threads."""
+    for instruction_set, dtype, (batch, width, count) in itertools.product(
+        cpu.instruction_sets(), (torch.float32, torch.float64), [*test_step.READOUTS, (2, 512, 1001)]
+    ):
+        cpu.use_instruction_set(instruction_set)
+        test_step.assert_readout(torch.randn(batch, width, dtype=dtype), *test_step.make_readout(width, count, dtype))
 
 
 def run_gated() -> None:

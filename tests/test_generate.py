@@ -1,5 +1,6 @@
 """generate.py: against the full forward over everything so far, hand-made logits, and each row alone."""
 
+import copy
 import itertools
 import json
 import math
@@ -104,9 +105,10 @@ def test_a_decoder_steps_as_the_model_and_rows_share_no_bit(generator, calls, mi
         torch.randn(batch, *m.state_shape, generator=generator, dtype=dtype, requires_grad=True) for m in model.mixers
     )
     before = tuple(part.detach().clone() for part in state)
+    torch.nn.init.uniform_(model.norm.weight, 0.5, 2.0)  # or one that is not used would not be seen
     together = Decoder(model, state)
     alone = [Decoder(model, tuple(part[row : row + 1] for part in state)) for row in range(batch)]
-    oracle, model64 = tuple(part.double() for part in before), make_model(mixer).to(dtype).double()
+    oracle, model64 = tuple(part.double() for part in before), copy.deepcopy(model).double()
     for _ in range(5):
         tokens = torch.randint(11, (batch,), generator=generator)
         logits = together.step(tokens)
@@ -117,7 +119,40 @@ def test_a_decoder_steps_as_the_model_and_rows_share_no_bit(generator, calls, mi
         for part, wanted in zip(together.state, oracle, strict=True):
             assert relative_error(part, wanted.detach()) <= TOLERANCE[dtype]
     assert calls.count("statemix_pair_step") == 2 * 5 * (1 + batch)
+    assert calls.count("statemix_readout_step") == 5 * (1 + batch)
     assert all(map(torch.equal, state, before))
+
+
+EXCHANGED = {
+    "a head with a bias": lambda model: model.set_submodule("head", torch.nn.Linear(20, 11)),
+    "another norm": lambda model: model.set_submodule("norm", torch.nn.LayerNorm(20)),
+    "a norm of no epsilon": lambda model: model.set_submodule("norm", torch.nn.RMSNorm(20, eps=None)),
+    "a hook": lambda model: model.head.register_forward_hook(lambda module, inputs, logits: 2 * logits),
+    "a transposed weight": lambda model: setattr(
+        model.head, "weight", torch.nn.Parameter(model.head.weight.detach().T.contiguous().T)
+    ),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("what", EXCHANGED)
+def test_an_end_that_is_not_the_kernels_is_called(calls, what):
+    model, tokens = make_model(), torch.tensor([4, 2])
+    EXCHANGED[what](model)
+    with torch.no_grad():
+        expected, _ = model.step(tokens)
+    decoder = Decoder(model, batch=2)
+    calls.clear()
+    assert relative_error(decoder.step(tokens), expected.double()) <= TOLERANCE[torch.float32]
+    assert calls == ["statemix_pair_step"] * 2
+
+
+def test_logits_of_a_decoder_are_the_callers_own():
+    decoder = Decoder(make_model())
+    first = decoder.step(torch.tensor([1]))
+    kept = first.clone()
+    decoder.step(torch.tensor([2]))
+    assert torch.equal(first, kept)
 
 
 def test_the_state_of_a_decoder_is_a_copy():
@@ -324,7 +359,7 @@ def test_a_token_takes_as_much_memory_and_as_many_calls_at_any_position(calls):
             pass
         counts.append(len(calls))
         resident.append(resident_bytes())
-    assert counts == [500] * 4
+    assert counts == [3 * 250] * 4  # two layers and the logits
     assert resident[-1] - resident[0] < 3_000_000  # 12 MB of logits in between
 
 

@@ -65,6 +65,41 @@ def test_a_step_is_what_the_modules_do(generator, calls, instruction_set, kind, 
     assert calls.count("statemix_pair_step") == 6
 
 
+def assert_readout(x: Tensor, norm: nn.RMSNorm, head: nn.Linear) -> Tensor:
+    """The last norm and the head of a model, as a `Decoder` calls them."""
+    y = torch.full((len(x), head.out_features), torch.nan, dtype=x.dtype)
+    cpu.prepare_readout(x, norm.weight, norm.eps, head.weight, y)()
+    wanted = copy.deepcopy(head).double()(copy.deepcopy(norm).double()(x.double())).detach()
+    assert relative_error(y, wanted) <= TOLERANCE[x.dtype]
+    return y
+
+
+def make_readout(width: int, count: int, dtype: torch.dtype = torch.float32) -> tuple[nn.RMSNorm, nn.Linear]:
+    norm, head = nn.RMSNorm(width, eps=0.1, dtype=dtype), nn.Linear(width, count, bias=False, dtype=dtype)
+    nn.init.uniform_(norm.weight, 0.5, 2.0)
+    return norm, head
+
+
+READOUTS = [(1, 1, 1), (2, 5, 3), (3, 16, 8), (1, 33, 65)]  # batch, width, vocabulary
+
+
+@pytest.mark.parametrize("instruction_set", cpu.instruction_sets(), indirect=True)
+@pytest.mark.parametrize(("batch", "width", "count"), READOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logits_are_what_the_modules_make(generator, instruction_set, batch, width, count, dtype):
+    assert_readout(torch.randn(batch, width, generator=generator, dtype=dtype), *make_readout(width, count, dtype))
+
+
+def test_threads_change_no_bit_of_logits(generator, threads):
+    """2 MB of weights: enough for three threads, and 1,001 rows are no multiple of what one takes at once."""
+    x, (norm, head) = torch.randn(2, 512, generator=generator), make_readout(512, 1001)
+    logits = []
+    for count in (1, 2, 3):
+        threads(count)
+        logits.append(assert_readout(x, norm, head))
+    assert all(torch.equal(y, logits[0]) for y in logits)
+
+
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_every_normalization(generator, calls, normalization):
     pair = make_pair(MIXERS["block"] | {"normalization": normalization})

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from statemix.checkpoint import POINTER_FILE, TRAIN_FILE
 from statemix.mixers.base import check_sizes
-from statemix.model import CONFIG_FILE, Layer, SequenceModel, State, load_model
+from statemix.model import CONFIG_FILE, Layer, SequenceModel, State, load_model, plain_weights
 from statemix.scan import cpu
 from statemix.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
@@ -29,9 +29,10 @@ class Decoder:
     """Steps of a model without gradients, from a state that it keeps.
 
     What `SequenceModel.step` looks up and checks at every token is done once. Where the compiled kernels serve (BD-LRU
-    and H-LRU in float32 or float64 on a CPU), a token is one call per layer, into memory that is there already; a row's
-    numbers are then, bit for bit, those that it has in a batch of one. Elsewhere it is `SequenceModel.step`. Weights
-    that are changed in place are seen; weights exchanged for others, new hooks and another number of threads are not.
+    and H-LRU in float32 or float64 on a CPU), a token is one call per layer, and one for the norm and the head, into
+    memory that is there already; a row's numbers are then, bit for bit, those that it has in a batch of one. Elsewhere
+    it is `SequenceModel.step`. Weights that are changed in place are seen; weights exchanged for others, new hooks and
+    another number of threads are not.
 
     Args:
         model: what steps, on the device where it is.
@@ -70,7 +71,16 @@ class Decoder:
                 calls.append(cpu.prepare_pair_step(x, inputs._replace(state=old), y, new))
             turns.append((after, calls))
         self._input, self._outputs = stream[0], stream[-1].split(1)
+        self._readout = self._prepare_readout(stream[-1])
         return itertools.cycle(turns)
+
+    def _prepare_readout(self, x: Tensor) -> Callable[[], None] | None:
+        """The call that makes logits of what the last layer wrote, or None where norm and head are not what it does."""
+        norm, head = self.model.norm, self.model.head
+        if (weights := plain_weights(x.dtype, (norm,), (head,))) is None:
+            return None
+        self._logits = x.new_empty(len(x), head.out_features)
+        return cpu.prepare_readout(x, weights[0], cast(float, norm.eps), weights[1], self._logits)
 
     @property
     def state(self) -> State:
@@ -93,7 +103,10 @@ class Decoder:
         self._state, calls = next(self._turns)
         for call in calls:
             call()
-        return torch.cat([self.model.head(self.model.norm(row)) for row in self._outputs])
+        if self._readout is None:
+            return torch.cat([self.model.head(self.model.norm(row)) for row in self._outputs])
+        self._readout()
+        return self._logits.clone()
 
 
 def zero_state(model: SequenceModel, batch: int) -> State:

@@ -84,30 +84,42 @@ class Layer(nn.Module):
         # dictionaries, as in LinearRecurrence._fused_weights; fused, a module is not called: only these are passed over
         parts = tuple(self._modules.get(name) for name in ("mixer_norm", "mixer", "mlp_norm", "mlp"))
         norm, mixer, mlp_norm, mlp = cast(tuple[nn.RMSNorm, Mixer, nn.RMSNorm, SwiGLU], parts)
-        if type(norm) is not nn.RMSNorm or type(mlp_norm) is not nn.RMSNorm or type(mlp) is not SwiGLU:
-            return None
-        if norm.eps is None or mlp_norm.eps is None:
+        if type(mlp) is not SwiGLU or mlp._forward_hooks or mlp._forward_pre_hooks:
             return None
         linears = mlp._modules["gate_and_input"], mlp._modules["output"]
-        if any(type(linear) is not nn.Linear or linear._parameters.get("bias") is not None for linear in linears):
+        if (weights := plain_weights(x.dtype, (norm, mlp_norm), linears)) is None:
             return None
         if not isinstance(mixer, LinearRecurrence) or type(mixer).step is not LinearRecurrence.step:
             return None
-        if (ready := mixer.step_inputs(x, state)) is None:
+        if mixer._forward_hooks or mixer._forward_pre_hooks or (ready := mixer.step_inputs(x, state)) is None:
             return None
-        weights = []
-        for module in cast(tuple[nn.Module, ...], (norm, mlp_norm, *linears)):
-            weight = module._parameters.get("weight")
-            if module._forward_hooks or module._forward_pre_hooks or weight is None:
-                return None
-            if type(weight) not in (Tensor, nn.Parameter) or weight.dtype != x.dtype:
-                return None  # a subclass may have no address
-            if not weight.is_cpu or not weight.is_contiguous():
-                return None
-            weights.append(weight)
-        if mixer._forward_hooks or mixer._forward_pre_hooks or mlp._forward_hooks or mlp._forward_pre_hooks:
+        epsilons = cast(tuple[float, float], (norm.eps, mlp_norm.eps))
+        return cpu.PairInputs(*ready, weights, epsilons, mixer.normalization, mixer.kind)
+
+
+def plain_weights(
+    dtype: torch.dtype, norms: Sequence[nn.Module | None], linears: Sequence[nn.Module | None]
+) -> tuple[Tensor, ...] | None:
+    """The weights of RMS norms, then of products, where the kernels can do what these modules do; else None.
+
+    So they are no subclasses, have no hooks and no bias, and their weights are of one dtype, dense, and on the CPU.
+    """
+    if any(type(norm) is not nn.RMSNorm or norm.eps is None for norm in norms):
+        return None
+    if any(type(linear) is not nn.Linear or linear._parameters.get("bias") is not None for linear in linears):
+        return None
+    weights = []
+    for module in (*norms, *linears):
+        assert module is not None
+        weight = module._parameters.get("weight")
+        if module._forward_hooks or module._forward_pre_hooks or weight is None:
             return None
-        return cpu.PairInputs(*ready, tuple(weights), (norm.eps, mlp_norm.eps), mixer.normalization, mixer.kind)
+        if type(weight) not in (Tensor, nn.Parameter) or weight.dtype != dtype:
+            return None  # a subclass may have no address
+        if not weight.is_cpu or not weight.is_contiguous():
+            return None
+        weights.append(weight)
+    return tuple(weights)
 
 
 class TokenModel(nn.Module):

@@ -21,7 +21,7 @@ MAX_ORDER = 64  # kMaxOrder in csrc/interface.h
 LIBRARY = "statemix_cpu.so"
 INSTRUCTION_SET_VARIABLE = "STATEMIX_INSTRUCTION_SET"
 
-_INTERFACE = 4  # kInterface in csrc/interface.h
+_INTERFACE = 5  # kInterface in csrc/interface.h
 _KINDS = {"block": 0, "companion": 1, "observer": 2}
 _NORMALIZATIONS = {"softmax": 0, "sigmoid": 1, "relu": 2, "tanh": 3, "silu": 4, "linear": 5, "none": 6}
 _STORAGES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -62,6 +62,17 @@ class _Pair(ctypes.Structure):
         [("mixer", _Layer), ("mlp_size", ctypes.c_int64)]
         + [(name, ctypes.c_double) for name in ("mixer_epsilon", "mlp_epsilon")]
         + _pointers("mixer_norm", "mlp_norm", "gate_and_input", "mlp_output")
+    )
+
+
+class _Readout(ctypes.Structure):
+    """`Readout` of csrc/interface.h, field by field."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("batch", "width", "count")]
+        + [(name, ctypes.c_int32) for name in ("storage", "threads")]
+        + [("epsilon", ctypes.c_double)]
+        + _pointers("x", "norm", "weight", "y")
     )
 
 
@@ -400,6 +411,15 @@ def prepare_pair_step(x: Tensor, inputs: PairInputs, y: Tensor, final_state: Ten
     # an alias keeps the memory, also where `parameter.data` is exchanged
     problem.kept = [t.detach() for t in (x, *inputs.weights, inputs.state, *inputs.others, y, final_state)]
     return partial(_library().run, "statemix_pair_step", problem)
+
+
+def prepare_readout(x: Tensor, norm: Tensor, epsilon: float, weight: Tensor, y: Tensor) -> Callable[[], None]:
+    """A call that writes weight (V, D) times the RMS norm of x (B, D) to y (B, V), as `prepare_pair_step`."""
+    sizes = (x.shape[0], x.shape[1], weight.shape[0])
+    places = [t.data_ptr() for t in (x, norm, weight, y)]
+    problem = _Readout(*sizes, _STORAGES[x.dtype], torch.get_num_threads(), epsilon, *places)
+    problem.kept = [t.detach() for t in (x, norm, weight, y)]
+    return partial(_library().run, "statemix_readout_step", problem)
 
 
 def gated(x: Tensor) -> Tensor:
