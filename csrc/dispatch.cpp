@@ -47,6 +47,7 @@ using namespace statemix;
 // The name of instruction set `index`, slowest first; null past the end.
 STATEMIX_EXPORT const char* statemix_instruction_set(int index) { return index < kCount ? kInstructionSets[index].name : nullptr; }
 STATEMIX_EXPORT int statemix_supported(int index) { return kInstructionSets[index].supported; }
+STATEMIX_EXPORT int statemix_vector_bytes(int index) { return kInstructionSets[index].kernels.vector_bytes; }
 STATEMIX_EXPORT int statemix_interface() { return kInterface; }
 STATEMIX_EXPORT void statemix_scan_forward(int index, const Scan* p) { kInstructionSets[index].kernels.scan_forward(*p); }
 STATEMIX_EXPORT void statemix_scan_backward(int index, const Scan* p) { kInstructionSets[index].kernels.scan_backward(*p); }

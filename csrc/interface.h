@@ -4,7 +4,7 @@
 
 namespace statemix {
 
-constexpr int kInterface = 5;   // counts the changes of these structs
+constexpr int kInterface = 6;   // counts the changes of these structs
 constexpr int kMaxOrder = 64;  // largest block size or order served
 
 enum Kind : int32_t { kBlock = 0, kCompanion = 1, kObserver = 2 };
@@ -71,6 +71,7 @@ struct Gated {
 };
 
 struct Kernels {
+  int vector_bytes;  // of a tile of blocks in the states and the raw gates that a layer keeps
   void (*scan_forward)(const Scan&);
   void (*scan_backward)(const Scan&);
   void (*layer_forward)(const Layer&);

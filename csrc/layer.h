@@ -3,7 +3,7 @@
 // A chunk's raw gates and values are one product, which lands in cache, where the scan eats it. In the backward the gradient of the
 // raw gates is consumed by its own products before it leaves the cache. Threads share chunks as in scans.h.
 //
-// Inside, blocks come in tiles of 64 bytes, padded with blocks of zero weights. Per step, per tile:
+// Inside, blocks come in tiles of one vector, padded with blocks of zero weights. Per step, per tile:
 //   gates   [(row, gate)..., value of each row][lane]          `columns` numbers per step
 //   states  [shown component][lane]                            `kept` numbers per step
 // The states of all steps are one array with the initial state in front: `margin` steps of it, the companion's lags with
@@ -27,7 +27,7 @@ constexpr int64_t kLeastRows = 96, kMostRows = 240;
 
 template <class T>
 struct Shape {
-  static constexpr int64_t lanes = 64 / sizeof(T);
+  static constexpr int64_t lanes = STATEMIX_VECTOR_BYTES / sizeof(T), line = 64 / sizeof(T);
   int64_t batch, length, width, order, blocks, rows, gates, shown, slots, tiles, columns, kept, margin, depth, padded_width;
   int64_t pitch, row_pitch;  // between rows of a chunk in scratch: an odd number of cache lines, so that a column meets all sets
   bool companion;
@@ -42,8 +42,8 @@ struct Shape {
     margin = companion ? order : 1;
     depth = companion ? order * kept : kept;  // of the read-out
     padded_width = (width + lanes - 1) / lanes * lanes;
-    pitch = (columns / lanes | 1) * lanes;
-    row_pitch = companion ? padded_width : (padded_width / lanes | 1) * lanes;  // the companion's windows are contiguous
+    pitch = ((columns + line - 1) / line | 1) * line;
+    row_pitch = companion ? padded_width : ((padded_width + line - 1) / line | 1) * line;  // the companion's windows are contiguous
   }
   // Row of gate_weight for a column, or -1 - the row of value_weight, or `none`: padding.
   static constexpr int64_t none = INT64_MAX;
@@ -144,7 +144,7 @@ struct Pass {
   Packed<T> packed;
   const bool is_backward;
   const bool in_place;  // the weights overwrite the raw gates, also those kept: all that softmax needs to return
-  const int64_t chunk, chunks, at_once, per_step, vectors, per_tile;
+  const int64_t chunk, chunks, at_once, per_step;
   V<T>* carries;
   std::atomic<int64_t>* progress;
   T* sums = nullptr;  // backward: per thread, the gradients of the weights in the inside layout
@@ -153,10 +153,10 @@ struct Pass {
       : p(p), s(p), recur(recurrence<T>(p.kind, p.order, p.normalization)), packed(s, !is_backward || !p.kept, is_backward), is_backward(is_backward), in_place(p.normalization == kSoftmax),
         chunk(chunk_rows(s)), chunks((s.length + chunk - 1) / chunk),
         at_once(steps_at_once(s.rows * s.gates)),
-        per_step(s.rows * s.gates), vectors(s.tiles * (64 / STATEMIX_VECTOR_BYTES)), per_tile(64 / STATEMIX_VECTOR_BYTES) {
-    carries = (V<T>*)scratch(kCarry, s.batch * vectors * 2 * s.order * sizeof(V<T>));
-    progress = (std::atomic<int64_t>*)scratch(kProgress, s.batch * vectors * sizeof(std::atomic<int64_t>));
-    for (int64_t i = 0; i < s.batch * vectors; ++i) new (&progress[i]) std::atomic<int64_t>(0);
+        per_step(s.rows * s.gates) {
+    carries = (V<T>*)scratch(kCarry, s.batch * s.tiles * 2 * s.order * sizeof(V<T>));
+    progress = (std::atomic<int64_t>*)scratch(kProgress, s.batch * s.tiles * sizeof(std::atomic<int64_t>));
+    for (int64_t i = 0; i < s.batch * s.tiles; ++i) new (&progress[i]) std::atomic<int64_t>(0);
   }
 
   // Row t of the states of sequence b; t may be down to -margin.
@@ -169,8 +169,6 @@ struct Pass {
     for (int64_t t = std::max<int64_t>(begin + 1, 0); t <= std::min(end, s.length - 1); ++t) any = any || reset(b)[t];
     return any;
   }
-  int64_t lane_offset(int64_t v) const { return v % per_tile * width<T>; }
-
   void read_state(const void* from, int64_t b, int64_t v, V<T>* to) const {
     for (int64_t i = 0; i < s.order; ++i)
       for (int64_t l = 0; l < width<T>; ++l) {
@@ -186,13 +184,12 @@ struct Pass {
   }
 
   Steps<T> steps_of(int64_t b, int64_t t, int64_t count, int64_t v, T* gates, int64_t stride) const {
-    const int64_t tile = v / per_tile, lane = lane_offset(v);
     Steps<T> steps{};
     steps.count = int(count), steps.order = int(s.order), steps.normalization = p.normalization;
     steps.reset = p.reset ? reset(b) + t : nullptr;
-    steps.gates = {gates + tile * s.slots * s.lanes + lane, stride, s.lanes};
+    steps.gates = {gates + v * s.slots * s.lanes, stride, s.lanes};
     steps.values = {steps.gates.at + per_step * s.lanes, stride, s.lanes};
-    steps.states = {states(b, t) + tile * s.shown * s.lanes + lane, s.kept, s.lanes};
+    steps.states = {states(b, t) + v * s.shown * s.lanes, s.kept, s.lanes};
     return steps;
   }
 
@@ -231,9 +228,9 @@ struct Pass {
     project(b, t0, count, gates, pitch);
     const Weights<T> buffer_weights = weights_buffer<T>(at_once, per_step, false);
 
-    for (int64_t v = 0; v < vectors; ++v) {
-      V<T>* const carry = carries + (b * vectors + v) * 2 * s.order;
-      std::atomic<int64_t>& done = progress[b * vectors + v];
+    for (int64_t v = 0; v < s.tiles; ++v) {
+      V<T>* const carry = carries + (b * s.tiles + v) * 2 * s.order;
+      std::atomic<int64_t>& done = progress[b * s.tiles + v];
       for (int64_t t = 0; t < count; t += at_once) {
         const Steps<T> steps = steps_of(b, t0 + t, std::min(at_once, count - t), v, gates + t * pitch, pitch);
         const Weights<T> w = in_place ? Weights<T>{steps.gates.at, steps.gates.at, steps.gates.at, pitch} : buffer_weights;
@@ -261,7 +258,7 @@ struct Pass {
   void start(int64_t b, int64_t v, V<T>* carry) const {
     for (int64_t i = 0; i < 2 * s.order; ++i) carry[i] = V<T>{};
     read_state(p.initial_state, b, v, carry);
-    const int64_t at = v / per_tile * s.shown * s.lanes + lane_offset(v);
+    const int64_t at = v * s.shown * s.lanes;
     for (int64_t i = 0; i < s.order; ++i)
       store(s.companion ? states(b, -1 - i) + at : states(b, -1) + at + i * s.lanes, carry[i]);
   }
@@ -319,16 +316,16 @@ struct Pass {
     const int64_t raw_pitch = p.kept ? s.columns : s.pitch;
     if (!p.kept) project(b, t0, count, gates, s.pitch);
 
-    for (int64_t v = 0; v < vectors; ++v) {
-      V<T>* const carry = carries + (b * vectors + v) * 2 * s.order;
-      std::atomic<int64_t>& done = progress[b * vectors + v];
-      const int64_t tile = v / per_tile, lane = lane_offset(v), state_at = tile * s.shown * s.lanes + lane;
+    for (int64_t v = 0; v < s.tiles; ++v) {
+      V<T>* const carry = carries + (b * s.tiles + v) * 2 * s.order;
+      std::atomic<int64_t>& done = progress[b * s.tiles + v];
+      const int64_t state_at = v * s.shown * s.lanes;
       for (int64_t pieces = (count + at_once - 1) / at_once, piece = pieces - 1; piece >= 0; --piece) {
         const int64_t t = piece * at_once;
         Steps<T> steps = steps_of(b, t0 + t, std::min(at_once, count - t), v, const_cast<T*>(raw) + t * raw_pitch, raw_pitch);
         steps.before = before;
         steps.grad_states = {grad_states + t * s.kept + state_at, s.kept, s.lanes};
-        steps.grad_gates = {gates + t * s.pitch + tile * s.slots * s.lanes + lane, s.pitch, s.lanes};
+        steps.grad_gates = {gates + t * s.pitch + v * s.slots * s.lanes, s.pitch, s.lanes};
         steps.grad_values = {steps.grad_gates.at + per_step * s.lanes, s.pitch, s.lanes};
         T* const q = steps.gates.at;
         const Weights<T> w = in_place ? Weights<T>{q, q, q, raw_pitch} : buffer_weights;
@@ -382,10 +379,10 @@ struct Pass {
     if (turn == chunks - 1 && s.companion) {  // the read-out saw the initial lags too
       read_grad_y(b, -s.order, s.order + window, grad_y);
       through_output(b, -s.order, s.order, grad_y, cut_rows, grad_states);
-      for (int64_t v = 0; v < vectors; ++v) {
-        V<T>* const carry = carries + (b * vectors + v) * 2 * s.order;
+      for (int64_t v = 0; v < s.tiles; ++v) {
+        V<T>* const carry = carries + (b * s.tiles + v) * 2 * s.order;
         for (int64_t i = 0; i < s.order; ++i)
-          carry[i] += load(grad_states + (s.order - 1 - i) * s.kept + v / per_tile * s.shown * s.lanes + lane_offset(v));
+          carry[i] += load(grad_states + (s.order - 1 - i) * s.kept + v * s.shown * s.lanes);
         write_state(carry, b, v, p.grad_initial_state);
       }
     }

@@ -28,7 +28,7 @@ constexpr bool is_signed(int normalization) { return normalization >= kTanh && n
 constexpr bool is_convex(int normalization) { return normalization <= kRelu; }
 
 template <class T>
-constexpr int kSlot = 64 / sizeof(T);  // numbers from one gate's weight to the next
+constexpr int kSlot = width<T>;  // numbers from one gate's weight to the next
 
 // [step][row][gate], `step` apart and kSlot apart. Softmax needs q alone, and q may then lie where the raw gates were, and in
 // the backward where their gradient will be. All gates share sign[0] unless the normalisation is_signed.

@@ -73,7 +73,7 @@ constexpr int64_t kBufferBytes = 16384;  // of one array of weights: half of the
 constexpr int64_t kMaxSteps = 128;
 constexpr int64_t kChunkBytesRead = 65536;  // and written, of all blocks: a part of the second-level cache
 
-inline int64_t steps_at_once(int64_t per_step) { return std::clamp<int64_t>(kBufferBytes / (per_step * 64), 1, kMaxSteps); }
+inline int64_t steps_at_once(int64_t per_step) { return std::clamp<int64_t>(kBufferBytes / (per_step * STATEMIX_VECTOR_BYTES), 1, kMaxSteps); }
 
 // Room for the weights of `steps` steps.
 template <class T>

@@ -347,8 +347,7 @@ def test_more_bytes_than_kept_bytes_are_recomputed(generator, monkeypatch, kind)
 
     monkeypatch.setattr(cpu._Library, "run", spy)
     problem = make_problem(generator, kind, 3, 17, 5, 31, 2, dtype=torch.float32)
-    rows, padded = 3 if kind == "block" else 1, 32
-    size = 2 * 31 * rows * (4 + 1) * padded * 4
+    size = 2 * 31 * (3 if kind == "block" else 1) * 4 * 17 * 4  # of raw gates, 4 bytes each
     for limit, recompute, wanted in (
         (size, None, True),
         (size - 1, None, False),
@@ -363,6 +362,22 @@ def test_more_bytes_than_kept_bytes_are_recomputed(generator, monkeypatch, kind)
     with torch.no_grad():
         problem.fused(recompute=False)
     assert kept == [False]
+
+
+@pytest.mark.skipif(len(cpu.instruction_sets()) < 2, reason="this processor has one instruction set only")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_another_instruction_set_in_the_backward_is_refused(generator, recompute):
+    """What the forward leaves for it lies in vectors of its own instruction set."""
+    problem, before = make_problem(generator, "block", 3, 16, 5, 9, 2), cpu.instruction_set()
+    try:
+        x = problem.inputs["x"].clone().requires_grad_()
+        cpu.use_instruction_set(cpu.instruction_sets()[0])
+        y, _ = dataclasses.replace(problem, inputs=problem.inputs | {"x": x}).fused(recompute=recompute)
+        cpu.use_instruction_set(cpu.instruction_sets()[-1])
+        with pytest.raises(RuntimeError, match=r"^layer: the backward must run with the instruction set of"):
+            y.sum().backward()
+    finally:
+        cpu.use_instruction_set(before)
 
 
 # ---- as a module

@@ -21,7 +21,7 @@ MAX_ORDER = 64  # kMaxOrder in csrc/interface.h
 LIBRARY = "statemix_cpu.so"
 INSTRUCTION_SET_VARIABLE = "STATEMIX_INSTRUCTION_SET"
 
-_INTERFACE = 5  # kInterface in csrc/interface.h
+_INTERFACE = 6  # kInterface in csrc/interface.h
 _KINDS = {"block": 0, "companion": 1, "observer": 2}
 _NORMALIZATIONS = {"softmax": 0, "sigmoid": 1, "relu": 2, "tanh": 3, "silu": 4, "linear": 5, "none": 6}
 _STORAGES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -109,6 +109,7 @@ class _Library:
         while (name := library.statemix_instruction_set(len(names))) is not None:
             names.append(name.decode())
         self.supported = {name: i for i, name in enumerate(names) if library.statemix_supported(i)}
+        self.vector_bytes = {name: library.statemix_vector_bytes(i) for name, i in self.supported.items()}
         self.instruction_set = os.environ.get(INSTRUCTION_SET_VARIABLE) or list(self.supported)[-1]
         if self.instruction_set not in self.supported:
             raise OSError(
@@ -365,8 +366,8 @@ def layer(
     """
     if state is None:
         state = x.new_zeros(x.shape[0], order, weights[3].shape[1] // order)
-    kept_shape = _layer_shapes(x, state, kind)[1]
-    keep = not recompute if recompute is not None else kept_shape.numel() * x.element_size() <= KEPT_BYTES
+    gates = x.shape[0] * x.shape[1] * weights[0].shape[0] * x.element_size()
+    keep = not recompute if recompute is not None else gates <= KEPT_BYTES
     keep = keep and torch.is_grad_enabled()
     y, final_state, _, _ = _layer(x, *weights, state.to(x.dtype), reset, normalization, kind, keep)
     return y, final_state
@@ -499,6 +500,11 @@ def _layer_backward(
     normalization: str,
     kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if states.shape != _layer_shapes(x, initial_state, kind)[0]:
+        raise RuntimeError(
+            "layer: the backward must run with the instruction set of its forward, but "
+            f"{instruction_set()!r} was chosen in between."
+        )
     inputs = [_dense(t) for t in (x, gate_weight, gate_bias, value_weight, output_weight, initial_state, reset)]
     grad_y, grad_final_state = grad_y.contiguous(), _dense(grad_final_state)
     problem = _layer_problem(inputs, initial_state, normalization, kind)
@@ -543,14 +549,17 @@ _differentiate_layer = _Operator(
 
 
 def _layer_shapes(x: Tensor, state: Tensor, kind: str) -> tuple[torch.Size, torch.Size]:
-    """Shapes of the states and of the kept raw gates and values: `Shape` of csrc/layer.h."""
+    """Shapes of the states and of the kept raw gates and values: `Shape` of csrc/layer.h.
+
+    Blocks lie in vectors of the instruction set in use, the last axis; the third last is how many hold all of them.
+    """
     batch, length, order, blocks = x.shape[0], x.shape[1], state.shape[1], state.shape[2]
-    lanes = 64 // x.element_size()
-    padded, rows = -(-blocks // lanes) * lanes, order if kind == "block" else 1
+    lanes = _library().vector_bytes[instruction_set()] // x.element_size()
+    tiles, rows = -(-blocks // lanes), order if kind == "block" else 1
     margin, shown = (order, 1) if kind == "companion" else (1, order)
     return (
-        torch.Size((batch, margin + length, shown * padded)),
-        torch.Size((batch, length, rows * (order + 2) * padded)),
+        torch.Size((batch, margin + length, tiles, shown, lanes)),
+        torch.Size((batch, length, tiles, rows * (order + 2), lanes)),
     )
 
 
