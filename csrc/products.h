@@ -79,6 +79,8 @@ STATEMIX_NOINLINE void tile_of_rows(const Product<T>& p, int64_t r, int64_t colu
   const T* start = k ? c : p.start ? p.start + r * p.start_stride + column : nullptr;
   const int64_t start_stride = k ? p.ldc : p.start_stride;
   const int64_t vectors = (p.columns - column) / width<T>;
+  if (transposed)  // sums over all of time, too large for the near caches: the next rows meet this panel soon
+    for (int i = 0; i < Rows; ++i) __builtin_prefetch(c + (Rows + i) * p.ldc, 1, 3);
   if (vectors >= kTileVectors)
     tile<T, Rows, kTileVectors, transposed>(a, p.lda, b, p.ldb, depth, start, start_stride, c, p.ldc);
   else if (kTileVectors > 2 && vectors == 2)

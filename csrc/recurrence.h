@@ -322,6 +322,7 @@ STATEMIX_NOINLINE void backward(const Steps<T>& steps, Weights<T> w, V<T>* carry
     // dL/dz of gate g from the adjoint times the weight, sp, the adjoint s, u and the mean of u (or of s u, then s = 1)
     const auto grad_gate = [&](int g, V<T> sp, V<T> si, V<T> ug, V<T> mean) {
       __builtin_prefetch(steps.grad_gates(t - kAhead, g), 1, 3);
+      __builtin_prefetch(w.q + (t - 1) * w.step + g * kSlot<T>, 0, 3);  // a layer's kept weights come from far
       if constexpr (softmax)
         store(steps.grad_gates(t, g), sp * (ug - mean));
       else
