@@ -55,5 +55,11 @@ STATEMIX_EXPORT void statemix_layer_forward(int index, const Layer* p) { kInstru
 STATEMIX_EXPORT void statemix_layer_backward(int index, const Layer* p) { kInstructionSets[index].kernels.layer_backward(*p); }
 STATEMIX_EXPORT void statemix_layer_step(int index, const Layer* p) { kInstructionSets[index].kernels.layer_step(*p); }
 STATEMIX_EXPORT void statemix_pair_step(int index, const Pair* p) { kInstructionSets[index].kernels.pair_step(*p); }
-STATEMIX_EXPORT void statemix_readout_step(int index, const Readout* p) { kInstructionSets[index].kernels.readout_step(*p); }
+// -1, or a row whose token is outside the vocabulary: then nothing was done.
+STATEMIX_EXPORT int64_t statemix_model_step(int index, const Model* p) {
+  for (int64_t b = 0; b < p->readout.batch; ++b)
+    if (p->tokens[b] < 0 || p->tokens[b] >= p->vocabulary) return b;
+  kInstructionSets[index].kernels.model_step(*p);
+  return -1;
+}
 STATEMIX_EXPORT void statemix_gated(int index, const Gated* p) { kInstructionSets[index].kernels.gated(*p); }

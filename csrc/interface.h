@@ -4,7 +4,7 @@
 
 namespace statemix {
 
-constexpr int kInterface = 6;   // counts the changes of these structs
+constexpr int kInterface = 7;   // counts the changes of these structs
 constexpr int kMaxOrder = 64;  // largest block size or order served
 
 enum Kind : int32_t { kBlock = 0, kCompanion = 1, kObserver = 2 };
@@ -45,6 +45,7 @@ struct Layer {
 };
 
 // One token through a residual pair: x + mixer(norm(x)), then that + SwiGLU(norm(that)), norm(x) = x weight / rms(x).
+// y may be where x is, and the final state where the initial one is.
 struct Pair {
   Layer mixer;  // length 1, without reset; x and y are those of the pair
   int64_t mlp_size;
@@ -60,6 +61,17 @@ struct Readout {
   double epsilon;
   const void *x, *norm, *weight;  // (batch, width); (width,); (count, width)
   void* y;                        // (batch, count)
+};
+
+// One token through a whole model: rows of the embedding through residual pairs, each of which changes its state and the residual
+// stream where they are, and then logits of the stream.
+struct Model {
+  int64_t vocabulary, layers;
+  const int64_t* tokens;  // (batch,)
+  const void* embedding;  // (vocabulary, width)
+  void* stream;           // (batch, width): x and y of every pair and x of the readout
+  const Pair* pairs;
+  Readout readout;
 };
 
 // y = silu(gate) * inner for rows of x (2 size), the gates first; with grad_x its gradient instead. All contiguous.
@@ -78,7 +90,7 @@ struct Kernels {
   void (*layer_backward)(const Layer&);
   void (*layer_step)(const Layer&);  // length 1, without reset: y and final_state, nothing kept
   void (*pair_step)(const Pair&);
-  void (*readout_step)(const Readout&);
+  void (*model_step)(const Model&);
   void (*gated)(const Gated&);
 };
 

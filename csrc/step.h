@@ -1,4 +1,4 @@
-// One token: a mixer alone, a whole residual pair of mixer and SwiGLU, or the logits of a model.
+// One token: through a mixer alone, a residual pair of mixer and SwiGLU, or a whole model.
 //
 // Nearly all of the time goes into reading the weights, once each. So nothing is packed, and threads share out the rows of a
 // weight; each waits for the others before it needs what they made.
@@ -138,9 +138,18 @@ void step(const Readout& p) {
   });
 }
 
+template <class T>
+void step(const Model& p) {
+  const int64_t width = p.readout.width;
+  for (int64_t b = 0; b < p.readout.batch; ++b)
+    std::copy_n((const T*)p.embedding + p.tokens[b] * width, width, (T*)p.stream + b * width);
+  for (int64_t i = 0; i < p.layers; ++i) step<T>(p.pairs[i]);
+  step<T>(p.readout);
+}
+
 void layer_step(const Layer& p) { p.storage == kDouble ? step<double>(p) : step<float>(p); }
 void pair_step(const Pair& p) { p.mixer.storage == kDouble ? step<double>(p) : step<float>(p); }
-void readout_step(const Readout& p) { p.storage == kDouble ? step<double>(p) : step<float>(p); }
+void model_step(const Model& p) { p.readout.storage == kDouble ? step<double>(p) : step<float>(p); }
 
 }  // namespace
 }  // namespace statemix

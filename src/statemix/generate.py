@@ -5,10 +5,9 @@ is read on its own and each row has random numbers of its own, so a row does not
 """
 
 import codecs
-import itertools
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,10 +28,9 @@ class Decoder:
     """Steps of a model without gradients, from a state that it keeps.
 
     What `SequenceModel.step` looks up and checks at every token is done once. Where the compiled kernels serve (BD-LRU
-    and H-LRU in float32 or float64 on a CPU), a token is one call per layer, and one for the norm and the head, into
-    memory that is there already; a row's numbers are then, bit for bit, those that it has in a batch of one. Elsewhere
-    it is `SequenceModel.step`. Weights that are changed in place are seen; weights exchanged for others, new hooks and
-    another number of threads are not.
+    and H-LRU in float32 or float64 on a CPU), a token is one call, from the embedding to the logits; a row's numbers
+    are then, bit for bit, those that it has in a batch of one. Elsewhere it is `SequenceModel.step`. Weights that are
+    changed in place are seen; weights exchanged for others, new hooks and another number of threads are not.
 
     Args:
         model: what steps, on the device where it is.
@@ -51,43 +49,27 @@ class Decoder:
             raise ValueError(f"Decoder: `state` must be of the shapes {wanted}, one (B, M, N) per layer, got {shapes}.")
         self._state = tuple(part.clone(memory_format=torch.contiguous_format) for part in state)
         with torch.no_grad():
-            self._turns = self._prepare()
+            self._step = self._prepare()
 
-    def _prepare(self) -> Iterator[tuple[State, list[Callable[[], None]]]] | None:
-        """The calls of a step and the state after it, in turns to another set of states and back.
-
-        None where the kernels do not serve a layer.
-        """
-        batch, weight = self._state[0].shape[0], self.model.embedding.weight
-        stream = weight.new_empty(len(self.model.layers) + 1, batch, weight.shape[1])  # between the layers
-        other = tuple(torch.empty_like(part) for part in self._state)
-        turns = []
-        for before, after in ((self._state, other), (other, self._state)):
-            calls = []
-            for layer, x, y, old, new in zip(self.model.layers, stream[:-1], stream[1:], before, after, strict=True):
-                # asked for one row: many may be slower than products of them all, but are the same alone and together
-                if (inputs := cast(Layer, layer).step_inputs(x[:1], old[:1])) is None:
-                    return None
-                calls.append(cpu.prepare_pair_step(x, inputs._replace(state=old), y, new))
-            turns.append((after, calls))
-        self._input, self._outputs = stream[0], stream[-1].split(1)
-        self._readout = self._prepare_readout(stream[-1])
-        return itertools.cycle(turns)
-
-    def _prepare_readout(self, x: Tensor) -> Callable[[], None] | None:
-        """The call that makes logits of what the last layer wrote, or None where norm and head are not what it does."""
-        norm, head = self.model.norm, self.model.head
-        if (weights := plain_weights(x.dtype, (norm,), (head,))) is None:
+    def _prepare(self) -> cpu.ModelStep | None:
+        """A token as one call, which changes the state in place, or None where the kernels do not serve."""
+        model, dtype = self.model, self.model.embedding.weight.dtype
+        if (ends := plain_weights(dtype, (model.norm,), (model.head,), (model.embedding,))) is None:
             return None
-        self._logits = x.new_empty(len(x), head.out_features)
-        return cpu.prepare_readout(x, weights[0], cast(float, norm.eps), weights[1], self._logits)
+        norm, head, embedding = ends
+        row, pairs = embedding.new_empty(1, embedding.shape[1]), []
+        for layer, state in zip(model.layers, self._state, strict=True):
+            # asked for one row: many may be slower than products of them all, but are the same alone and together
+            if (inputs := cast(Layer, layer).step_inputs(row, state[:1])) is None:
+                return None
+            pairs.append(inputs._replace(state=state))
+        return cpu.ModelStep(embedding, pairs, norm, cast(float, model.norm.eps), head, len(self._state[0]))
 
     @property
     def state(self) -> State:
         """After the last step, one (B, M, N) per layer."""
         return tuple(part.clone() for part in self._state)
 
-    @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """Tokens (B,) to logits (B, vocab_size).
 
@@ -96,17 +78,13 @@ class Decoder:
         """
         if tokens.shape != (wanted := self._state[0].shape[:1]):
             raise ValueError(f"Decoder: `tokens` must have shape (B,) = {tuple(wanted)}, got {tuple(tokens.shape)}.")
-        if self._turns is None:
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"Decoder: `tokens` must be int64 or int32, got {tokens.dtype}.")
+        if self._step is not None:
+            return self._step(tokens.to("cpu", torch.int64))
+        with torch.no_grad():
             logits, self._state = self.model.step(tokens, self._state)
-            return logits
-        self._input.copy_(self.model.embedding(tokens))
-        self._state, calls = next(self._turns)
-        for call in calls:
-            call()
-        if self._readout is None:
-            return torch.cat([self.model.head(self.model.norm(row)) for row in self._outputs])
-        self._readout()
-        return self._logits.clone()
+        return logits
 
 
 def zero_state(model: SequenceModel, batch: int) -> State:

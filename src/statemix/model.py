@@ -98,18 +98,24 @@ class Layer(nn.Module):
 
 
 def plain_weights(
-    dtype: torch.dtype, norms: Sequence[nn.Module | None], linears: Sequence[nn.Module | None]
+    dtype: torch.dtype,
+    norms: Sequence[nn.Module | None],
+    linears: Sequence[nn.Module | None],
+    embeddings: Sequence[nn.Embedding] = (),
 ) -> tuple[Tensor, ...] | None:
-    """The weights of RMS norms, then of products, where the kernels can do what these modules do; else None.
+    """The weights of RMS norms, products and embeddings where the kernels can do what these modules do; else None.
 
-    So they are no subclasses, have no hooks and no bias, and their weights are of one dtype, dense, and on the CPU.
+    So they are no subclasses, have no hooks, bias or `max_norm`, and their weights are of one dtype, dense, and on the
+    CPU.
     """
     if any(type(norm) is not nn.RMSNorm or norm.eps is None for norm in norms):
         return None
     if any(type(linear) is not nn.Linear or linear._parameters.get("bias") is not None for linear in linears):
         return None
+    if any(type(embedding) is not nn.Embedding or embedding.max_norm is not None for embedding in embeddings):
+        return None
     weights = []
-    for module in (*norms, *linears):
+    for module in (*norms, *linears, *embeddings):
         assert module is not None
         weight = module._parameters.get("weight")
         if module._forward_hooks or module._forward_pre_hooks or weight is None:

@@ -9,8 +9,7 @@ environment variable STATEMIX_INSTRUCTION_SET.
 import ctypes
 import os
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ MAX_ORDER = 64  # kMaxOrder in csrc/interface.h
 LIBRARY = "statemix_cpu.so"
 INSTRUCTION_SET_VARIABLE = "STATEMIX_INSTRUCTION_SET"
 
-_INTERFACE = 6  # kInterface in csrc/interface.h
+_INTERFACE = 7  # kInterface in csrc/interface.h
 _KINDS = {"block": 0, "companion": 1, "observer": 2}
 _NORMALIZATIONS = {"softmax": 0, "sigmoid": 1, "relu": 2, "tanh": 3, "silu": 4, "linear": 5, "none": 6}
 _STORAGES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -76,6 +75,16 @@ class _Readout(ctypes.Structure):
     )
 
 
+class _Model(ctypes.Structure):
+    """`Model` of csrc/interface.h, field by field."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("vocabulary", "layers")]
+        + _pointers("tokens", "embedding", "stream", "pairs")
+        + [("readout", _Readout)]
+    )
+
+
 class _Gated(ctypes.Structure):
     """`Gated` of csrc/interface.h, field by field."""
 
@@ -105,6 +114,7 @@ class _Library:
         if getattr(library, "statemix_interface", int)() != _INTERFACE:
             raise OSError(f"{path} is from another version of statemix. Install again.")
         library.statemix_instruction_set.restype = ctypes.c_char_p
+        library.statemix_model_step.restype = ctypes.c_int64
         names: list[str] = []
         while (name := library.statemix_instruction_set(len(names))) is not None:
             names.append(name.decode())
@@ -118,9 +128,9 @@ class _Library:
             )
         self._library = library
 
-    def run(self, function: str, problem: ctypes.Structure) -> None:
+    def run(self, function: str, problem: ctypes.Structure) -> Any:
         """Call a C entry point for the instruction set in use."""
-        getattr(self._library, function)(self.supported[self.instruction_set], ctypes.byref(problem))
+        return getattr(self._library, function)(self.supported[self.instruction_set], ctypes.byref(problem))
 
 
 def _load() -> _Library | str:
@@ -403,24 +413,47 @@ def pair_step(x: Tensor, inputs: PairInputs) -> tuple[Tensor, Tensor]:
     return y, final_state
 
 
-def prepare_pair_step(x: Tensor, inputs: PairInputs, y: Tensor, final_state: Tensor) -> Callable[[], None]:
-    """`pair_step` as a call that reads x and the state, and writes y and the next state, where these tensors now are.
+class ModelStep:
+    """Tokens (B,) to logits (B, V) of a whole model, one token of each row at a call, without gradients.
 
-    The places, and so the weights, are those of this moment: what is later put in a weight's place is not seen.
+    The places of weights and states, and so the weights, are those of this moment: what is later put in a weight's
+    place is not seen. The states are changed in place.
+
+    Args:
+        embedding: (V, D).
+        pairs: of each layer, its state (B, M, N) contiguous.
+        norm: weight of the last RMS norm (D,).
+        epsilon: of it.
+        head: (V, D).
+        batch: B.
     """
-    problem = _pair_problem(x, inputs, y, final_state)
-    # an alias keeps the memory, also where `parameter.data` is exchanged
-    problem.kept = [t.detach() for t in (x, *inputs.weights, inputs.state, *inputs.others, y, final_state)]
-    return partial(_library().run, "statemix_pair_step", problem)
 
+    def __init__(
+        self, embedding: Tensor, pairs: Sequence[PairInputs], norm: Tensor, epsilon: float, head: Tensor, batch: int
+    ) -> None:
+        stream = embedding.new_empty(batch, embedding.shape[1])
+        self._pairs = (_Pair * len(pairs))(*(_pair_problem(stream, inputs, stream, inputs.state) for inputs in pairs))
+        self._problem = _Model(
+            *(embedding.shape[0], len(pairs), None, embedding.data_ptr(), stream.data_ptr()),
+            ctypes.addressof(self._pairs),
+            _Readout(
+                *(batch, embedding.shape[1], head.shape[0], _STORAGES[head.dtype], torch.get_num_threads(), epsilon),
+                *(t.data_ptr() for t in (stream, norm, head)),
+            ),
+        )
+        self._logits = head.new_empty(0)
+        # an alias keeps the memory, also where `parameter.data` is exchanged
+        weights = [t for inputs in pairs for t in (*inputs.weights, *inputs.others, inputs.state)]
+        self._kept = [t.detach() for t in (embedding, stream, norm, head, *weights)]
 
-def prepare_readout(x: Tensor, norm: Tensor, epsilon: float, weight: Tensor, y: Tensor) -> Callable[[], None]:
-    """A call that writes weight (V, D) times the RMS norm of x (B, D) to y (B, V), as `prepare_pair_step`."""
-    sizes = (x.shape[0], x.shape[1], weight.shape[0])
-    places = [t.data_ptr() for t in (x, norm, weight, y)]
-    problem = _Readout(*sizes, _STORAGES[x.dtype], torch.get_num_threads(), epsilon, *places)
-    problem.kept = [t.detach() for t in (x, norm, weight, y)]
-    return partial(_library().run, "statemix_readout_step", problem)
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Tokens (B,), int64 on the CPU. Raises IndexError, before anything changes, if one is outside [0, V)."""
+        tokens, problem = tokens.contiguous(), self._problem
+        logits = self._logits.new_empty(problem.readout.batch, problem.readout.count)
+        problem.tokens, problem.readout.y = tokens.data_ptr(), logits.data_ptr()
+        if (row := _library().run("statemix_model_step", problem)) >= 0:
+            raise IndexError(f"step: `tokens` must be in [0, {problem.vocabulary}), got {tokens[row]}.")
+        return logits
 
 
 def gated(x: Tensor) -> Tensor:
