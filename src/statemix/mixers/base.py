@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from statemix.analysis import transitions
 from statemix.gates import normalize
 from statemix.scan import cpu, lagged_states, scan_to_state
+
+_WITH_ADDRESS = (Tensor, nn.Parameter)  # not so a subclass
 
 
 class Mixer(nn.Module):
@@ -168,17 +171,16 @@ class LinearRecurrence(Mixer):
         batch, width = x.shape
         if not 0 < batch <= 8 or width != self.d_model or (weights := self._fused_weights(x)) is None:
             return None
-        if type(self).mix is not LinearRecurrence.mix or any(type(w) not in (Tensor, nn.Parameter) for w in weights):
-            return None  # a subclass's own mix, or weights without an address
         wanted = (batch, *self.state_shape)
         if state is None:
             state = x.new_zeros(wanted)
-        if type(state) is not Tensor:
+        elif type(state) is not Tensor or state.shape != wanted or state.dtype != x.dtype or not state.is_cpu:
             return None
-        if state.shape != wanted or state.dtype != x.dtype or state.device != x.device:
+        if type(self).mix is not LinearRecurrence.mix or not (x.is_contiguous() and state.is_contiguous()):
             return None
-        if not all(tensor.is_contiguous() for tensor in (x, state, *weights)):
-            return None
+        for weight in weights:  # a loop: `any` of a generator takes three times as long, and a step is short
+            if type(weight) not in _WITH_ADDRESS or not weight.is_contiguous():
+                return None
         return weights, state
 
     def _fused_weights(self, x: Tensor) -> cpu.Weights | None:
@@ -187,7 +189,7 @@ class LinearRecurrence(Mixer):
         modules = self._modules
         raw_gates = modules["raw_gates"]
         assert raw_gates is not None
-        linears = (raw_gates._modules.get("projection"), modules["values"], modules["output"])
+        linears: tuple[Any, ...] = (raw_gates._modules.get("projection"), modules["values"], modules["output"])
         if (
             self.backend not in ("auto", "cpu")
             or x.dtype not in (torch.float32, torch.float64)
@@ -205,14 +207,14 @@ class LinearRecurrence(Mixer):
                 return None
             if linear._backward_hooks or linear._backward_pre_hooks:
                 return None
-        gates, values, output = (linear._parameters for linear in linears if linear is not None)
+        gates, values, output = linears[0]._parameters, linears[1]._parameters, linears[2]._parameters
         if values.get("bias") is not None or output.get("bias") is not None:
             return None
-        weights = gates.get("weight"), gates.get("bias"), values.get("weight"), output.get("weight")
+        weights, dtype = (gates.get("weight"), gates.get("bias"), values.get("weight"), output.get("weight")), x.dtype
         for weight in weights:  # None: parametrised
-            if weight is None or weight.dtype != x.dtype or not weight.is_cpu:
+            if weight is None or weight.dtype != dtype or not weight.is_cpu:
                 return None
-        return weights  # type: ignore[return-value]
+        return weights
 
 
 class NonlinearRecurrence(Mixer):

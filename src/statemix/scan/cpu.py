@@ -486,10 +486,28 @@ def _pair_problem(x: Tensor, inputs: PairInputs, y: Tensor, final_state: Tensor)
 def _step_problem(
     x: Tensor, weights: Weights, state: Tensor, y: Tensor, final_state: Tensor, normalization: str, kind: str
 ) -> _Layer:
+    (batch, width), (_, order, blocks) = x.shape, state.shape
+    gates, bias, values, output = weights
+    # one by one: unpacking generators would take longer than the rest of a short step's preparations
     return _Layer(
-        *(x.shape[0], 1, x.shape[1], state.shape[1], state.shape[2]),
-        *(_KINDS[kind], _NORMALIZATIONS[normalization], _STORAGES[x.dtype], torch.get_num_threads()),
-        *(x.data_ptr(), *(w.data_ptr() for w in weights), state.data_ptr(), None, y.data_ptr(), final_state.data_ptr()),
+        batch,
+        1,
+        width,
+        order,
+        blocks,
+        _KINDS[kind],
+        _NORMALIZATIONS[normalization],
+        _STORAGES[x.dtype],
+        torch.get_num_threads(),
+        x.data_ptr(),
+        gates.data_ptr(),
+        bias.data_ptr(),
+        values.data_ptr(),
+        output.data_ptr(),
+        state.data_ptr(),
+        None,
+        y.data_ptr(),
+        final_state.data_ptr(),
     )
 
 
