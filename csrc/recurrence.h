@@ -219,6 +219,7 @@ template <class T, int Order, Kind kind>
 STATEMIX_NOINLINE void forward(const Steps<T>& steps, Weights<T> w, V<T>* carry) {
   const int order = Order ? Order : steps.order, gates = order + 1;
   const int rows = kind == kBlock ? order : 1;
+  constexpr int kAhead = 16;  // steps: what is written must be in the cache by then, or the stores wait
   const bool bounded = steps.normalization != kNone;
   const Flags<T> flags(steps.normalization);
   V<T> h[kCapacity<Order>], lost[kCapacity<Order>], next[kCapacity<Order>], next_lost[kCapacity<Order>];
@@ -247,6 +248,7 @@ STATEMIX_NOINLINE void forward(const Steps<T>& steps, Weights<T> w, V<T>* carry)
       for (int i = 0; i < rows; ++i) {
         const V<T> v = load(steps.values(t, i)), entering = weight(i * gates + order);
         __builtin_prefetch(steps.values(t + steps.next, i), 0, 2);
+        __builtin_prefetch(steps.states(t + kAhead, i), 1, 3);
         // rest in two sums, so that the new state waits for as little as can be
         V<T> rest[2] = {entering * v, {}}, base = flags.part(entering, v);
         for (int j = 0; j < order; ++j) {
@@ -295,7 +297,7 @@ template <class T, int Order, Kind kind, bool softmax>
 STATEMIX_NOINLINE void backward(const Steps<T>& steps, Weights<T> w, V<T>* carry) {
   const int order = Order ? Order : steps.order, gates = order + 1;
   const int rows = kind == kBlock ? order : 1, shown = kind == kCompanion ? 1 : order;
-  constexpr int kAhead = 4;  // steps: what is written must be in the cache by then, or the stores wait
+  constexpr int kAhead = 4;  // steps, as above
   const Flags<T> flags(steps.normalization);
   const int64_t sign_step = is_signed(steps.normalization) ? 1 : 0;
   V<T> u[kCapacity<Order>], h[kCapacity<Order>], s[kCapacity<Order>], lost[kCapacity<Order>], base[kCapacity<Order>],

@@ -211,14 +211,14 @@ STATEMIX_INLINE V<T> clamp(V<T> x, V<T> low, V<T> high) {
 template <class T>
 constexpr T kReach = 40;  // 65 exponentials of numbers no farther from 0, and what they add up to, are in (2^-64, 2^64)
 
-// exp(x) = 2^k (1 + q): q = expm1(r) by a polynomial for |r| <= ln(2) / 2, k = rint(x / ln 2).
+// exp(x) = 2^k (1 + q): q = expm1(r) by a polynomial for |r| <= ln(2) / 2, k = rint(x / ln 2), the low bits of `shifted`.
 template <class T>
 struct Exponential {
   using L = Lanes<T>;
-  V<T> q, k;
+  V<T> q, k, shifted;
 
   STATEMIX_INLINE explicit Exponential(V<T> x) {
-    const V<T> shifted = x * T(1.4426950408889634) + L::round;
+    shifted = x * T(1.4426950408889634) + L::round;
     k = shifted - L::round;
     const V<T> r = (x - k * L::ln2_high) - k * L::ln2_low;
     constexpr int terms = sizeof L::series / sizeof(T);
@@ -230,7 +230,7 @@ struct Exponential {
   // x 2^k in two factors, so that subnormal results and overflow come out right
   STATEMIX_INLINE V<T> scaled(V<T> x) const {
     using I = typename L::I;
-    const I exponent = (I)(k + L::round) - (I)splat<T>(L::round), half = exponent >> 1;
+    const I exponent = (I)shifted - (I)splat<T>(L::round), half = exponent >> 1;
     return x * (V<T>)((half + L::bias) << L::mantissa) * (V<T>)((exponent - half + L::bias) << L::mantissa);
   }
   STATEMIX_INLINE V<T> value() const { return scaled(q + T(1)); }
@@ -239,7 +239,7 @@ struct Exponential {
     return value();
 #else
     using I = typename L::I;  // no subnormal results: the exponent can be added to that of a float
-    return (V<T>)((I)(q + T(1)) + ((I)(k + L::round) << L::mantissa));
+    return (V<T>)((I)(q + T(1)) + ((I)shifted << L::mantissa));
 #endif
   }
   STATEMIX_INLINE V<T> minus_one() const {  // exact near x = 0, where value() - 1 would cancel
