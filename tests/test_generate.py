@@ -105,7 +105,7 @@ def test_a_decoder_steps_as_the_model_and_rows_share_no_bit(generator, calls, mi
         tokens = torch.randint(11, (batch,), generator=generator)
         logits = together.step(tokens)
         expected, oracle = model64.step(tokens, oracle)
-        assert not logits.requires_grad
+        assert not any(tensor.requires_grad for tensor in (logits, *together.state))
         assert relative_error(logits, expected.detach()) <= TOLERANCE[dtype]
         assert torch.equal(logits, torch.cat([one.step(t[None]) for one, t in zip(alone, tokens, strict=True)]))
         for part, wanted in zip(together.state, oracle, strict=True):

@@ -47,7 +47,7 @@ class Decoder:
         wanted = [(len(state[0]) if state else batch, *mixer.state_shape) for mixer in model.mixers]
         if (shapes := [tuple(part.shape) for part in state]) != wanted:
             raise ValueError(f"Decoder: `state` must be of the shapes {wanted}, one (B, M, N) per layer, got {shapes}.")
-        self._state = tuple(part.clone(memory_format=torch.contiguous_format) for part in state)
+        self._state = tuple(part.detach().clone(memory_format=torch.contiguous_format) for part in state)
         with torch.no_grad():
             self._step = self._prepare()
 
