@@ -183,6 +183,20 @@ STATEMIX_INLINE void share_row(V<T> sum, int gates, T* q, T* d, T* sign) {
     for (int j = 0; j < gates; ++j) store(d + j * kSlot<T>, load(d + j * kSlot<T>) * inverse);
 }
 
+// q of a row of two gates, whose softmax needs but one exponential: e = exp(-|z_0 - z_1|), and e / (1 + e) is the smaller weight.
+template <class T>
+STATEMIX_INLINE void weigh_pair(const T* gate, int64_t row, int64_t ahead, T* q) {
+  using I = typename Lanes<T>::I;
+  const V<T> a = load(gate), b = load(gate + row);
+  __builtin_prefetch(gate + ahead, 0, 2);
+  __builtin_prefetch(gate + row + ahead, 0, 2);
+  const V<T> apart = (a - b) + larger<T>(a, b) * T(0);  // a gate of +inf makes NaN, as it does in any softmax
+  const V<T> e = exp_of_negative<T>(-absolute<T>(apart)), smaller = e * reciprocal<T>(T(1) + e);
+  const I sign_bit = I{} + ~Lanes<T>::all_but_sign, second = (I)smaller ^ ((I)apart & sign_bit);
+  store(q, (V<T>)(second ^ sign_bit));
+  store(q + kSlot<T>, (V<T>)second);
+}
+
 // Weights of every row of every step; with d and sign if `slopes`. Gates is M + 1, or 0: known at run time only.
 // A row by itself would mostly wait, for its sum, its inverse, its largest weight; so some rows are measured, then shared.
 template <class T, Normalization norm, bool slopes, int Gates>
@@ -192,6 +206,10 @@ STATEMIX_NOINLINE void weigh(const Steps<T>& steps, int rows, Weights<T> w) {
   const int64_t row = gates * kSlot<T>, ahead = steps.next * steps.gates.step;
   V<T> sums[kMaxOrder];
   if (slopes && !is_signed(norm)) store(w.sign, splat(T(norm == kNone ? 0 : 1)));
+  if constexpr (norm == kSoftmax && Gates == 2) {
+    for (int t = 0; t < steps.count; ++t) weigh_pair<T>(steps.gates(t, 0), steps.gates.row, ahead, w.q + t * w.step);
+    return;
+  }
   for (int first = 0; first < steps.count; first += together) {
     const int end = first + together < steps.count ? first + together : steps.count;
     V<T>* sum = sums;

@@ -501,9 +501,10 @@ def test_minus_infinity_is_a_softmax_weight_of_exactly_zero(generator, backend, 
 @each_normalization
 @pytest.mark.parametrize("gate", [torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_infinite_gates_mean_what_they_mean_in_the_loop(generator, backend, kind, normalization, gate, dtype):
+@pytest.mark.parametrize("order", [1, 3])  # the kernels have a softmax of two gates of its own
+def test_infinite_gates_mean_what_they_mean_in_the_loop(generator, backend, kind, normalization, gate, dtype, order):
     # the last step, so that the loop's inf - inf and 0 * inf of later products, which depend on their order, stay out
-    problem = make_problem(generator, kind, normalization, order=3, length=3, dtype=dtype)
+    problem = make_problem(generator, kind, normalization, order=order, length=3, dtype=dtype)
     problem.raw_gates[1, -1, ..., 1, 2] = gate
     expected, states = problem.states("reference"), problem.states(backend)
     assert torch.equal(states.isnan(), expected.isnan())
