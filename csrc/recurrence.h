@@ -200,14 +200,18 @@ STATEMIX_INLINE void weigh_pair(const T* gate, int64_t row, int64_t ahead, T* q)
 // Weights of every row of every step; with d and sign if `slopes`. Gates is M + 1, or 0: known at run time only.
 // A row by itself would mostly wait, for its sum, its inverse, its largest weight; so some rows are measured, then shared.
 template <class T, Normalization norm, bool slopes, int Gates>
-STATEMIX_NOINLINE void weigh(const Steps<T>& steps, int rows, Weights<T> w) {
+STATEMIX_NOINLINE void weigh(const Steps<T>& all, int rows, Weights<T> w) {
+  const Steps<T> steps = all;  // a copy no store can change: its strides stay in registers
   constexpr int kTogether = 16;
   const int gates = Gates ? Gates : steps.order + 1, together = rows < kTogether ? kTogether / rows : 1;
   const int64_t row = gates * kSlot<T>, ahead = steps.next * steps.gates.step;
   V<T> sums[kMaxOrder];
   if (slopes && !is_signed(norm)) store(w.sign, splat(T(norm == kNone ? 0 : 1)));
   if constexpr (norm == kSoftmax && Gates == 2) {
-    for (int t = 0; t < steps.count; ++t) weigh_pair<T>(steps.gates(t, 0), steps.gates.row, ahead, w.q + t * w.step);
+    const int64_t step = steps.gates.step, between = steps.gates.row;
+    const T* gate = steps.gates.at;
+    T* q = w.q;
+    for (int t = 0; t < steps.count; ++t, gate += step, q += w.step) weigh_pair<T>(gate, between, ahead, q);
     return;
   }
   for (int first = 0; first < steps.count; first += together) {
@@ -234,7 +238,8 @@ constexpr int kCapacity = Order ? Order : kMaxOrder;
 
 // The states of these steps, from and to carry[0..M) (companion: lags, the newest first); carry[M..2M) is what rounding lost.
 template <class T, int Order, Kind kind>
-STATEMIX_NOINLINE void forward(const Steps<T>& steps, Weights<T> w, V<T>* carry) {
+STATEMIX_NOINLINE void forward(const Steps<T>& all, Weights<T> w, V<T>* carry) {
+  const Steps<T> steps = all;  // a copy no store can change: its strides stay in registers
   const int order = Order ? Order : steps.order, gates = order + 1;
   const int rows = kind == kBlock ? order : 1;
   constexpr int kAhead = 16;  // steps: what is written must be in the cache by then, or the stores wait
@@ -312,7 +317,8 @@ STATEMIX_INLINE void entering_state(const Steps<T>& steps, int t, int order, int
 // These steps from the last to the first. carry[i]: what later steps hand back to component i (companion: lag i) of the state
 // that leaves the last step, then of the state that enters the first; carry[M..2M) is what rounding lost.
 template <class T, int Order, Kind kind, bool softmax>
-STATEMIX_NOINLINE void backward(const Steps<T>& steps, Weights<T> w, V<T>* carry) {
+STATEMIX_NOINLINE void backward(const Steps<T>& all, Weights<T> w, V<T>* carry) {
+  const Steps<T> steps = all;  // a copy no store can change: its strides stay in registers
   const int order = Order ? Order : steps.order, gates = order + 1;
   const int rows = kind == kBlock ? order : 1, shown = kind == kCompanion ? 1 : order;
   constexpr int kAhead = 4;  // steps, as above
