@@ -14,6 +14,7 @@ from torch import Tensor
 
 from statemix import available_backends, block_scan, companion_scan, observer_scan
 from statemix.scan import cpu
+from statemix.scan.cpu import kernels
 
 # Largest allowed error, relative to the largest entry of a float64 reference on the same (already rounded) inputs. The
 # half types round their results only (sums are float32), so theirs is their unit roundoff, 2^-8 and 2^-11, and no more.
@@ -50,8 +51,10 @@ def instruction_set(request):
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
     """The entry points of the kernels that were called, so that a test which compares a path with itself fails."""
-    names, run = [], cpu._Library.run
-    monkeypatch.setattr(cpu._Library, "run", lambda self, name, problem: names.append(name) or run(self, name, problem))
+    names, run = [], kernels.Library.run
+    monkeypatch.setattr(
+        kernels.Library, "run", lambda self, name, problem: names.append(name) or run(self, name, problem)
+    )
     return names
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from statemix.gates import NORMALIZATIONS
 from statemix.scan import cpu
+from statemix.scan.cpu import kernels
 
 ORDERS = (*range(1, 17), 17, 33)  # the last two have no kernels of their own
 BLOCKS = (1, 3, 15, 16, 17, 33)
@@ -24,7 +25,7 @@ LAYOUTS = list((LAYOUTS | test_layer.SHIFTED).values())
 
 
 def main() -> None:
-    cpu._loaded = cpu._Library(Path(sys.argv[1]))
+    kernels._loaded = kernels.Library(Path(sys.argv[1]))
     torch.set_num_threads(2)
     generator, bounded = torch.Generator().manual_seed(0), [name for name in NORMALIZATIONS if name != "none"]
     for i, (kind, order, blocks) in enumerate(itertools.product(SCANS, ORDERS, BLOCKS)):

@@ -1,4 +1,4 @@
-"""scan/cpu.py and csrc/: every instruction set against the float64 loop, the torch operator, loading the library."""
+"""scan/cpu and csrc/: every instruction set against the float64 loop, the torch operator, loading the library."""
 
 import _ctypes
 import ctypes
@@ -18,6 +18,7 @@ from conftest import SCANS, Problem, assert_close, assert_problem, make_problem,
 import statemix
 from statemix.gates import NORMALIZATIONS, RELU_FLOOR
 from statemix.scan import cpu
+from statemix.scan.cpu import kernels
 
 SOURCES = Path(__file__).parents[1] / "csrc"
 BOUNDED = [name for name in NORMALIZATIONS if name != "none"]
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.skipif(cpu.load_problem() is not None, reason=f"no comp
 
 def test_memory_that_no_kernel_wrote_is_nan(generator, monkeypatch):
     problem = make_problem(generator, "block", "softmax", order=3, length=4)
-    monkeypatch.setattr(cpu._Library, "run", lambda *arguments: None)
+    monkeypatch.setattr(kernels.Library, "run", lambda *arguments: None)
     for what, result in problem.results("cpu").items():
         assert result.isnan().all(), what
 
@@ -225,7 +226,7 @@ def test_an_instruction_set_that_is_not_here_is_refused():
 def spoiled(request, monkeypatch, tmp_path):
     """A process in which the library, not loaded yet, cannot be used, and the pattern of why."""
     monkeypatch.setattr(statemix.scan, "_warned", [])
-    library = tmp_path / cpu.LIBRARY
+    library = tmp_path / kernels.LIBRARY
     if request.param == "variable":
         monkeypatch.setenv("STATEMIX_INSTRUCTION_SET", "mmx")
         names = re.escape(str(list(cpu.instruction_sets())))
@@ -234,12 +235,12 @@ def spoiled(request, monkeypatch, tmp_path):
         monkeypatch.setattr(statemix.scan, "__path__", [str(tmp_path)])
         problem = re.escape(str(library))
     if request.param == "missing":
-        problem = re.escape(f"{cpu.LIBRARY} is not in {tmp_path}: it was not built when statemix was installed.")
+        problem = re.escape(f"{kernels.LIBRARY} is not in {tmp_path}: it was not built when statemix was installed.")
     if request.param == "corrupted":
         library.write_bytes(b"not a library")
     if request.param == "another library":  # such as one built from older sources
         library.symlink_to(_ctypes.__file__)
-    monkeypatch.setattr(cpu, "_loaded", cpu._load())
+    monkeypatch.setattr(kernels, "_loaded", kernels._load())
     return problem
 
 
@@ -286,13 +287,15 @@ def test_the_problem_of_python_is_the_struct_of_the_header(struct, count):
         for name in names.split(","):
             fields.append((name.strip(" *\n"), "pointer" if "*" in name else ctype))
     ctypes_of = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "pointer": ctypes.c_void_p}
-    ctypes_of |= {"double": ctypes.c_double, "Layer": cpu._Layer, "Readout": cpu._Readout}
-    assert [(name, ctypes_of[ctype]) for name, ctype in fields] == getattr(cpu, f"_{struct}")._fields_
+    ctypes_of |= {"double": ctypes.c_double, "Layer": kernels.Layer, "Readout": kernels.Readout}
+    assert [(name, ctypes_of[ctype]) for name, ctype in fields] == getattr(kernels, struct)._fields_
     assert len(fields) == count
 
 
 @pytest.mark.parametrize(
-    ("enum", "numbers"), [("Kind", cpu._KINDS), ("Normalization", cpu._NORMALIZATIONS)], ids=["kind", "normalization"]
+    ("enum", "numbers"),
+    [("Kind", kernels.KINDS), ("Normalization", kernels.NORMALIZATIONS)],
+    ids=["kind", "normalization"],
 )
 def test_the_names_of_python_have_the_numbers_of_the_header(enum, numbers):
     (body,) = re.findall(rf"enum {enum} : int32_t {{(.*?)}};", (SOURCES / "interface.h").read_text())
@@ -309,5 +312,5 @@ def test_the_constants_of_python_are_those_of_the_sources():
     (order,) = re.findall(r"constexpr int kMaxOrder = (\d+);", (SOURCES / "interface.h").read_text())
     (floor,) = re.findall(r"constexpr double kReluFloor = ([\d.e-]+);", (SOURCES / "recurrence.h").read_text())
     assert (int(order), float(floor)) == (cpu.MAX_ORDER, RELU_FLOOR)
-    assert list(cpu._NORMALIZATIONS) == list(NORMALIZATIONS)
-    assert list(cpu._KINDS) == list(SCANS)
+    assert list(kernels.NORMALIZATIONS) == list(NORMALIZATIONS)
+    assert list(kernels.KINDS) == list(SCANS)

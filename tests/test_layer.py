@@ -1,4 +1,4 @@
-"""The fused layer of scan/cpu.py and csrc/layer.h, against torch's products around the float64 loop."""
+"""The fused layer of scan/cpu and csrc/layer.h, against torch's products around the float64 loop."""
 
 import dataclasses
 import functools
@@ -17,6 +17,7 @@ from torch.func import functional_call
 from statemix import BDLRU, HLRU, block_scan
 from statemix.mixers.base import LinearRecurrence
 from statemix.scan import cpu
+from statemix.scan.cpu import kernels, layers
 
 pytestmark = pytest.mark.skipif(cpu.load_problem() is not None, reason=f"no compiled kernels: {cpu.load_problem()}")
 each_kind = pytest.mark.parametrize("kind", SCANS)
@@ -332,20 +333,20 @@ def test_expanded_tensors_and_a_second_backward_are_right(generator, kind):
 @each_kind
 def test_memory_that_no_kernel_wrote_is_nan(generator, monkeypatch, kind):
     problem = make_problem(generator, kind)
-    monkeypatch.setattr(cpu._Library, "run", lambda *arguments: None)
+    monkeypatch.setattr(kernels.Library, "run", lambda *arguments: None)
     for what, result in problem.results(problem.fused).items():
         assert result.isnan().all(), what
 
 
 @each_kind
 def test_more_bytes_than_kept_bytes_are_recomputed(generator, monkeypatch, kind):
-    kept, run = [], cpu._Library.run
+    kept, run = [], kernels.Library.run
 
     def spy(self, function, problem):
         kept.append(problem.kept is not None)
         run(self, function, problem)
 
-    monkeypatch.setattr(cpu._Library, "run", spy)
+    monkeypatch.setattr(kernels.Library, "run", spy)
     problem = make_problem(generator, kind, 3, 17, 5, 31, 2, dtype=torch.float32)
     size = 2 * 31 * (3 if kind == "block" else 1) * 4 * 17 * 4  # of raw gates, 4 bytes each
     for limit, recompute, wanted in (
@@ -354,7 +355,7 @@ def test_more_bytes_than_kept_bytes_are_recomputed(generator, monkeypatch, kind)
         (size - 1, False, True),
         (size, True, False),
     ):
-        monkeypatch.setattr(cpu, "KEPT_BYTES", limit)
+        monkeypatch.setattr(layers, "KEPT_BYTES", limit)
         kept.clear()
         problem.results(problem.fused, recompute)
         assert kept == [wanted, wanted], (limit, recompute)  # the forward and the backward
@@ -460,7 +461,7 @@ def test_the_operators_pass_opcheck(generator, kind):
         checks = torch.library.opcheck(torch.ops.statemix.layer_forward, arguments)
         assert set(checks.values()) == {"SUCCESS"}
         with torch.no_grad():
-            y, final_state, states, kept = cpu._layer(*arguments)
+            y, final_state, states, kept = layers._layer(*arguments)
         arguments = (
             torch.ones_like(y),
             torch.ones_like(final_state) if keep else None,

@@ -1,0 +1,188 @@
+"""The shared library of csrc/: its structs field by field, and which instruction set runs.
+
+It has a C interface, so it depends on no version of torch or Python. The instruction set is chosen when the library is
+loaded: the best this processor has, or the one named in the environment variable STATEMIX_INSTRUCTION_SET.
+"""
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MAX_ORDER = 64  # kMaxOrder in csrc/interface.h
+LIBRARY = "statemix_cpu.so"
+INSTRUCTION_SET_VARIABLE = "STATEMIX_INSTRUCTION_SET"
+
+INTERFACE = 7  # kInterface in csrc/interface.h
+KINDS = {"block": 0, "companion": 1, "observer": 2}
+NORMALIZATIONS = {"softmax": 0, "sigmoid": 1, "relu": 2, "tanh": 3, "silu": 4, "linear": 5, "none": 6}
+STORAGES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+
+
+def _pointers(*names: str) -> list[tuple[str, Any]]:
+    return [(name, ctypes.c_void_p) for name in names]
+
+
+class Scan(ctypes.Structure):
+    """`Scan` of csrc/interface.h, field by field."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("batch", "length", "order", "blocks")]
+        + [(f"{name}_{axis}_stride", ctypes.c_int64) for name in ("gate", "value") for axis in ("batch", "time")]
+        + [(name, ctypes.c_int32) for name in ("kind", "normalization", "storage", "threads")]
+        + _pointers("raw_gates", "values", "initial_state", "reset", "states", "final_state")
+        + _pointers("grad_states", "grad_final_state", "grad_raw_gates", "grad_values", "grad_initial_state")
+    )
+
+
+class Layer(ctypes.Structure):
+    """`Layer` of csrc/interface.h, field by field."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("batch", "length", "width", "order", "blocks")]
+        + [(name, ctypes.c_int32) for name in ("kind", "normalization", "storage", "threads")]
+        + _pointers("x", "gate_weight", "gate_bias", "value_weight", "output_weight", "initial_state", "reset")
+        + _pointers("y", "final_state", "states", "kept", "grad_y", "grad_final_state", "grad_x", "grad_gate_weight")
+        + _pointers("grad_gate_bias", "grad_value_weight", "grad_output_weight", "grad_initial_state")
+    )
+
+
+class Pair(ctypes.Structure):
+    """`Pair` of csrc/interface.h, field by field."""
+
+    _fields_ = (
+        [("mixer", Layer), ("mlp_size", ctypes.c_int64)]
+        + [(name, ctypes.c_double) for name in ("mixer_epsilon", "mlp_epsilon")]
+        + _pointers("mixer_norm", "mlp_norm", "gate_and_input", "mlp_output")
+    )
+
+
+class Readout(ctypes.Structure):
+    """`Readout` of csrc/interface.h, field by field."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("batch", "width", "count")]
+        + [(name, ctypes.c_int32) for name in ("storage", "threads")]
+        + [("epsilon", ctypes.c_double)]
+        + _pointers("x", "norm", "weight", "y")
+    )
+
+
+class Model(ctypes.Structure):
+    """`Model` of csrc/interface.h, field by field."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("vocabulary", "layers")]
+        + _pointers("tokens", "embedding", "stream", "pairs")
+        + [("readout", Readout)]
+    )
+
+
+class Gated(ctypes.Structure):
+    """`Gated` of csrc/interface.h, field by field."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("rows", "size")]
+        + [(name, ctypes.c_int32) for name in ("storage", "threads")]
+        + _pointers("x", "grad_y", "y", "grad_x")
+    )
+
+
+class Library:
+    """The loaded shared library and the instruction set in use."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        """Args: path: of the library; the one that was installed with the package if None."""
+        if path is None:
+            # an editable install keeps the library apart from the sources, so look in every folder of the package
+            folders = [Path(folder) for folder in sys.modules["statemix.scan"].__path__]
+            found = [folder / LIBRARY for folder in folders if (folder / LIBRARY).exists()]
+            if not found:
+                raise OSError(
+                    f"{LIBRARY} is not in {folders[0]}: it was not built when statemix was installed. Install again "
+                    "with a C++17 compiler (g++ or clang) and `pip install -v` to see why."
+                )
+            path = found[0]
+        library = ctypes.CDLL(str(path))
+        if getattr(library, "statemix_interface", int)() != INTERFACE:
+            raise OSError(f"{path} is from another version of statemix. Install again.")
+        library.statemix_instruction_set.restype = ctypes.c_char_p
+        library.statemix_model_step.restype = ctypes.c_int64
+        names: list[str] = []
+        while (name := library.statemix_instruction_set(len(names))) is not None:
+            names.append(name.decode())
+        self.supported = {name: i for i, name in enumerate(names) if library.statemix_supported(i)}
+        self.vector_bytes = {name: library.statemix_vector_bytes(i) for name, i in self.supported.items()}
+        self.instruction_set = os.environ.get(INSTRUCTION_SET_VARIABLE) or list(self.supported)[-1]
+        if self.instruction_set not in self.supported:
+            raise OSError(
+                f"{INSTRUCTION_SET_VARIABLE} must be one of {list(self.supported)} on this processor, "
+                f"got {self.instruction_set!r}."
+            )
+        self._library = library
+
+    def run(self, function: str, problem: ctypes.Structure) -> Any:
+        """Call a C entry point for the instruction set in use."""
+        return getattr(self._library, function)(self.supported[self.instruction_set], ctypes.byref(problem))
+
+
+def _load() -> Library | str:
+    """The library, or why it cannot be used."""
+    try:
+        return Library()
+    except OSError as error:
+        return str(error)
+
+
+_loaded = _load()  # now, not at the first call: torch.compile could not trace that
+
+
+def load_problem() -> str | None:
+    """Why the compiled kernels cannot be used here, in a sentence; None if they can."""
+    return _loaded if isinstance(_loaded, str) else None
+
+
+def serves(device: torch.device, order: int) -> bool:
+    """Whether the kernels are there and serve tensors of this device with this block size or order."""
+    return device.type == "cpu" and order <= MAX_ORDER and not isinstance(_loaded, str)
+
+
+def transformed() -> bool:
+    """Whether torch.compile, a trace, functorch or forward-mode differentiation looks at the operations now made."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Instruction sets of the library that this processor has, slowest first. Empty without the library."""
+    return () if isinstance(_loaded, str) else tuple(_loaded.supported)
+
+
+def instruction_set() -> str:
+    """The instruction set in use."""
+    return library().instruction_set
+
+
+def use_instruction_set(name: str) -> None:
+    """Run the kernels of this instruction set from now on, in this process.
+
+    Raises:
+        ValueError: this processor or this build does not have it.
+    """
+    if name not in instruction_sets():
+        raise ValueError(f"use_instruction_set: `name` must be one of {list(instruction_sets())}, got {name!r}.")
+    library().instruction_set = name
+
+
+def library() -> Library:
+    """The loaded library. Raises RuntimeError where there is none."""
+    if isinstance(_loaded, str):
+        raise RuntimeError(f"scan: backend 'cpu' cannot be used: {_loaded}")
+    return _loaded

@@ -1,0 +1,66 @@
+"""A function of tensors with its derivative, as torch wants it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Operator:
+    """A function of tensors, with its derivative, as torch needs it in two places.
+
+    torch.compile, torch.export and subclasses of Tensor see a custom operator. That costs a few hundred microseconds a
+    call in Python, as much as a small scan, and functorch refuses it: all other calls go through an autograd.Function,
+    under functorch one with a `setup_context`, which again is slower.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        fake: Callable[..., Any],
+        save: Callable[..., None],
+        derivative: Callable[..., Any],
+    ) -> None:
+        self.operator = torch.library.custom_op(f"statemix::{name}", function, mutates_args=(), device_types="cpu")
+        self.operator.register_fake(fake)
+        self.operator.register_autograd(derivative, setup_context=save)
+
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            outputs = function(*inputs)
+            save(ctx, inputs, outputs)
+            return outputs
+
+        eager = {"forward": forward, "backward": derivative}
+        functorch = {"forward": function, "setup_context": save, "backward": derivative, "vmap": self._each}
+        self.eager, self.functorch = (
+            type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
+            for methods in (eager, functorch)
+        )
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The function, seen by whatever looks at the operations now made."""
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        if torch.compiler.is_compiling() or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
+            return self.operator(*inputs)
+        transformed = torch._C._are_functorch_transforms_active()
+        return (self.functorch if transformed else self.eager).apply(*inputs)  # type: ignore[attr-defined]
+
+    def _each(self, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        """Under vmap, one call for each."""
+        each = [
+            self(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        stacked = tuple(torch.stack(results) for results in zip(*each, strict=True))
+        return stacked, (0,) * len(stacked)
+
+
+def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """What an operator without a derivative keeps for it."""
+
+
+def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    """The derivative of the operators that are themselves one. Raises RuntimeError."""
+    raise RuntimeError("scan: the 'cpu' backend has no second derivative. Use backend='associative'.")
