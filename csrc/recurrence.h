@@ -39,6 +39,7 @@ struct Weights {
 };
 
 // Some steps of one vector of blocks. Pointers are to its first lane at the first step; strides are in elements.
+// Passed as a value: what a reference points to may change with every store, for all the compiler knows, and is read again.
 template <class T>
 struct Steps {
   struct Array {
@@ -200,8 +201,7 @@ STATEMIX_INLINE void weigh_pair(const T* gate, int64_t row, int64_t ahead, T* q)
 // Weights of every row of every step; with d and sign if `slopes`. Gates is M + 1, or 0: known at run time only.
 // A row by itself would mostly wait, for its sum, its inverse, its largest weight; so some rows are measured, then shared.
 template <class T, Normalization norm, bool slopes, int Gates>
-STATEMIX_NOINLINE void weigh(const Steps<T>& all, int rows, Weights<T> w) {
-  const Steps<T> steps = all;  // a copy no store can change: its strides stay in registers
+STATEMIX_NOINLINE void weigh(const Steps<T> steps, int rows, Weights<T> w) {
   constexpr int kTogether = 16;
   const int gates = Gates ? Gates : steps.order + 1, together = rows < kTogether ? kTogether / rows : 1;
   const int64_t row = gates * kSlot<T>, ahead = steps.next * steps.gates.step;
@@ -238,8 +238,7 @@ constexpr int kCapacity = Order ? Order : kMaxOrder;
 
 // The states of these steps, from and to carry[0..M) (companion: lags, the newest first); carry[M..2M) is what rounding lost.
 template <class T, int Order, Kind kind>
-STATEMIX_NOINLINE void forward(const Steps<T>& all, Weights<T> w, V<T>* carry) {
-  const Steps<T> steps = all;  // a copy no store can change: its strides stay in registers
+STATEMIX_NOINLINE void forward(const Steps<T> steps, Weights<T> w, V<T>* carry) {
   const int order = Order ? Order : steps.order, gates = order + 1;
   const int rows = kind == kBlock ? order : 1;
   constexpr int kAhead = 16;  // steps: what is written must be in the cache by then, or the stores wait
@@ -317,8 +316,7 @@ STATEMIX_INLINE void entering_state(const Steps<T>& steps, int t, int order, int
 // These steps from the last to the first. carry[i]: what later steps hand back to component i (companion: lag i) of the state
 // that leaves the last step, then of the state that enters the first; carry[M..2M) is what rounding lost.
 template <class T, int Order, Kind kind, bool softmax>
-STATEMIX_NOINLINE void backward(const Steps<T>& all, Weights<T> w, V<T>* carry) {
-  const Steps<T> steps = all;  // a copy no store can change: its strides stay in registers
+STATEMIX_NOINLINE void backward(const Steps<T> steps, Weights<T> w, V<T>* carry) {
   const int order = Order ? Order : steps.order, gates = order + 1;
   const int rows = kind == kBlock ? order : 1, shown = kind == kCompanion ? 1 : order;
   constexpr int kAhead = 4;  // steps, as above
@@ -411,10 +409,10 @@ STATEMIX_NOINLINE void backward(const Steps<T>& all, Weights<T> w, V<T>* carry) 
 // What one kind, order and normalisation need, chosen once per call.
 template <class T>
 struct Recurrence {
-  void (*weigh)(const Steps<T>&, int rows, Weights<T>);           // q alone
-  void (*weigh_to_return)(const Steps<T>&, int rows, Weights<T>);  // what the backward needs: softmax q, else d and sign too
-  void (*forward)(const Steps<T>&, Weights<T>, V<T>* carry);
-  void (*backward)(const Steps<T>&, Weights<T>, V<T>* carry);
+  void (*weigh)(Steps<T>, int rows, Weights<T>);            // q alone
+  void (*weigh_to_return)(Steps<T>, int rows, Weights<T>);  // what the backward needs: softmax q, else d and sign too
+  void (*forward)(Steps<T>, Weights<T>, V<T>* carry);
+  void (*backward)(Steps<T>, Weights<T>, V<T>* carry);
 };
 
 template <class T, int Order>
