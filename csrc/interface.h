@@ -1,4 +1,4 @@
-// The calls from Python: plain structs, filled by src/statemix/scan/cpu/kernels.py. Field order is the contract.
+// The calls from Python: plain structs, filled by src/statemix/kernels/library.py. Field order is the contract.
 #pragma once
 #include <cstdint>
 

@@ -26,13 +26,13 @@ from inside import token_gates
 
 from statemix import TrainConfig, load_model, train
 from statemix.analysis import Table, needed_block_size
-from statemix.checkpoint import RunFolder
-from statemix.config import OptimizerConfig
-from statemix.report import align
-from statemix.runs import Row, interval, write_table
+from statemix.report.tables import align
+from statemix.runs.read import Row, interval, write_table
 from statemix.tasks import IGNORE_INDEX, build_task
 from statemix.tasks.base import Task
-from statemix.train import Result, evaluate
+from statemix.training.checkpoint import RunFolder
+from statemix.training.config import OptimizerConfig
+from statemix.training.loop import Result, evaluate
 
 SEEDS = (0, 1, 2)
 LARGE = 6  # M of the one model

@@ -15,8 +15,8 @@ import torch
 from statemix import SequenceModel
 from statemix.mixers.base import LinearRecurrence
 from statemix.model import State
-from statemix.report import align
-from statemix.runs import Row, find_runs, group_over_seeds, write_table
+from statemix.report.tables import align
+from statemix.runs.read import Row, find_runs, group_over_seeds, write_table
 from statemix.tasks import build_task
 
 LENGTH, CHUNK, SHARPER = 2**20, 2**13, 100.0

@@ -12,7 +12,7 @@ may make the layer forget, so that is tried without the penalty too.
 from dataclasses import replace
 
 from statemix import TrainConfig
-from statemix.presets import preset_config
+from statemix.runs.presets import preset_config
 
 SEEDS = {"quick": 3, "full": 10}
 

@@ -17,8 +17,8 @@ from statistics import median
 import torch
 
 from statemix.generate import load_text_model, stream
-from statemix.report import align
-from statemix.runs import Row, write_table
+from statemix.report.tables import align
+from statemix.runs.read import Row, write_table
 
 TOKENS, PARTS, BURST, ROUNDS = 1_000_000, 10, 1000, 9
 PROMPT = "the "

@@ -30,17 +30,17 @@ from statemix.analysis import (
     leak,
     log_singular_values,
 )
-from statemix.analysis_figures import Block, Group, figures, read_blocks
-from statemix.checkpoint import CONFIG_FILE, RunFolder
 from statemix.files import write_whole
 from statemix.mixers.base import LinearRecurrence
 from statemix.model import Layer, TokenModel
-from statemix.report import align
-from statemix.report_html import render
+from statemix.report.html import render
+from statemix.report.inside import Block, Group, figures, read_blocks
+from statemix.report.tables import align
 from statemix.tasks import build_task
 from statemix.tasks.base import Task
 from statemix.tasks.permutation import PermutationComposition, group_table
 from statemix.tasks.regular import Counter
+from statemix.training.checkpoint import CONFIG_FILE, RunFolder
 
 
 class TokenGates(NamedTuple):

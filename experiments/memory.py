@@ -11,8 +11,8 @@ import functools
 from typing import Any
 
 from statemix import TrainConfig
-from statemix.config import ModelConfig, OptimizerConfig
 from statemix.sizing import solve
+from statemix.training.config import ModelConfig, OptimizerConfig
 
 SOLVE = functools.cache(solve)  # the same for every seed
 

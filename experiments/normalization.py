@@ -10,9 +10,9 @@ fails, with the step in its error: the table counts it.
 import functools
 
 from statemix import TrainConfig
-from statemix.config import OptimizerConfig
 from statemix.gates import NORMALIZATIONS
 from statemix.sizing import solve
+from statemix.training.config import OptimizerConfig
 
 SOLVE = functools.cache(solve)  # the same for every seed
 

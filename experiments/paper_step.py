@@ -16,8 +16,8 @@ import time
 import torch
 from torch import nn
 
-from statemix.presets import LANGUAGE, LANGUAGE_MIXERS, paper_model
-from statemix.report import align
+from statemix.report.tables import align
+from statemix.runs.presets import LANGUAGE, LANGUAGE_MIXERS, paper_model
 
 
 def measure(preset: str, batch: int, length: int) -> list[str]:

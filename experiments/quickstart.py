@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from statemix import TrainConfig, train
-from statemix.config import OptimizerConfig
-from statemix.report import plot_curves, results_table
+from statemix.report.tables import results_table
+from statemix.training.config import OptimizerConfig
+from statemix.training.curves import plot_curves
 
 LENGTHS = (16, 32, 64)  # trained at the first
 

@@ -9,8 +9,8 @@ Two (mixer, SwiGLU) pairs of width 64, 600 steps of 128 sequences at most: a run
 from typing import Any
 
 from statemix import TrainConfig
-from statemix.config import ModelConfig
 from statemix.sizing import solve
+from statemix.training.config import ModelConfig
 
 D_MODEL, PARAMETERS = 64, 17_000  # of each mixer; their widths follow
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -11,8 +11,8 @@ be negative, those of a block can. tanh and linear rows are signed.
 import functools
 
 from statemix import TrainConfig
-from statemix.config import ModelConfig, OptimizerConfig
 from statemix.sizing import solve
+from statemix.training.config import ModelConfig, OptimizerConfig
 
 SOLVE = functools.cache(solve)  # the same for every seed
 

@@ -14,13 +14,13 @@ from statistics import mean
 import torch
 
 from statemix import SequenceModel
-from statemix.config import OptimizerConfig
 from statemix.gates import normalize
 from statemix.mixers.base import LinearRecurrence
-from statemix.report import align
-from statemix.runs import Row, interval, write_table
+from statemix.report.tables import align
+from statemix.runs.read import Row, interval, write_table
 from statemix.tasks import IGNORE_INDEX, PermutationComposition
-from statemix.train import learning_rate
+from statemix.training.config import OptimizerConfig
+from statemix.training.loop import learning_rate
 
 TASK = PermutationComposition("S3", seq_len=16, start=True)
 STEPS, SEEDS = 300, (0, 1, 2)

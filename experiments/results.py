@@ -26,10 +26,11 @@ import shakespeare
 import torch
 from matplotlib.figure import Figure
 
+from statemix import kernels
 from statemix.files import write_whole
-from statemix.report import align
-from statemix.runs import interval, write_table
-from statemix.scan import backend_problem, cpu
+from statemix.report.tables import align
+from statemix.runs.read import interval, write_table
+from statemix.scan import backend_problem
 
 RESULTS, RUNS, PAGE = Path("results"), Path("runs"), Path("docs/results.md")
 
@@ -81,7 +82,7 @@ def efficiency() -> list[list[str]]:
 
 def collect(name: str) -> None:
     """Write results/NAME.csv from runs/NAME/results.csv: without the folders, with gradient norms and the machine."""
-    isa = cpu.instruction_set() if backend_problem("cpu") is None else "no kernels"
+    isa = kernels.instruction_set() if backend_problem("cpu") is None else "no kernels"
     machine = f"{platform.system()} {platform.machine()}, {isa}, torch {torch.__version__.partition('+')[0]}"
     rows = []
     with (RUNS / name / "results.csv").open(newline="") as file:

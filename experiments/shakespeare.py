@@ -23,11 +23,10 @@ from typing import Any
 
 import torch
 
-from statemix import TrainConfig, train
-from statemix.config import ModelConfig, OptimizerConfig
+from statemix import TrainConfig, kernels, train
 from statemix.files import write_whole
-from statemix.runs import write_table
-from statemix.scan import cpu
+from statemix.runs.read import write_table
+from statemix.training.config import ModelConfig, OptimizerConfig
 
 RESULTS = Path("results")
 Row = dict[str, Any]
@@ -120,7 +119,7 @@ def timed(label: str, config: TrainConfig, arguments: argparse.Namespace) -> Non
     result = train(config, clock.parent, resume="never")  # a clock does not go on where a run was stopped
     whole = time.perf_counter() - start
     about = {"label": label, "seed": arguments.seed, "limit": limit, "whole_seconds": whole}
-    about |= {"threads": arguments.threads, "kernels": cpu.instruction_set()}  # which tells machines apart
+    about |= {"threads": arguments.threads, "kernels": kernels.instruction_set()}  # which tells machines apart
     write_whole(clock, json.dumps(about).encode())
     print(f"{label}: {result.summary['parameters']:,} parameters, {whole:.0f} s, {result.summary['valid']['loss']:.4f}")
 

@@ -13,8 +13,8 @@ import functools
 from typing import Any, NamedTuple
 
 from statemix import TrainConfig
-from statemix.config import ModelConfig, OptimizerConfig
 from statemix.sizing import solve
+from statemix.training.config import ModelConfig, OptimizerConfig
 
 SOLVE = functools.cache(solve)  # the same for every seed
 

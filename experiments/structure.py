@@ -7,7 +7,7 @@ One BD-LRU layer of width 64, a start token, length 16; a run ends at a validati
 """
 
 from statemix import TrainConfig
-from statemix.config import OptimizerConfig
+from statemix.training.config import OptimizerConfig
 
 NUM_BLOCKS, BLOCK_SIZES = (2, 4, 8, 16, 32), (1, 2, 3, 4, 5)
 SEEDS, STEPS = {"quick": 3, "full": 5}, {"quick": 500, "full": 3000}

@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from statemix import available_backends, block_scan, companion_scan, observer_scan
-from statemix.scan import cpu
-from statemix.scan.cpu import kernels
+from statemix import available_backends, block_scan, companion_scan, kernels, observer_scan
+from statemix.kernels import library
 
 # Largest allowed error, relative to the largest entry of a float64 reference on the same (already rounded) inputs. The
 # half types round their results only (sums are float32), so theirs is their unit roundoff, 2^-8 and 2^-11, and no more.
@@ -35,25 +34,25 @@ torch.use_deterministic_algorithms(True)  # with it, torch.empty is filled with 
 def pytest_report_header() -> str:
     return (
         f"statemix backends: {', '.join(available_backends())}; instruction sets of 'cpu': "
-        f"{', '.join(cpu.instruction_sets()) or cpu.load_problem()}; torch threads: {torch.get_num_threads()}"
+        f"{', '.join(kernels.instruction_sets()) or kernels.load_problem()}; torch threads: {torch.get_num_threads()}"
     )
 
 
 @pytest.fixture
 def instruction_set(request):
-    """The kernels of one instruction set, for a test parametrised over `cpu.instruction_sets()`."""
-    before = cpu.instruction_set()
-    cpu.use_instruction_set(request.param)
+    """The kernels of one instruction set, for a test parametrised over `kernels.instruction_sets()`."""
+    before = kernels.instruction_set()
+    kernels.use_instruction_set(request.param)
     yield request.param
-    cpu.use_instruction_set(before)
+    kernels.use_instruction_set(before)
 
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
     """The entry points of the kernels that were called, so that a test which compares a path with itself fails."""
-    names, run = [], kernels.Library.run
+    names, run = [], library.Library.run
     monkeypatch.setattr(
-        kernels.Library, "run", lambda self, name, problem: names.append(name) or run(self, name, problem)
+        library.Library, "run", lambda self, name, problem: names.append(name) or run(self, name, problem)
     )
     return names
 

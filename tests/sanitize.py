@@ -15,9 +15,9 @@ import torch
 from conftest import LAYOUTS, SCANS, TOLERANCE, make_problem, relative_error
 from torch import Tensor
 
+from statemix import kernels
 from statemix.gates import NORMALIZATIONS
-from statemix.scan import cpu
-from statemix.scan.cpu import kernels
+from statemix.kernels import library
 
 ORDERS = (*range(1, 17), 17, 33)  # the last two have no kernels of their own
 BLOCKS = (1, 3, 15, 16, 17, 33)
@@ -25,7 +25,7 @@ LAYOUTS = list((LAYOUTS | test_layer.SHIFTED).values())
 
 
 def main() -> None:
-    kernels._loaded = kernels.Library(Path(sys.argv[1]))
+    library._loaded = library.Library(Path(sys.argv[1]))
     torch.set_num_threads(2)
     generator, bounded = torch.Generator().manual_seed(0), [name for name in NORMALIZATIONS if name != "none"]
     for i, (kind, order, blocks) in enumerate(itertools.product(SCANS, ORDERS, BLOCKS)):
@@ -57,8 +57,8 @@ def assert_near(results: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 
 def run_scan(problem, arrange) -> None:
     expected, problem = problem.to(torch.float64).results("reference"), problem.map(arrange)
-    for instruction_set in cpu.instruction_sets():
-        cpu.use_instruction_set(instruction_set)
+    for instruction_set in kernels.instruction_sets():
+        kernels.use_instruction_set(instruction_set)
         assert_near(problem.results("cpu"), expected)
 
 
@@ -67,12 +67,12 @@ def run_layer(problem, arrange) -> None:
     first = dataclasses.replace(problem, inputs=problem.inputs | {"x": problem.inputs["x"][:, :1]}, reset=None)
     (y, _), (x, weights, state) = first.by_the_loop(first.map(Tensor.double).inputs), first.split(first.inputs)
     state = x.new_zeros(len(x), *problem.mixer.state_shape) if state is None else state
-    for instruction_set in cpu.instruction_sets():
-        cpu.use_instruction_set(instruction_set)
+    for instruction_set in kernels.instruction_sets():
+        kernels.use_instruction_set(instruction_set)
         for recompute in (False, True):
             assert_near(laid_out.results(laid_out.fused, recompute), expected)
         options = {"normalization": problem.mixer.normalization, "kind": problem.mixer.kind}
-        stepped, _ = cpu.layer_step(x[:, 0].contiguous(), weights, state, **options)
+        stepped, _ = kernels.layer_step(x[:, 0].contiguous(), weights, state, **options)
         assert_near({"y": stepped}, {"y": y[:, 0]})
 
 
@@ -80,9 +80,9 @@ def run_pairs() -> None:
     """Steps of a whole residual pair; the last is large enough for two threads."""
     cases = ((1, 1), (5, 3), (16, 40), (33, 17), (96, 500))
     for instruction_set, mixer, (width, mlp_size) in itertools.product(
-        cpu.instruction_sets(), test_step.MIXERS.values(), cases
+        kernels.instruction_sets(), test_step.MIXERS.values(), cases
     ):
-        cpu.use_instruction_set(instruction_set)
+        kernels.use_instruction_set(instruction_set)
         for dtype in (torch.float32, torch.float64):
             pair = test_step.make_pair(mixer, width, mlp_size).to(dtype)
             test_step.assert_step(pair, torch.randn(2, width, dtype=dtype), None)
@@ -91,21 +91,21 @@ def run_pairs() -> None:
 def run_readouts() -> None:
     """The logits of a model; the last are enough for two threads."""
     for instruction_set, dtype, (batch, width, count) in itertools.product(
-        cpu.instruction_sets(), (torch.float32, torch.float64), [*test_step.READOUTS, (2, 512, 1001)]
+        kernels.instruction_sets(), (torch.float32, torch.float64), [*test_step.READOUTS, (2, 512, 1001)]
     ):
-        cpu.use_instruction_set(instruction_set)
+        kernels.use_instruction_set(instruction_set)
         test_step.assert_readout(torch.randn(batch, width, dtype=dtype), *test_step.make_readout(width, count, dtype))
 
 
 def run_gated() -> None:
     """The product of a SwiGLU and its gradient."""
     for instruction_set, dtype, (rows, size) in itertools.product(
-        cpu.instruction_sets(), (torch.float32, torch.float64), test_pointwise.SHAPES
+        kernels.instruction_sets(), (torch.float32, torch.float64), test_pointwise.SHAPES
     ):
-        cpu.use_instruction_set(instruction_set)
+        kernels.use_instruction_set(instruction_set)
         x, cotangent = torch.randn(rows, 2 * size, dtype=dtype), torch.randn(rows, size, dtype=dtype)
         y, gradient = test_pointwise.by_torch(x, cotangent)
-        assert_near({"y": cpu.gated(x), "x": cpu.gated_backward(cotangent, x)}, {"y": y, "x": gradient})
+        assert_near({"y": kernels.gated(x), "x": kernels.gated_backward(cotangent, x)}, {"y": y, "x": gradient})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
 from statemix import SequenceModel, TrainConfig, train
-from statemix.analysis_figures import (
+from statemix.report.figures import INK
+from statemix.report.html import render
+from statemix.report.inside import (
     FAITHFUL,
     NONE,
     QUOTIENT,
@@ -28,11 +30,9 @@ from statemix.analysis_figures import (
     spectra,
     trajectories,
 )
-from statemix.checkpoint import RunFolder
-from statemix.report_figures import INK
-from statemix.report_html import render
 from statemix.tasks.base import Batch
 from statemix.tasks.permutation import group_table
+from statemix.training.checkpoint import RunFolder
 
 INSIDE = Path(__file__).parents[1] / "experiments" / "inside.py"
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from statemix import cli
+from statemix import cli, kernels
 from statemix.benchmark import commands, contender, layers, measure, memory, results, scans
 from statemix.benchmark.contender import PARTS, Contender, Shape, UnavailableError, Work
 from statemix.mixers import BDLRU
 from statemix.mixers.base import LinearRecurrence
-from statemix.scan import block_scan, cpu
+from statemix.scan import block_scan
 
 SCAN = ["cpu", "associative", "loop", "copy", "softmax", "mambapy", "assoc-scan"]
 DECODE = ["bdlru", "hlru", "lstm cell", "model of 4 layers", "Decoder of 4 layers"]
@@ -112,7 +112,7 @@ def test_every_command_end_to_end(capsys, monkeypatch, name):
 
 def test_the_default_path_names_what_ran(capsys):
     assert call(capsys, "decode --sizes 1x2 --d-model 4 --seconds 0.01")[0] == 0
-    name = "torch" if cpu.load_problem() else cpu.instruction_set()
+    name = "torch" if kernels.load_problem() else kernels.instruction_set()
     assert {path.name for path in Path("results/bench").iterdir()} == {
         f"decode-{name}-1t.json",
         f"decode-{name}-1t.png",
@@ -435,20 +435,20 @@ def test_results_that_cannot_be_written_are_an_error(capsys):
     assert [path.name for path in Path().iterdir()] == ["it.json"]
 
 
-@pytest.mark.skipif(len(cpu.instruction_sets()) < 2, reason="one instruction set")
+@pytest.mark.skipif(len(kernels.instruction_sets()) < 2, reason="one instruction set")
 def test_threads_and_instruction_set_are_as_before_also_after_an_error():
-    slowest, own = cpu.instruction_sets()[0], cpu.instruction_set()
+    slowest, own = kernels.instruction_sets()[0], kernels.instruction_set()
     seen = []
 
     def fail(table):
-        seen.append((torch.get_num_threads(), cpu.instruction_set()))
+        seen.append((torch.get_num_threads(), kernels.instruction_set()))
         raise KeyboardInterrupt
 
     options = {"sizes": "1x2", "d_model": 4, "seconds": 0.01, "threads": 2, "instruction_set": slowest}
     with pytest.raises(KeyboardInterrupt):
         commands.run(commands.Decode(**options), fail)
     assert seen == [(2, slowest)]
-    assert (torch.get_num_threads(), cpu.instruction_set()) == (1, own)
+    assert (torch.get_num_threads(), kernels.instruction_set()) == (1, own)
 
 
 def test_a_run_leaves_no_trace_in_the_process(capsys):

@@ -21,10 +21,10 @@ import pytest
 import torch
 
 from statemix import SequenceModel, TrainConfig, train
-from statemix.config import ModelConfig, OptimizerConfig
 from statemix.tasks import PermutationComposition
+from statemix.training.config import ModelConfig, OptimizerConfig
 
-TRAIN = importlib.import_module("statemix.train")  # as an attribute, statemix.train is the function
+TRAIN = importlib.import_module("statemix.training.loop")  # as an attribute, statemix.training.loop is the function
 
 # A process forked from this server has torch imported, and none of the threads or open files of the tests.
 PROCESSES = multiprocessing.get_context("forkserver")

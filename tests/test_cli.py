@@ -14,11 +14,11 @@ from test_checkpoint import NEEDING_SPACE, TRAIN, differing, disk, disk_is_full
 
 import statemix
 from statemix import TrainConfig, cli
-from statemix.config import ModelConfig, OptimizerConfig
 from statemix.mixers import MIXERS
-from statemix.presets import preset_config
-from statemix.sweep import Sweep
+from statemix.runs.presets import preset_config
+from statemix.runs.sweep import Sweep
 from statemix.tasks import PRESETS, TASKS, PermutationComposition
+from statemix.training.config import ModelConfig, OptimizerConfig
 
 SMALL = [
     *("--task.seq-len", "5", "--mixer.num-blocks", "2", "--mixer.block-size", "3", "--model.d-model", "8"),

@@ -8,9 +8,9 @@ from unittest import mock
 import pytest
 import torch
 
-from statemix.config import ModelConfig, OptimizerConfig, TrainConfig, first_difference
 from statemix.mixers import MIXERS
 from statemix.tasks import TASKS
+from statemix.training.config import ModelConfig, OptimizerConfig, TrainConfig, first_difference
 
 NOT_DEFAULT = [
     TrainConfig(),
@@ -204,7 +204,7 @@ WRONG_VALUES = [
 
 def test_a_mixer_is_checked_at_the_width_it_will_have():
     spec = {"name": "bd_lru", "num_blocks": 2, "block_size": 3}
-    with mock.patch("statemix.config.build_mixer") as build:
+    with mock.patch("statemix.training.config.build_mixer") as build:
         TrainConfig(mixer=spec, model=ModelConfig(d_model=24))
     assert build.call_args.args[1] == 24
 

@@ -16,20 +16,22 @@ import torch
 from conftest import SCANS, Problem, assert_close, assert_problem, make_problem, relative_error
 
 import statemix
+from statemix import kernels
 from statemix.gates import NORMALIZATIONS, RELU_FLOOR
-from statemix.scan import cpu
-from statemix.scan.cpu import kernels
+from statemix.kernels import library
 
 SOURCES = Path(__file__).parents[1] / "csrc"
 BOUNDED = [name for name in NORMALIZATIONS if name != "none"]
 each_kind = pytest.mark.parametrize("kind", SCANS)
-each_instruction_set = pytest.mark.parametrize("instruction_set", cpu.instruction_sets(), indirect=True)
-pytestmark = pytest.mark.skipif(cpu.load_problem() is not None, reason=f"no compiled kernels: {cpu.load_problem()}")
+each_instruction_set = pytest.mark.parametrize("instruction_set", kernels.instruction_sets(), indirect=True)
+pytestmark = pytest.mark.skipif(
+    kernels.load_problem() is not None, reason=f"no compiled kernels: {kernels.load_problem()}"
+)
 
 
 def test_memory_that_no_kernel_wrote_is_nan(generator, monkeypatch):
     problem = make_problem(generator, "block", "softmax", order=3, length=4)
-    monkeypatch.setattr(kernels.Library, "run", lambda *arguments: None)
+    monkeypatch.setattr(library.Library, "run", lambda *arguments: None)
     for what, result in problem.results("cpu").items():
         assert result.isnan().all(), what
 
@@ -215,32 +217,32 @@ def test_compiled_and_eager_calls_agree(generator, kind):
 
 
 def test_an_instruction_set_that_is_not_here_is_refused():
-    names = re.escape(str(list(cpu.instruction_sets())))
+    names = re.escape(str(list(kernels.instruction_sets())))
     with pytest.raises(ValueError, match=rf"^use_instruction_set: `name` must be one of {names}, got 'mmx'\.$"):
-        cpu.use_instruction_set("mmx")
-    assert cpu.instruction_sets()[0] == "baseline"
-    assert cpu.instruction_set() in cpu.instruction_sets()
+        kernels.use_instruction_set("mmx")
+    assert kernels.instruction_sets()[0] == "baseline"
+    assert kernels.instruction_set() in kernels.instruction_sets()
 
 
 @pytest.fixture
 def spoiled(request, monkeypatch, tmp_path):
     """A process in which the library, not loaded yet, cannot be used, and the pattern of why."""
     monkeypatch.setattr(statemix.scan, "_warned", [])
-    library = tmp_path / kernels.LIBRARY
+    path = tmp_path / library.LIBRARY
     if request.param == "variable":
         monkeypatch.setenv("STATEMIX_INSTRUCTION_SET", "mmx")
-        names = re.escape(str(list(cpu.instruction_sets())))
+        names = re.escape(str(list(kernels.instruction_sets())))
         problem = rf"STATEMIX_INSTRUCTION_SET must be one of {names} on this processor, got 'mmx'\."
     else:
-        monkeypatch.setattr(statemix.scan, "__path__", [str(tmp_path)])
-        problem = re.escape(str(library))
+        monkeypatch.setattr(statemix.kernels, "__path__", [str(tmp_path)])
+        problem = re.escape(str(path))
     if request.param == "missing":
-        problem = re.escape(f"{kernels.LIBRARY} is not in {tmp_path}: it was not built when statemix was installed.")
+        problem = re.escape(f"{library.LIBRARY} is not in {tmp_path}: it was not built when statemix was installed.")
     if request.param == "corrupted":
-        library.write_bytes(b"not a library")
+        path.write_bytes(b"not a library")
     if request.param == "another library":  # such as one built from older sources
-        library.symlink_to(_ctypes.__file__)
-    monkeypatch.setattr(kernels, "_loaded", kernels._load())
+        path.symlink_to(_ctypes.__file__)
+    monkeypatch.setattr(library, "_loaded", library._load())
     return problem
 
 
@@ -255,19 +257,20 @@ def test_without_kernels_auto_warns_once_and_a_named_backend_raises(generator, s
     assert_close(states, expected["states"])
     assert_problem(problem, "auto", expected)  # a second warning would be an error
     assert statemix.available_backends() == ("associative", "reference")
-    assert cpu.instruction_sets() == ()
+    assert kernels.instruction_sets() == ()
     message = rf"backend 'cpu' cannot be used: .*{spoiled}"
     with pytest.raises(RuntimeError, match=rf"^block_scan: {message}.* Use backend='auto'\.$"):
         problem.states("cpu")
     with pytest.raises(RuntimeError, match=rf"^scan: {message}"):
-        cpu.instruction_set()
+        kernels.instruction_set()
 
 
 @pytest.mark.parametrize(("name", "set_in_use"), [("baseline", "baseline"), ("mmx", None)])
 def test_the_variable_is_read_by_a_new_process(name, set_in_use):
     code = f"""
-from statemix.scan import available_backends, cpu
-assert (cpu.instruction_set() if "cpu" in available_backends() else None) == {set_in_use!r}
+from statemix import kernels
+from statemix.scan import available_backends
+assert (kernels.instruction_set() if "cpu" in available_backends() else None) == {set_in_use!r}
 """
     environment = os.environ | {"STATEMIX_INSTRUCTION_SET": name}
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -287,14 +290,14 @@ def test_the_problem_of_python_is_the_struct_of_the_header(struct, count):
         for name in names.split(","):
             fields.append((name.strip(" *\n"), "pointer" if "*" in name else ctype))
     ctypes_of = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "pointer": ctypes.c_void_p}
-    ctypes_of |= {"double": ctypes.c_double, "Layer": kernels.Layer, "Readout": kernels.Readout}
-    assert [(name, ctypes_of[ctype]) for name, ctype in fields] == getattr(kernels, struct)._fields_
+    ctypes_of |= {"double": ctypes.c_double, "Layer": library.Layer, "Readout": library.Readout}
+    assert [(name, ctypes_of[ctype]) for name, ctype in fields] == getattr(library, struct)._fields_
     assert len(fields) == count
 
 
 @pytest.mark.parametrize(
     ("enum", "numbers"),
-    [("Kind", kernels.KINDS), ("Normalization", kernels.NORMALIZATIONS)],
+    [("Kind", library.KINDS), ("Normalization", library.NORMALIZATIONS)],
     ids=["kind", "normalization"],
 )
 def test_the_names_of_python_have_the_numbers_of_the_header(enum, numbers):
@@ -311,6 +314,6 @@ def test_the_names_of_python_have_the_numbers_of_the_header(enum, numbers):
 def test_the_constants_of_python_are_those_of_the_sources():
     (order,) = re.findall(r"constexpr int kMaxOrder = (\d+);", (SOURCES / "interface.h").read_text())
     (floor,) = re.findall(r"constexpr double kReluFloor = ([\d.e-]+);", (SOURCES / "recurrence.h").read_text())
-    assert (int(order), float(floor)) == (cpu.MAX_ORDER, RELU_FLOOR)
-    assert list(kernels.NORMALIZATIONS) == list(NORMALIZATIONS)
-    assert list(kernels.KINDS) == list(SCANS)
+    assert (int(order), float(floor)) == (kernels.MAX_ORDER, RELU_FLOOR)
+    assert list(library.NORMALIZATIONS) == list(NORMALIZATIONS)
+    assert list(library.KINDS) == list(SCANS)

@@ -14,9 +14,9 @@ import torch
 from test_checkpoint import PROCESSES, TRAIN, exit_code
 
 from statemix import SequenceModel, TrainConfig, train
-from statemix.config import ModelConfig, OptimizerConfig
-from statemix.optimizer import make_optimizer
-from statemix.processes import make_accelerator, own_rows, prepare, whole, whole_model
+from statemix.training.config import ModelConfig, OptimizerConfig
+from statemix.training.optimizer import make_optimizer
+from statemix.training.processes import make_accelerator, own_rows, prepare, whole, whole_model
 
 STEPS = 50
 

@@ -12,11 +12,10 @@ import torch
 from conftest import TOLERANCE, relative_error
 
 import statemix.generate
-from statemix import AutoEncoder, SequenceModel
+from statemix import AutoEncoder, SequenceModel, kernels
 from statemix.cli import main
 from statemix.generate import Decoder, Sampler, generate, load_text_model, read_prompt, stream, stream_text
-from statemix.scan import cpu
-from statemix.tokenizer import Bytes, Characters, save_tokenizer
+from statemix.text.tokenizer import Bytes, Characters, save_tokenizer
 
 MIXERS = {
     "block": {"name": "bd_lru", "num_blocks": 5, "block_size": 3},
@@ -27,7 +26,7 @@ MIXERS = {
 }
 FUSED = ("block", "companion", "observer")
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [2, 7, 1], [8, 2, 8, 1, 8]]
-needs_kernels = pytest.mark.skipif(cpu.load_problem() is not None, reason=f"no kernels: {cpu.load_problem()}")
+needs_kernels = pytest.mark.skipif(kernels.load_problem() is not None, reason=f"no kernels: {kernels.load_problem()}")
 
 
 def make_model(mixer: str = "block", vocab_size: int = 11, **options) -> SequenceModel:

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from statemix import BDLRU, HLRU, available_backends
+from statemix import BDLRU, HLRU, available_backends, kernels
 from statemix.mixers import Mixer
-from statemix.scan import cpu
 
 FOLDER = Path(__file__).parent / "data"
 NORMALIZATIONS = ("linear", "none", "relu", "sigmoid", "silu", "softmax", "tanh")
@@ -20,7 +19,7 @@ CHANNELS = 3
 
 # (backend, instruction set of the compiled one)
 ENGINES = [(name, None) for name in available_backends() if name != "cpu"]
-ENGINES += [("cpu", name) for name in cpu.instruction_sets()]
+ENGINES += [("cpu", name) for name in kernels.instruction_sets()]
 each_engine = pytest.mark.parametrize("engine", ENGINES, ids=lambda e: e[0] if e[1] is None else f"{e[0]}-{e[1]}")
 
 # published name: (our name, "rows" or "columns" of the matrix that hold the channels)
@@ -79,10 +78,10 @@ def assert_golden(layer: Mixer, golden: dict[str, Tensor]) -> None:
 @pytest.fixture
 def use_engine():
     """Chooses an instruction set for one test."""
-    before = cpu.instruction_set() if cpu.instruction_sets() else None
-    yield lambda engine: cpu.use_instruction_set(engine[1]) if engine[1] else None
+    before = kernels.instruction_set() if kernels.instruction_sets() else None
+    yield lambda engine: kernels.use_instruction_set(engine[1]) if engine[1] else None
     if before:
-        cpu.use_instruction_set(before)
+        kernels.use_instruction_set(before)
 
 
 def test_every_file_is_read():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from statemix import AutoEncoder, SequenceModel, load_model
 from statemix.generate import generate
-from statemix.tokenizer import Bytes, Characters, train_bpe
+from statemix.text.tokenizer import Bytes, Characters, train_bpe
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'statemix[hf]'")
 

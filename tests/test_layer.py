@@ -14,14 +14,15 @@ from conftest import LAYOUTS, SCANS, assert_close, make_raw_gates, relative_erro
 from torch import Tensor
 from torch.func import functional_call
 
-from statemix import BDLRU, HLRU, block_scan
+from statemix import BDLRU, HLRU, block_scan, kernels
+from statemix.kernels import layers, library
 from statemix.mixers.base import LinearRecurrence
-from statemix.scan import cpu
-from statemix.scan.cpu import kernels, layers
 
-pytestmark = pytest.mark.skipif(cpu.load_problem() is not None, reason=f"no compiled kernels: {cpu.load_problem()}")
+pytestmark = pytest.mark.skipif(
+    kernels.load_problem() is not None, reason=f"no compiled kernels: {kernels.load_problem()}"
+)
 each_kind = pytest.mark.parametrize("kind", SCANS)
-each_instruction_set = pytest.mark.parametrize("instruction_set", cpu.instruction_sets(), indirect=True)
+each_instruction_set = pytest.mark.parametrize("instruction_set", kernels.instruction_sets(), indirect=True)
 
 WEIGHTS = ("raw_gates.projection.weight", "raw_gates.projection.bias", "values.weight", "output.weight")
 
@@ -57,7 +58,7 @@ class Problem:
     def fused(self, inputs: dict[str, Tensor] | None = None, recompute: bool | None = None) -> tuple[Tensor, Tensor]:
         options = {"normalization": self.mixer.normalization, "kind": self.mixer.kind, "recompute": recompute}
         order = self.mixer.state_shape[0]
-        return cpu.layer(*self.split(self.inputs if inputs is None else inputs), self.reset, order=order, **options)
+        return kernels.layer(*self.split(self.inputs if inputs is None else inputs), self.reset, order=order, **options)
 
     def by_the_loop(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         x, weights, state = self.split(inputs)
@@ -333,20 +334,20 @@ def test_expanded_tensors_and_a_second_backward_are_right(generator, kind):
 @each_kind
 def test_memory_that_no_kernel_wrote_is_nan(generator, monkeypatch, kind):
     problem = make_problem(generator, kind)
-    monkeypatch.setattr(kernels.Library, "run", lambda *arguments: None)
+    monkeypatch.setattr(library.Library, "run", lambda *arguments: None)
     for what, result in problem.results(problem.fused).items():
         assert result.isnan().all(), what
 
 
 @each_kind
 def test_more_bytes_than_kept_bytes_are_recomputed(generator, monkeypatch, kind):
-    kept, run = [], kernels.Library.run
+    kept, run = [], library.Library.run
 
     def spy(self, function, problem):
         kept.append(problem.kept is not None)
         run(self, function, problem)
 
-    monkeypatch.setattr(kernels.Library, "run", spy)
+    monkeypatch.setattr(library.Library, "run", spy)
     problem = make_problem(generator, kind, 3, 17, 5, 31, 2, dtype=torch.float32)
     size = 2 * 31 * (3 if kind == "block" else 1) * 4 * 17 * 4  # of raw gates, 4 bytes each
     for limit, recompute, wanted in (
@@ -365,20 +366,20 @@ def test_more_bytes_than_kept_bytes_are_recomputed(generator, monkeypatch, kind)
     assert kept == [False]
 
 
-@pytest.mark.skipif(len(cpu.instruction_sets()) < 2, reason="this processor has one instruction set only")
+@pytest.mark.skipif(len(kernels.instruction_sets()) < 2, reason="this processor has one instruction set only")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_another_instruction_set_in_the_backward_is_refused(generator, recompute):
     """What the forward leaves for it lies in vectors of its own instruction set."""
-    problem, before = make_problem(generator, "block", 3, 16, 5, 9, 2), cpu.instruction_set()
+    problem, before = make_problem(generator, "block", 3, 16, 5, 9, 2), kernels.instruction_set()
     try:
         x = problem.inputs["x"].clone().requires_grad_()
-        cpu.use_instruction_set(cpu.instruction_sets()[0])
+        kernels.use_instruction_set(kernels.instruction_sets()[0])
         y, _ = dataclasses.replace(problem, inputs=problem.inputs | {"x": x}).fused(recompute=recompute)
-        cpu.use_instruction_set(cpu.instruction_sets()[-1])
+        kernels.use_instruction_set(kernels.instruction_sets()[-1])
         with pytest.raises(RuntimeError, match=r"^layer: the backward must run with the instruction set of"):
             y.sum().backward()
     finally:
-        cpu.use_instruction_set(before)
+        kernels.use_instruction_set(before)
 
 
 # ---- as a module

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from statemix import SequenceModel, TrainConfig, train
-from statemix.config import ModelConfig, OptimizerConfig
-from statemix.optimizer import MuonAdamW, make_optimizer, orthogonalized
+from statemix.training.config import ModelConfig, OptimizerConfig
+from statemix.training.optimizer import MuonAdamW, make_optimizer, orthogonalized
 
 SMALL = TrainConfig(
     task={"name": "permutation", "group": "S3", "seq_len": 8},

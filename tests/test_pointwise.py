@@ -5,12 +5,12 @@ import torch
 from conftest import assert_close
 from torch import Tensor, nn
 
+from statemix import kernels
+from statemix.kernels.pointwise import Dropout, gated
 from statemix.model import SwiGLU
-from statemix.pointwise import Dropout, gated
-from statemix.scan import cpu
 
-needs_kernels = pytest.mark.skipif(cpu.load_problem() is not None, reason=f"no kernels: {cpu.load_problem()}")
-each_instruction_set = pytest.mark.parametrize("instruction_set", cpu.instruction_sets(), indirect=True)
+needs_kernels = pytest.mark.skipif(kernels.load_problem() is not None, reason=f"no kernels: {kernels.load_problem()}")
+each_instruction_set = pytest.mark.parametrize("instruction_set", kernels.instruction_sets(), indirect=True)
 SHAPES = [(1, 1), (3, 15), (2, 16), (5, 17), (4, 33), (70, 500)]  # rows and H; the last is for several threads
 
 

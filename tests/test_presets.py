@@ -8,7 +8,7 @@ import torch
 
 from statemix import TrainConfig
 from statemix.model import SequenceModel
-from statemix.presets import paper_model, preset_config, preset_grid, preset_steps
+from statemix.runs.presets import paper_model, preset_config, preset_grid, preset_steps
 from statemix.tasks import PRESETS, build_task
 
 MIXER = {"name": "h_lru", "num_channels": 32, "order": 2}

@@ -8,8 +8,8 @@ import torch
 from test_checkpoint import Stopped, differing, run, small_config
 
 from statemix import SequenceModel, TrainConfig
-from statemix.config import ModelConfig
-from statemix.regularization import hidden_blocks
+from statemix.training.config import ModelConfig
+from statemix.training.regularization import hidden_blocks
 
 MIXERS = [
     {"name": "bd_lru", "num_blocks": 40, "block_size": 3},
@@ -63,7 +63,7 @@ def shares(monkeypatch):
         noted.append(share)
         return hidden_blocks(model, share)
 
-    monkeypatch.setattr(importlib.import_module("statemix.train"), "hidden_blocks", spy)
+    monkeypatch.setattr(importlib.import_module("statemix.training.loop"), "hidden_blocks", spy)
     return noted
 
 

@@ -15,10 +15,11 @@ from PIL import Image
 from test_checkpoint import NEEDING_SPACE, disk, disk_is_full, snapshot
 
 from statemix import TrainConfig
-from statemix.report import align, estimate, group_rows, plot_curves, results_table
-from statemix.report_figures import figures
-from statemix.report_html import inline, sections_of, write_report
-from statemix.runs import Run
+from statemix.report.figures import figures
+from statemix.report.html import inline, sections_of, write_report
+from statemix.report.tables import align, estimate, group_rows, results_table
+from statemix.runs.read import Run
+from statemix.training.curves import plot_curves
 
 
 def result(parameters, state, speed, **test):

@@ -11,8 +11,7 @@ import statistics
 import pytest
 from test_checkpoint import run, small_config
 
-from statemix.config import OptimizerConfig, TrainConfig
-from statemix.runs import (
+from statemix.runs.read import (
     find_runs,
     flatten,
     group_over_seeds,
@@ -26,6 +25,7 @@ from statemix.runs import (
     write_table,
 )
 from statemix.tasks import build_task
+from statemix.training.config import OptimizerConfig, TrainConfig
 
 
 @pytest.fixture(scope="module")

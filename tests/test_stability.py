@@ -7,9 +7,8 @@ import pytest
 import torch
 from conftest import make_raw_gates, numpy_block, numpy_weights
 
-from statemix import block_scan, companion_scan
+from statemix import block_scan, companion_scan, kernels
 from statemix.gates import NORMALIZATIONS, normalize
-from statemix.scan import cpu
 
 BOUNDED = [name for name in NORMALIZATIONS if name != "none"]
 SIGNED = ("tanh", "silu", "linear")
@@ -19,15 +18,15 @@ BOUND = torch.tensor(0.7).item()  # no power of two: every product is rounded
 
 each_normalization = pytest.mark.parametrize("normalization", BOUNDED)
 each_kind = pytest.mark.parametrize("kind", SCANS)
-each_instruction_set = pytest.mark.parametrize("instruction_set", cpu.instruction_sets(), indirect=True)
+each_instruction_set = pytest.mark.parametrize("instruction_set", kernels.instruction_sets(), indirect=True)
 
 
 @pytest.fixture
 def instruction_set(request):
-    before = cpu.instruction_set()
-    cpu.use_instruction_set(request.param)
+    before = kernels.instruction_set()
+    kernels.use_instruction_set(request.param)
     yield
-    cpu.use_instruction_set(before)
+    kernels.use_instruction_set(before)
 
 
 def adversarial_gates(generator: torch.Generator, normalization: str) -> torch.Tensor:

@@ -7,18 +7,18 @@ import torch
 from conftest import TOLERANCE, relative_error
 from torch import Tensor, nn
 
+from statemix import kernels
 from statemix.gates import NORMALIZATIONS
 from statemix.mixers import BDLRU
 from statemix.mixers.base import RawGates
 from statemix.model import Layer, SequenceModel, SwiGLU
-from statemix.scan import cpu
 
 MIXERS = {
     "block": {"name": "bd_lru", "num_blocks": 5, "block_size": 3},
     "companion": {"name": "h_lru", "num_channels": 7, "order": 4},
     "observer": {"name": "h_lru", "num_channels": 7, "order": 4, "form": "observer"},
 }
-pytestmark = pytest.mark.skipif(cpu.load_problem() is not None, reason=f"no kernels: {cpu.load_problem()}")
+pytestmark = pytest.mark.skipif(kernels.load_problem() is not None, reason=f"no kernels: {kernels.load_problem()}")
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def assert_step(pair: Layer, x: Tensor, state: Tensor | None) -> None:
         assert relative_error(got, wanted) <= TOLERANCE[x.dtype], what
 
 
-@pytest.mark.parametrize("instruction_set", cpu.instruction_sets(), indirect=True)
+@pytest.mark.parametrize("instruction_set", kernels.instruction_sets(), indirect=True)
 @pytest.mark.parametrize("kind", MIXERS)
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -68,7 +68,7 @@ def test_a_step_is_what_the_modules_do(generator, calls, instruction_set, kind, 
 def assert_readout(x: Tensor, norm: nn.RMSNorm, head: nn.Linear) -> Tensor:
     """The ends of a model, as a `Decoder` calls them: rows of an embedding, the last norm and the head; no layers."""
     tokens = torch.arange(len(x)).flip(0)
-    y = cpu.ModelStep(x, [], norm.weight, norm.eps, head.weight, len(x))(tokens)
+    y = kernels.ModelStep(x, [], norm.weight, norm.eps, head.weight, len(x))(tokens)
     wanted = copy.deepcopy(head).double()(copy.deepcopy(norm).double()(x[tokens].double())).detach()
     assert relative_error(y, wanted) <= TOLERANCE[x.dtype]
     return y
@@ -83,7 +83,7 @@ def make_readout(width: int, count: int, dtype: torch.dtype = torch.float32) -> 
 READOUTS = [(1, 1, 1), (2, 5, 3), (3, 16, 8), (1, 33, 65)]  # batch, width, vocabulary
 
 
-@pytest.mark.parametrize("instruction_set", cpu.instruction_sets(), indirect=True)
+@pytest.mark.parametrize("instruction_set", kernels.instruction_sets(), indirect=True)
 @pytest.mark.parametrize(("batch", "width", "count"), READOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_logits_are_what_the_modules_make(generator, instruction_set, batch, width, count, dtype):

@@ -19,10 +19,10 @@ from test_checkpoint import differing, run, small_config
 
 import statemix
 from statemix import TrainConfig, cli
-from statemix.checkpoint import locked
-from statemix.config import OptimizerConfig
-from statemix.executors import EXECUTORS, Local
-from statemix.sweep import load_configs, run_name, sweep
+from statemix.runs.executors import EXECUTORS, Local
+from statemix.runs.sweep import load_configs, run_name, sweep
+from statemix.training.checkpoint import locked
+from statemix.training.config import OptimizerConfig
 
 LSTM = {"name": "lstm", "hidden_size": 3}
 
@@ -168,7 +168,7 @@ def test_a_sweep_that_is_stopped_stops_its_runs_and_says_how_to_go_on(
             signal.raise_signal(signal_number)
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with mock.patch.dict(EXECUTORS, local=Noting), mock.patch("statemix.sweep.time.sleep", stop_when_begun):
+    with mock.patch.dict(EXECUTORS, local=Noting), mock.patch("statemix.runs.sweep.time.sleep", stop_when_begun):
         assert cli.main(["sweep", "long.py", "--jobs", "1"]) == 130
     assert {number: signal.getsignal(number) for number in handlers} == handlers
     assert capsys.readouterr().err.endswith("stopped: the same command goes on from the last checkpoint.\n")
@@ -317,7 +317,7 @@ ON_RAY = """
 import os, signal, sys, threading, time
 from pathlib import Path
 import psutil
-from statemix.sweep import run_name, sweep
+from statemix.runs.sweep import run_name, sweep
 from test_sweep import LONG, NO_TEST, tiny
 
 def kill_the_worker(folder):
@@ -368,7 +368,7 @@ def test_a_script_without_a_guard_is_told_so(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "from statemix import TrainConfig\n"
-        "from statemix.sweep import sweep\n"
+        "from statemix.runs.sweep import sweep\n"
         "rows = sweep({'a': TrainConfig(steps=1)}, 'out', jobs=1)\n"
         "print(rows)\n"
     )

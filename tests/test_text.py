@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-from statemix import corpus as module
 from statemix.tasks import IGNORE_INDEX, Text, build_task, complete_task, finite_batch
-from statemix.tokenizer import load_tokenizer
+from statemix.text import corpus as module
+from statemix.text.tokenizer import load_tokenizer
 
 X = IGNORE_INDEX
 

@@ -9,8 +9,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from statemix import tokenizer as module
-from statemix.tokenizer import BPE, Bytes, Characters, load_tokenizer, save_tokenizer, train_bpe
+from statemix.text import tokenizer as module
+from statemix.text.tokenizer import BPE, Bytes, Characters, load_tokenizer, save_tokenizer, train_bpe
 
 TEXT = "Zwölf Boxkämpfer jagen Eva quer über den Sylter Deich.\n\n  def f(x):\n\treturn x ** 2  # 😀 ³\n"
 

@@ -9,8 +9,8 @@ from test_checkpoint import Stopped, differing, run, small_config
 from test_train import ten_steps
 
 from statemix import TrainConfig
-from statemix.config import ModelConfig, OptimizerConfig
 from statemix.model import AutoEncoder, load_model
+from statemix.training.config import ModelConfig, OptimizerConfig
 
 
 def test_training_ends_when_patience_does(tmp_path):

@@ -8,10 +8,10 @@ import torch
 from test_checkpoint import Stopped, differing, run, small_config
 
 from statemix import BDLRU, HLRU, SequenceModel, TrainConfig
-from statemix.config import ModelConfig, OptimizerConfig
 from statemix.model import load_model
 from statemix.tasks import IGNORE_INDEX, PermutationComposition
 from statemix.tasks.permutation import group_table
+from statemix.training.config import ModelConfig, OptimizerConfig
 
 START = {"name": "permutation", "group": "S3", "seq_len": 5, "start": True}
 

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from test_checkpoint import Stopped, cut, differing, extra, run
 
 from statemix import SequenceModel, TrainConfig, cli
-from statemix.checkpoint import load_carried
-from statemix.config import ModelConfig, OptimizerConfig
-from statemix.runs import read_run, row_of
-from statemix.sweep import run_name
+from statemix.runs.read import read_run, row_of
+from statemix.runs.sweep import run_name
 from statemix.tasks import IGNORE_INDEX, Text, build_task
-from statemix.tokenizer import load_tokenizer
-from statemix.train import _text_figures, evaluate, learning_rate
+from statemix.text.tokenizer import load_tokenizer
+from statemix.training.checkpoint import load_carried
+from statemix.training.config import ModelConfig, OptimizerConfig
+from statemix.training.loop import _text_figures, evaluate, learning_rate
 
 
 @pytest.fixture(autouse=True)
@@ -225,7 +225,9 @@ def test_a_run_that_carries_its_state_resumes_exactly(tmp_path, source, stop, ac
     assert json.loads((tmp_path / "run" / "checkpoints.json").read_text())["last"] == "step-3"
     # were the state lost, the run would be another one
     shutil.copytree(tmp_path / "run", tmp_path / "lost")
-    with mock.patch("statemix.train.load_carried", lambda *args: [torch.zeros_like(x) for x in load_carried(*args)]):
+    with mock.patch(
+        "statemix.training.loop.load_carried", lambda *args: [torch.zeros_like(x) for x in load_carried(*args)]
+    ):
         run(tmp_path / "lost", config)
     assert "step-6/model.safetensors" in differing(tmp_path / "lost", whole.out)
     run(tmp_path / "run", config)
@@ -243,7 +245,7 @@ def test_a_run_of_text_without_carried_state_resumes_exactly(tmp_path, source, t
             raise Stopped
         return learning_rate(optimizer, step, steps)
 
-    with mock.patch("statemix.train.learning_rate", stopping_rate), pytest.raises(Stopped):
+    with mock.patch("statemix.training.loop.learning_rate", stopping_rate), pytest.raises(Stopped):
         run(tmp_path / "run", config)
     run(tmp_path / "run", config)
     assert differing(tmp_path / "run", whole.out) == []
@@ -382,7 +384,7 @@ def test_a_config_from_before_these_fields_is_the_same_run():
 
 def test_text_is_short_for_a_task_and_its_source(tmp_path, source, capsys):
     options = ["--task.seq-len=12", "--steps=2", "--batch-size=4", "--model.d-model=8", "--eval-sequences=9", "--carry"]
-    with mock.patch("statemix.train.plot_curves", lambda runs, path, **_: Path(path).write_bytes(b"a picture")):
+    with mock.patch("statemix.training.loop.plot_curves", lambda runs, path, **_: Path(path).write_bytes(b"a picture")):
         assert cli.main(["train", "--text", source, *options, "--out", str(tmp_path / "run")]) == 0
     summary = read_run(tmp_path / "run").summary["valid"]
     assert f"validation: {summary['loss']:.4f} nats per token, {summary['bits_per_byte']:.4f} bits per byte" in (

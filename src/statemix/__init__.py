@@ -1,10 +1,10 @@
 """Linear recurrent networks with rich state mixing: BD-LRU and H-LRU, their scans, tasks and training."""
 
-from statemix.config import TrainConfig
 from statemix.mixers import BDLRU, HLRU, LSTM
 from statemix.model import AutoEncoder, SequenceModel, load_model
 from statemix.scan import available_backends, block_scan, companion_scan, observer_scan
-from statemix.train import train
+from statemix.training.config import TrainConfig
+from statemix.training.loop import train
 
 __version__ = "0.1.0"
 

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from statemix.checkpoint import POINTER_FILE, TRAIN_FILE
+from statemix import kernels
 from statemix.mixers.base import check_sizes
 from statemix.model import CONFIG_FILE, Layer, SequenceModel, State, load_model, plain_weights
-from statemix.scan import cpu
-from statemix.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from statemix.text.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from statemix.training.checkpoint import POINTER_FILE, TRAIN_FILE
 
 CHUNK = 1024  # tokens of a prompt that are read at once
 
@@ -51,7 +51,7 @@ class Decoder:
         with torch.no_grad():
             self._step = self._prepare()
 
-    def _prepare(self) -> cpu.ModelStep | None:
+    def _prepare(self) -> kernels.ModelStep | None:
         """A token as one call, which changes the state in place, or None where the kernels do not serve."""
         model, dtype = self.model, self.model.embedding.weight.dtype
         if (ends := plain_weights(dtype, (model.norm,), (model.head,), (model.embedding,))) is None:
@@ -63,7 +63,7 @@ class Decoder:
             if (inputs := cast(Layer, layer).step_inputs(row, state[:1])) is None:
                 return None
             pairs.append(inputs._replace(state=state))
-        return cpu.ModelStep(embedding, pairs, norm, cast(float, model.norm.eps), head, len(self._state[0]))
+        return kernels.ModelStep(embedding, pairs, norm, cast(float, model.norm.eps), head, len(self._state[0]))
 
     @property
     def state(self) -> State:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from statemix.generate import find_checkpoint, zero_state
 from statemix.model import SequenceModel, State
-from statemix.tokenizer import BPE, Characters, Tokenizer
+from statemix.text.tokenizer import BPE, Characters, Tokenizer
 
 try:
     import tokenizers

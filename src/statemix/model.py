@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from statemix import kernels
+from statemix.kernels.pointwise import Dropout, gated
 from statemix.mixers import Mixer, build_mixer, complete_mixer
 from statemix.mixers.base import LinearRecurrence, check_flags, check_sizes
-from statemix.pointwise import Dropout, gated
-from statemix.scan import cpu
 from statemix.specs import Spec
 
 State = tuple[Tensor, ...]  # one (B, M, N) per layer
@@ -75,9 +75,9 @@ class Layer(nn.Module):
 
     def _fused_step(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The step as one call, or None where that does not serve."""
-        return None if (inputs := self.step_inputs(x, state)) is None else cpu.pair_step(x, inputs)
+        return None if (inputs := self.step_inputs(x, state)) is None else kernels.pair_step(x, inputs)
 
-    def step_inputs(self, x: Tensor, state: Tensor | None) -> cpu.PairInputs | None:
+    def step_inputs(self, x: Tensor, state: Tensor | None) -> kernels.PairInputs | None:
         """What a fused step of x (B, D) needs besides x, or None as `LinearRecurrence.step_inputs`."""
         if self.training and self.dropout.p:
             return None
@@ -94,7 +94,7 @@ class Layer(nn.Module):
         if mixer._forward_hooks or mixer._forward_pre_hooks or (ready := mixer.step_inputs(x, state)) is None:
             return None
         epsilons = cast(tuple[float, float], (norm.eps, mlp_norm.eps))
-        return cpu.PairInputs(*ready, weights, epsilons, mixer.normalization, mixer.kind)
+        return kernels.PairInputs(*ready, weights, epsilons, mixer.normalization, mixer.kind)
 
 
 def plain_weights(

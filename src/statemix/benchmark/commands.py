@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from rich.table import Table
 
+from statemix import kernels
 from statemix.benchmark import gpu
 from statemix.benchmark.contender import BACKWARD, BOTH, FORWARD, PARTS, Contender, Shape, Work
 from statemix.benchmark.layers import DECODE_CONTENDERS, LAYER_CONTENDERS, TRAIN_CONTENDERS
@@ -24,7 +25,6 @@ from statemix.benchmark.results import plot, table
 from statemix.benchmark.scans import SCAN_CONTENDERS, SCANS, own_scan
 from statemix.files import write_whole
 from statemix.mixers.base import check_choice, check_sizes
-from statemix.scan import cpu
 from statemix.scan.gpu_model import CARDS, card_of
 
 SCALING_LENGTH = 1024
@@ -113,7 +113,7 @@ class Benchmark:
         if not 0 < self.seconds < math.inf:
             raise ValueError(f"bench: `seconds` must be above 0 and finite, got {self.seconds}.")
         if self.instruction_set is not None:
-            check_choice("bench", "instruction_set", self.instruction_set, cpu.instruction_sets())
+            check_choice("bench", "instruction_set", self.instruction_set, kernels.instruction_sets())
         for dtype in self.given("dtype").values():
             check_choice("bench", "dtype", dtype, self.dtypes)
         groups, only = self.groups(), [name for name in self.only.split(",") if name]

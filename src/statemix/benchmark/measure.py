@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from statemix import kernels
 from statemix.benchmark.contender import Contender, Shape, UnavailableError, Work
-from statemix.scan import cpu
 
 ROUNDS, SLOW_ROUNDS = 5, 3  # at least; and of a contender whose one call takes more than a fifth of the time
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12, "bfloat16": 5e-2}  # relative to the largest entry of a result
@@ -176,16 +176,16 @@ def _quartiles(numbers: Sequence[float] | np.ndarray[Any, Any]) -> list[float]:
 @contextmanager
 def settings(threads: int, instruction_set: str | None) -> Iterator[None]:
     """Threads and instruction set of this process inside the block, and those from before after it."""
-    before = torch.get_num_threads(), None if cpu.load_problem() else cpu.instruction_set()
+    before = torch.get_num_threads(), None if kernels.load_problem() else kernels.instruction_set()
     try:
         if instruction_set is not None:
-            cpu.use_instruction_set(instruction_set)
+            kernels.use_instruction_set(instruction_set)
         torch.set_num_threads(threads)
         yield
     finally:
         torch.set_num_threads(before[0])
         if before[1] is not None:
-            cpu.use_instruction_set(before[1])
+            kernels.use_instruction_set(before[1])
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def machine(threads: int) -> dict[str, Any]:
     return {
         "processor": names[0] if names else platform.processor() or platform.machine(),
         "processors": os.cpu_count(),
-        "instruction_set": "torch" if cpu.load_problem() else cpu.instruction_set(),
+        "instruction_set": "torch" if kernels.load_problem() else kernels.instruction_set(),
         "threads": threads,
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from statemix import kernels
 from statemix.benchmark.contender import Contender, Shape, UnavailableError, Work
 from statemix.benchmark.layers import LAYER_CONTENDERS
-from statemix.scan import cpu
 
 EXTRAPOLATED = (1024, 2048, 4096)  # lengths at which the memory of a contender that does not fit is measured
 LAYERS = LAYER_CONTENDERS[:4]  # the BD-LRU, in all its ways
@@ -29,8 +29,8 @@ def peak_bytes(name: str, shape: Shape) -> int:
     code = "from statemix.benchmark import memory; memory.report_peak()"
     request = {"name": name, "shape": dataclasses.asdict(shape), "threads": torch.get_num_threads()}
     environment = dict(os.environ)
-    if not cpu.load_problem():
-        environment[cpu.INSTRUCTION_SET_VARIABLE] = cpu.instruction_set()
+    if not kernels.load_problem():
+        environment[kernels.INSTRUCTION_SET_VARIABLE] = kernels.instruction_set()
     command = [sys.executable, "-c", code, json.dumps(request)]
     child = subprocess.run(command, env=environment, capture_output=True, text=True)
     if child.returncode < 0:

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from statemix import kernels
 from statemix.benchmark.contender import (
     BACKWARD,
     BOTH,
@@ -20,7 +21,7 @@ from statemix.benchmark.contender import (
     inputs,
 )
 from statemix.gates import normalize
-from statemix.scan import block_scan, companion_scan, cpu, observer_scan
+from statemix.scan import block_scan, companion_scan, observer_scan
 
 SCANS = {"block": block_scan, "companion": companion_scan, "observer": observer_scan}
 
@@ -67,7 +68,9 @@ def own_scan(name: str, backend: str) -> Contender:
     """The scan of this package with a backend."""
 
     def make(shape: Shape) -> Work:
-        problem = cpu.load_problem() or (f"M up to {cpu.MAX_ORDER} only" if shape.order > cpu.MAX_ORDER else None)
+        problem = kernels.load_problem() or (
+            f"M up to {kernels.MAX_ORDER} only" if shape.order > kernels.MAX_ORDER else None
+        )
         if backend == "cpu" and problem:
             raise UnavailableError(problem)
         return scan_work(shape, partial(SCANS[shape.kind], backend=backend))

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from statemix import kernels
 from statemix.analysis import transitions
 from statemix.gates import normalize
-from statemix.scan import cpu, lagged_states, scan_to_state
+from statemix.scan import lagged_states, scan_to_state
 
 _WITH_ADDRESS = (Tensor, nn.Parameter)  # not so a subclass
 
@@ -110,7 +111,7 @@ class LinearRecurrence(Mixer):
             return stepped[0][:, None], stepped[1]
         # below, packing the weights for the fused products takes longer than the products
         if x.shape[0] * x.shape[1] >= 32 and (weights := self._fused_weights(x)) is not None:
-            return cpu.layer(
+            return kernels.layer(
                 *(x, weights, state, reset),
                 normalization=self.normalization,
                 kind=self.kind,
@@ -162,11 +163,11 @@ class LinearRecurrence(Mixer):
         """The step as one call, or None where that does not serve."""
         if (ready := self.step_inputs(x, state)) is None:
             return None
-        return cpu.layer_step(x, *ready, normalization=self.normalization, kind=self.kind)
+        return kernels.layer_step(x, *ready, normalization=self.normalization, kind=self.kind)
 
-    def step_inputs(self, x: Tensor, state: Tensor | None) -> tuple[cpu.Weights, Tensor] | None:
+    def step_inputs(self, x: Tensor, state: Tensor | None) -> tuple[kernels.Weights, Tensor] | None:
         """Weights and state for a fused step of x (B, D), or None: with gradients, or for many rows."""
-        if torch.is_grad_enabled() or type(x) is not Tensor or x.ndim != 2 or cpu.transformed():
+        if torch.is_grad_enabled() or type(x) is not Tensor or x.ndim != 2 or kernels.transformed():
             return None
         batch, width = x.shape
         if not 0 < batch <= 8 or width != self.d_model or (weights := self._fused_weights(x)) is None:
@@ -183,7 +184,7 @@ class LinearRecurrence(Mixer):
                 return None
         return weights, state
 
-    def _fused_weights(self, x: Tensor) -> cpu.Weights | None:
+    def _fused_weights(self, x: Tensor) -> kernels.Weights | None:
         """The weights for the fused kernels, or None where they do not serve this layer or x."""
         # dictionaries: a step is so short that nn.Module's attributes would be half of it
         modules = self._modules
@@ -193,7 +194,7 @@ class LinearRecurrence(Mixer):
         if (
             self.backend not in ("auto", "cpu")
             or x.dtype not in (torch.float32, torch.float64)
-            or not cpu.serves(x.device, self.state_shape[0])
+            or not kernels.serves(x.device, self.state_shape[0])
             or torch.is_autocast_enabled("cpu")
             or type(raw_gates) is not RawGates
             or raw_gates._forward_hooks

@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from statemix import kernels
 from statemix.gates import check_normalization
 from statemix.scan import associative, cpu, gpu, reference
 
@@ -26,7 +27,9 @@ def available_backends() -> tuple[str, ...]:
 def backend_problem(name: str) -> str | None:
     """Why the backend cannot be used on this machine, in one sentence; None if it can."""
     module = BACKENDS[name]
-    return module.load_problem() if module in FUSED else None
+    if module is gpu:
+        return gpu.load_problem()
+    return kernels.load_problem() if module is cpu else None
 
 
 def block_scan(
@@ -241,7 +244,7 @@ def _unserved(backend: str, device: torch.device, order: int, dtype: torch.dtype
         return None
     if device.type != "cpu":
         return f"it needs CPU tensors, got device {device}."
-    return f"it serves M up to {cpu.MAX_ORDER}, got M = {order}." if order > cpu.MAX_ORDER else None
+    return f"it serves M up to {kernels.MAX_ORDER}, got M = {order}." if order > kernels.MAX_ORDER else None
 
 
 def check_scan(

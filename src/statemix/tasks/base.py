@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from statemix.tokenizer import Tokenizer
+from statemix.text.tokenizer import Tokenizer
 
 IGNORE_INDEX = -100  # a target that is not scored
 

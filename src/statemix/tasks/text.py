@@ -9,9 +9,9 @@ from typing import ClassVar, Self
 import numpy as np
 import torch
 
-from statemix.corpus import Corpus, open_corpus
 from statemix.tasks.base import IGNORE_INDEX, SPLITS, Batch, Task, Tokens, stream, to_batch
-from statemix.tokenizer import TOKENIZERS, Tokenizer
+from statemix.text.corpus import Corpus, open_corpus
+from statemix.text.tokenizer import TOKENIZERS, Tokenizer
 
 Positions = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import statemix
-from statemix.checkpoint import CONFIG_FILE, METRICS_FILE, RESULT_FILE
-from statemix.config import TrainConfig
+from statemix.training.checkpoint import CONFIG_FILE, METRICS_FILE, RESULT_FILE
+from statemix.training.config import TrainConfig
 from statemix.files import write_whole
 from statemix.tasks import build_task, scaled_accuracy
 

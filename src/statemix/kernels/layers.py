@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from statemix.scan.cpu.kernels import (
+from statemix.kernels.library import (
     KINDS,
     NORMALIZATIONS,
     STORAGES,
@@ -19,7 +19,7 @@ from statemix.scan.cpu.kernels import (
     instruction_set,
     library,
 )
-from statemix.scan.cpu.operators import Operator, no_second_derivative, save_nothing
+from statemix.kernels.operators import Operator, no_second_derivative, save_nothing
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]  # see `layer`
 

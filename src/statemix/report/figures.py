@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from statemix.report import Groups
-from statemix.runs import interval
+from statemix.report.tables import Groups
+from statemix.runs.read import interval
 from statemix.tasks import build_task
 
 if TYPE_CHECKING:

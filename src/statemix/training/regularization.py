@@ -7,9 +7,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from statemix.config import TrainConfig
 from statemix.mixers.base import LinearRecurrence
 from statemix.model import TokenModel
+from statemix.training.config import TrainConfig
 
 ENTROPY_TOKENS = 512  # of a batch: more would cost as much as the layer itself
 

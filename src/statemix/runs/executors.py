@@ -15,8 +15,8 @@ from typing import Any, Protocol, Self
 
 import torch
 
-from statemix.config import TrainConfig
-from statemix.train import train
+from statemix.training.config import TrainConfig
+from statemix.training.loop import train
 
 LOG_FILE = "log.txt"  # in the folder of the run: what it printed
 

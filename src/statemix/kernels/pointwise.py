@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from statemix.scan import cpu
+from statemix import kernels
 
 
 def gated(x: Tensor) -> Tensor:
@@ -20,8 +20,8 @@ def gated(x: Tensor) -> Tensor:
     Returns:
         (..., H).
     """
-    served = cpu.serves(x.device, order=1) and x.dtype in (torch.float32, torch.float64) and type(x) is Tensor
-    if not served or x.numel() == 0 or cpu.transformed():
+    served = kernels.serves(x.device, order=1) and x.dtype in (torch.float32, torch.float64) and type(x) is Tensor
+    if not served or x.numel() == 0 or kernels.transformed():
         gate, inner = x.chunk(2, dim=-1)
         return nn.functional.silu(gate) * inner
     return cast(Tensor, _Gated.apply(x))
@@ -34,7 +34,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x)
-        return cpu.gated(x)
+        return kernels.gated(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class _Gated(torch.autograd.Function):
             gate, inner = x.chunk(2, dim=-1)
             share = gate.sigmoid()
             return torch.cat([grad * inner * share * (1 + gate * (1 - share)), grad * gate * share], dim=-1)
-        return cpu.gated_backward(grad, x)
+        return kernels.gated_backward(grad, x)
 
 
 class Dropout(nn.Dropout):
@@ -54,7 +54,7 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """x of any shape -> the same shape."""
-        if not (self.training and self.p and x.is_cpu) or cpu.transformed():
+        if not (self.training and self.p and x.is_cpu) or kernels.transformed():
             return super().forward(x)
         dropped = min(round(self.p * 2**16), 2**16 - 1)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)

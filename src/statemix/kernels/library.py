@@ -98,7 +98,7 @@ class Library:
         """Args: path: of the library; the one that was installed with the package if None."""
         if path is None:
             # an editable install keeps the library apart from the sources, so look in every folder of the package
-            folders = [Path(folder) for folder in sys.modules["statemix.scan"].__path__]
+            folders = [Path(folder) for folder in sys.modules["statemix.kernels"].__path__]
             found = [folder / LIBRARY for folder in folders if (folder / LIBRARY).exists()]
             if not found:
                 raise OSError(

@@ -27,7 +27,7 @@ from statemix.analysis import (
     relabel,
     representation,
 )
-from statemix.report_figures import COLORS, INK, SIZE, _canvas
+from statemix.report.figures import COLORS, INK, SIZE, _canvas
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statemix.config import OptimizerConfig
 from statemix.model import TokenModel
+from statemix.training.config import OptimizerConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of Jordan's post: steepest at zero, not convergent
 MOMENTUM, ITERATIONS = 0.95, 5

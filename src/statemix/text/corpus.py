@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from statemix.files import sync, write_whole
-from statemix.tokenizer import (
+from statemix.text.tokenizer import (
     TOKENIZER_FILE,
     TOKENIZERS,
     Bytes,

@@ -27,7 +27,7 @@ import dataclasses
 import itertools
 from typing import Any, NamedTuple
 
-from statemix.config import ModelConfig, OptimizerConfig, TrainConfig
+from statemix.training.config import ModelConfig, OptimizerConfig, TrainConfig
 from statemix.model import SequenceModel
 from statemix.specs import Spec
 from statemix.tasks import Setting, settings

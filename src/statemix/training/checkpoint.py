@@ -26,11 +26,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from statemix.config import TrainConfig
 from statemix.files import sync, write_whole
 from statemix.model import TokenModel, read_tensors
-from statemix.processes import part_like, whole
-from statemix.tokenizer import TOKENIZER_FILE
+from statemix.text.tokenizer import TOKENIZER_FILE
+from statemix.training.config import TrainConfig
+from statemix.training.processes import part_like, whole
 
 try:
     import fcntl

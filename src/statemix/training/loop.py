@@ -17,7 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 import statemix
-from statemix.checkpoint import (
+from statemix.model import AutoEncoder, SequenceModel, State, TokenModel, load_model
+from statemix.tasks import IGNORE_INDEX, Batch, Score, build_task
+from statemix.tasks.base import Task, finite_batch
+from statemix.text.tokenizer import save_tokenizer
+from statemix.training.checkpoint import (
     CONFIG_FILE,
     CURVES_FILE,
     RESULT_FILE,
@@ -27,15 +31,11 @@ from statemix.checkpoint import (
     locked,
     optimizer_tensors,
 )
-from statemix.config import OptimizerConfig, TrainConfig, first_difference
-from statemix.model import AutoEncoder, SequenceModel, State, TokenModel, load_model
-from statemix.optimizer import make_optimizer
-from statemix.processes import all_rows, make_accelerator, own_rows, prepare, whole, whole_model
-from statemix.regularization import dropout_seed, hidden_blocks, row_entropies
-from statemix.report import plot_curves
-from statemix.tasks import IGNORE_INDEX, Batch, Score, build_task
-from statemix.tasks.base import Task, finite_batch
-from statemix.tokenizer import save_tokenizer
+from statemix.training.config import OptimizerConfig, TrainConfig, first_difference
+from statemix.training.curves import plot_curves
+from statemix.training.optimizer import make_optimizer
+from statemix.training.processes import all_rows, make_accelerator, own_rows, prepare, whole, whole_model
+from statemix.training.regularization import dropout_seed, hidden_blocks, row_entropies
 
 RESUME = ("auto", "never")
 

@@ -15,20 +15,21 @@ import tyro
 from rich.console import Console
 
 import statemix
+from statemix import kernels
 from statemix.benchmark import BENCHMARKS, run
-from statemix.config import TrainConfig
 from statemix.generate import load_text_model, stream_text
 from statemix.mixers import MIXERS, library_kernels
-from statemix.presets import PROTOCOLS, preset_config, preset_steps
-from statemix.report import align, group_rows
-from statemix.report_html import sections_of, write_report
-from statemix.runs import Run, find_runs, read_run, unfinished_runs
-from statemix.scan import BACKENDS, backend_problem, cpu
+from statemix.report.html import sections_of, write_report
+from statemix.report.tables import align, group_rows
+from statemix.runs.presets import PROTOCOLS, preset_config, preset_steps
+from statemix.runs.read import Run, find_runs, read_run, unfinished_runs
+from statemix.runs.sweep import load_configs, sweep
+from statemix.scan import BACKENDS, backend_problem
 from statemix.sizing import WIDTH, table
 from statemix.specs import Spec, options
-from statemix.sweep import load_configs, sweep
 from statemix.tasks import TASKS
-from statemix.train import train
+from statemix.training.config import TrainConfig
+from statemix.training.loop import train
 
 USAGE = """usage: statemix COMMAND [options]
 
@@ -156,8 +157,8 @@ def _info(arguments: list[str]) -> None:
     facts = {"associative": "log-depth scan in torch, any device", "reference": "loop over time in torch, any device"}
     if backend_problem("cpu") is None:
         facts["cpu"] = (
-            f"fused C++ kernels; instruction set {cpu.instruction_set()}, of {', '.join(cpu.instruction_sets())} "
-            f"(set {cpu.INSTRUCTION_SET_VARIABLE} to choose)"
+            f"fused C++ kernels; instruction set {kernels.instruction_set()}, "
+            f"of {', '.join(kernels.instruction_sets())} (set {kernels.INSTRUCTION_SET_VARIABLE} to choose)"
         )
     if backend_problem("gpu") is None:
         facts["gpu"] = "fused Triton kernels, CUDA tensors"

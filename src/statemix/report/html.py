@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import statemix
 from statemix.files import write_whole
-from statemix.report import Groups, align, group_rows
-from statemix.report_figures import INK, figures
-from statemix.runs import Run, group_over_seeds, row_of, write_table
+from statemix.report.figures import INK, figures
+from statemix.report.tables import Groups, align, group_rows
+from statemix.runs.read import Run, group_over_seeds, row_of, write_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,5 +1,5 @@
 """The fused C++ kernels of csrc/ as torch custom operators: float32, float64 and bfloat16, forward and first
-derivative. Here the scans; in layers.py whole layers.
+derivative.
 """
 
 from typing import Any
@@ -7,54 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statemix.scan.cpu.kernels import (
-    INSTRUCTION_SET_VARIABLE,
-    KINDS,
-    MAX_ORDER,
-    NORMALIZATIONS,
-    STORAGES,
-    Scan,
-    instruction_set,
-    instruction_sets,
-    library,
-    load_problem,
-    serves,
-    transformed,
-    use_instruction_set,
-)
-from statemix.scan.cpu.layers import (
-    ModelStep,
-    PairInputs,
-    Weights,
-    gated,
-    gated_backward,
-    layer,
-    layer_step,
-    pair_step,
-)
-from statemix.scan.cpu.operators import Operator, no_second_derivative, save_nothing
-
-__all__ = [
-    "INSTRUCTION_SET_VARIABLE",
-    "MAX_ORDER",
-    "ModelStep",
-    "PairInputs",
-    "Weights",
-    "block_scan",
-    "companion_scan",
-    "gated",
-    "gated_backward",
-    "instruction_set",
-    "instruction_sets",
-    "layer",
-    "layer_step",
-    "load_problem",
-    "observer_scan",
-    "pair_step",
-    "serves",
-    "transformed",
-    "use_instruction_set",
-]
+from statemix.kernels.library import KINDS, NORMALIZATIONS, STORAGES, Scan, library
+from statemix.kernels.operators import Operator, no_second_derivative, save_nothing
 
 
 def block_scan(

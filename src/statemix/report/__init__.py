@@ -1,0 +1,1 @@
+"""What runs have shown, as tables, pictures and a page."""

@@ -1,0 +1,1 @@
+"""Training: a run's config, the loop, and what a run leaves on the disk."""
