@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import TOLERANCE, relative_error
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from statemix import AutoEncoder, SequenceModel, load_model
@@ -172,8 +173,71 @@ def test_a_conversation_goes_on_from_a_cache():
     model, prompt = make_model(), torch.tensor([PROMPTS[0]])
     first = model.generate(prompt, max_new_tokens=6, return_dict_in_generate=True, **GREEDY)
     longer = torch.cat([first.sequences, torch.tensor([[2, 7]])], dim=1)
-    again = model.generate(longer, max_new_tokens=5, past_key_values=first.past_key_values, **GREEDY)
+    cache = {hf.CACHE_NAME: first[hf.CACHE_NAME]}
+    again = model.generate(longer, max_new_tokens=5, **cache, **GREEDY)
     assert torch.equal(again, model.generate(longer, max_new_tokens=5, **GREEDY))
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_forward_takes_the_cache_by_both_its_names(name):
+    """Releases below 5.24 say `past_key_values`, 5.24 says `cache`: a name that was ignored would begin anew."""
+    model, tokens = make_model(), torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        whole = model(tokens).logits
+        begun = model(tokens[:, :3], use_cache=True)[hf.CACHE_NAME]
+        assert torch.allclose(model(tokens[:, 3:], **{name: begun}).logits, whole[:, 3:], atol=1e-6)
+    assert begun.get_seq_length() == 5
+
+
+TOKENS = torch.tensor([PROMPTS[0]])
+UPWARDS = torch.arange(5)[None]
+REFUSED = {
+    "a misspelt name": ({"past_key_value": None}, TypeError, r"`past_key_value` is not an argument of `forward`\.$"),
+    "embeddings": ({"inputs_embeds": torch.zeros(1, 5, 20)}, TypeError, "`inputs_embeds` is not an argument"),
+    "kinds of tokens": ({"token_type_ids": TOKENS}, TypeError, "`token_type_ids` is not an argument"),
+    "hidden states": ({"output_hidden_states": True}, ValueError, "`output_hidden_states` must be False"),
+    "attentions": ({"output_attentions": True}, ValueError, "`output_attentions` must be False"),
+    "another cache": ({"cache": [1]}, TypeError, "`cache` must be a StateCache, got list"),
+    "two caches": ({"cache": hf.StateCache(), "past_key_values": hf.StateCache()}, TypeError, "are one argument"),
+    "a place": ({"cache_position": torch.arange(2, 7)}, ValueError, "begin with the 0 tokens that .* read, got 2"),
+    "packed": ({"position_ids": UPWARDS % 3}, ValueError, r"go up by one .* got a step of -2 in row 0\. Packed"),
+    "positions": ({"position_ids": UPWARDS[:, 1:]}, ValueError, r"shape \(B, T\) = \(1, 5\), got \(1, 4\)"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_served_is_refused(case):
+    keywords, error, message = REFUSED[case]
+    with pytest.raises(error, match=rf"^StatemixForCausalLM: .*{message}"):
+        make_model()(TOKENS, **keywords)
+
+
+def test_what_changes_nothing_is_taken():
+    model = make_model()
+    with torch.no_grad():
+        plain = model(TOKENS).logits
+        nothing = {"output_attentions": False, "output_hidden_states": None}
+        where = {"position_ids": UPWARDS + 7, "cache_position": torch.arange(5)}
+        assert torch.equal(model(TOKENS, **nothing, **where).logits, plain)
+
+
+def test_a_config_that_asks_for_hidden_states_is_refused():
+    model = make_model()
+    model.config.output_hidden_states = True
+    with pytest.raises(ValueError, match="`output_hidden_states` must be False"):
+        model(TOKENS)
+
+
+def test_assisted_generation_is_refused():
+    """By transformers where the model is to check what another wrote, and by the cache where it is the assistant."""
+    model = make_model()
+    with pytest.raises(ValueError, match="not supported with stateful models"):
+        model.generate(TOKENS, max_new_tokens=6, assistant_model=make_model("lstm"), **GREEDY)
+    options = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    options |= {"num_attention_heads": 2, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options)).eval()
+    with pytest.raises(RuntimeError, match=r"^StateCache: a recurrent state cannot be cropped, got crop\(-\d+\)"):
+        other.generate(TOKENS, max_new_tokens=12, assistant_model=model, do_sample=False)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -232,6 +296,63 @@ def test_a_vocabulary_is_resized(tmp_path):
     assert torch.equal(model.model.embedding.weight[:11], before)
     model.save_statemix(tmp_path)
     assert load_model(tmp_path).config["vocab_size"] == 14
+
+
+@pytest.mark.parametrize("mixer", ["block", "lstm", "lru", "mamba2"])
+def test_what_a_checkpoint_lacks_is_drawn_as_the_constructor_does(tmp_path, mixer):
+    """New rows of a larger vocabulary, and a mixer's own set-up: LRU's ring, Mamba-2's decays, an LSTM's matrices."""
+    options = {"lru": {"num_channels": 8}, "mamba2": {"head_dim": 8}}
+    spec = MIXERS[mixer] if mixer in MIXERS else {"name": mixer, **options[mixer]}
+    torch.manual_seed(0)
+    hf.StatemixForCausalLM(hf.StatemixConfig(11, 20, 2, spec)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if ".mixer." not in name}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    junk = [torch.full((200, 64), 7e8) for _ in range(50)]  # what freed memory may hold
+    del junk
+    torch.manual_seed(3)
+    same = {"vocab_size": 30, "ignore_mismatched_sizes": True}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **same)
+    torch.manual_seed(3)
+    drawn = SequenceModel(30, 20, 2, spec).state_dict()
+    for name, tensor in model.model.state_dict().items():
+        fresh = ".mixer." in name or name in ("embedding.weight", "head.weight")
+        assert torch.equal(tensor, drawn[name] if fresh else kept[f"model.{name}"]), name
+
+
+def test_a_folder_opens_where_statemix_hf_was_never_imported(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    code = """
+import sys, transformers, torch
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(model.generate(torch.tensor([[3, 1, 4, 1, 5]]), max_new_tokens=6, do_sample=False, pad_token_id=0)[0].tolist())
+"""
+    environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout) == model.generate(TOKENS, max_new_tokens=6, **GREEDY)[0].tolist()
+
+
+def test_a_loaded_model_drops_nothing(tmp_path):
+    ours = SequenceModel(11, 20, 2, MIXERS["block"], dropout=0.5)
+    ours.save(tmp_path)
+    model = hf.StatemixForCausalLM.from_statemix(tmp_path)
+    assert not model.training
+    assert torch.equal(model(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_bytes_are_padded_without_being_told():
+    model = make_model(vocab_size=256)
+    tokenizer = hf.hf_tokenizer(Bytes())
+    assert (tokenizer.pad_token_id, tokenizer("ÿ")["input_ids"]) == (255, [0xC3, 0xBF])
+    texts = ["a longer one", "b"]
+    pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu", batch_size=2)
+    answers = pipe(texts, max_new_tokens=5, do_sample=False)
+    for text, [answer] in zip(texts, answers, strict=True):
+        [new] = generate(model.model, [Bytes().encode(text)], 5, temperature=0)
+        assert answer["generated_text"] == text + tokenizer.decode(new, skip_special_tokens=True)
 
 
 TEXT = "Grüße, «日本»\n\t x  y😀 it's"

@@ -6,7 +6,8 @@
     model.generate(...), pipeline("text-generation", model, tokenizer=...), Trainer(model, ...)
 
 The cache of `generate` is the recurrent state: of constant size, reordered for beams. Padding, wherever it stands,
-leaves the state as it is, so that a row of a batch gives what it gives alone.
+leaves the state as it is, so that a row of a batch gives what it gives alone. transformers hands the cache over as
+`past_key_values`, and from 5.24 on as `cache`: both names are served, and a keyword that is not known is refused.
 """
 
 from pathlib import Path
@@ -22,6 +23,7 @@ from statemix.text.tokenizer import BPE, Characters, Tokenizer
 try:
     import tokenizers
     from transformers import (
+        AddedToken,
         AutoConfig,
         AutoModelForCausalLM,
         GenerationMixin,
@@ -39,7 +41,7 @@ class StatemixConfig(PreTrainedConfig):
 
     model_type = "statemix"
     attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "d_model", "num_hidden_layers": "num_layers"}
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     def __init__(
         self,
@@ -68,6 +70,8 @@ class StateCache:
     """
 
     is_compileable = False
+    is_croppable = False
+    is_linear = (False,)  # it knows its length, so `generate` leaves out of a longer text what has been read
 
     def __init__(self, state: State | None = None) -> None:
         self.state, self.length = state, 0
@@ -81,6 +85,13 @@ class StateCache:
         if self.state is not None:
             self.state = tuple(part.index_select(0, beam_idx.to(part.device)) for part in self.state)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raise RuntimeError: what was read cannot be taken back from a state, as assisted generation would have it."""
+        raise RuntimeError(
+            f"StateCache: a recurrent state cannot be cropped, got crop({tokens_to_remove}). Generate without an "
+            "assistant model and without prompt lookup."
+        )
+
 
 class StatemixForCausalLM(PreTrainedModel, GenerationMixin):
     """A SequenceModel, as `model`, with the calls of transformers."""
@@ -90,16 +101,14 @@ class StatemixForCausalLM(PreTrainedModel, GenerationMixin):
     _tied_weights_keys: ClassVar[dict[str, str]] = {"model.head.weight": "model.embedding.weight"}
     _no_split_modules: ClassVar[list[str]] = ["Layer"]
     _is_stateful = True  # a state cannot be taken back: no assisted generation
+    accepts_loss_kwargs = True  # Trainer counts the targets of all parts of a batch, as `num_items_in_batch`
 
     def __init__(self, config: StatemixConfig) -> None:
         super().__init__(config)
-        self.model = SequenceModel(
-            *(config.vocab_size, config.d_model, config.num_layers, config.mixer),
-            mlp_size=config.mlp_size,
-            tied_embedding=config.tie_word_embeddings,
-            init_std=config.init_std,
-            dropout=config.dropout,
-        )
+        self.model = _sequence_model(config)
+        if not self.model.embedding.weight.is_meta:  # the constructor has drawn them, so `initialize_weights` need not
+            for tensor in self.model.state_dict(keep_vars=True).values():
+                tensor._is_hf_initialized = True
         self.post_init()
 
     @classmethod
@@ -115,7 +124,7 @@ class StatemixForCausalLM(PreTrainedModel, GenerationMixin):
         with torch.device("meta"):
             self = cls(config)
         self.model = model
-        return self
+        return self.eval()
 
     def save_statemix(self, folder: str | Path) -> None:
         """Write model.json and model.safetensors into an existing folder: `load_model` reads them."""
@@ -125,8 +134,27 @@ class StatemixForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # `forward` makes its own
 
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Draw, as the constructor does, what a checkpoint did not bring: such a tensor has no mark of transformers.
+
+        It is not done module by module, as elsewhere: a mixer's constructor sets it up as a whole.
+        """
+        tensors = self.model.state_dict(keep_vars=True)
+        missing = [name for name, tensor in tensors.items() if not getattr(tensor, "_is_hf_initialized", False)]
+        if missing:
+            drawn = _sequence_model(self.config).state_dict()
+            for name in missing:
+                tensors[name].copy_(drawn[name])
+
     def _init_weights(self, module: nn.Module) -> None:
-        pass  # SequenceModel has drawn them
+        """Draw a new embedding or head of `resize_token_embeddings` as the constructor does."""
+        if not isinstance(module, nn.Embedding | nn.Linear):
+            return
+        if self.config.init_std is None:
+            module.reset_parameters()
+        else:
+            nn.init.normal_(module.weight, std=self.config.init_std)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding."""
@@ -154,6 +182,8 @@ class StatemixForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cache: StateCache | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **others: Any,
     ) -> Any:
         """Logits of the next token.
@@ -167,18 +197,32 @@ class StatemixForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: return a cache. None: as the config says, but not in training and not with labels.
             logits_to_keep: of so many last positions, or of these. 0: of all.
             return_dict: False: a tuple.
+            cache: another name of `past_key_values`, that of transformers 5.24 and newer.
+            num_items_in_batch: targets of the whole batch of which this is a part: the loss is over them. None: of
+                this part.
+            others: what releases of transformers hand over besides: `cache_position`, `position_ids` (B, T) or (1, T),
+                which must go up by one from token to token, and `output_attentions` and `output_hidden_states`, which
+                must be False or None.
 
         Returns:
-            Logits, the loss if there are labels, and the cache as `past_key_values`.
+            Logits, the loss if there are labels, and the cache, as `past_key_values` or, from 5.24 on, as `cache`.
 
         Raises:
-            TypeError, ValueError, IndexError: as of `SequenceModel`; or the mask does not fit.
+            TypeError, ValueError, IndexError: as of `SequenceModel`; or the mask or the positions do not fit, or a
+                keyword is unknown.
         """
+        if past_key_values is not None and cache is not None:
+            raise TypeError("StatemixForCausalLM: `past_key_values` and `cache` are one argument, got both.")
+        cache = past_key_values if cache is None else cache
+        if not isinstance(cache, StateCache | None):
+            raise TypeError(f"StatemixForCausalLM: `cache` must be a StateCache, got {type(cache).__name__}.")
         if use_cache is None:
-            use_cache = past_key_values is not None or (self.config.use_cache and labels is None and not self.training)
-        cache = StateCache() if past_key_values is None else past_key_values
+            use_cache = cache is not None or (self.config.use_cache and labels is None and not self.training)
+        cache = StateCache() if cache is None else cache
         mask = None if attention_mask is None else self._check_mask(attention_mask, input_ids)
         real = None if mask is None else mask[:, -input_ids.shape[1] :]
+        self._check_positions(others.pop("position_ids", None), input_ids, real)
+        self._check_others(others, cache)
         x, state = self._read(input_ids, real, cache.state, training=labels is not None and not use_cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.head(x[:, kept])
@@ -187,11 +231,50 @@ class StatemixForCausalLM(PreTrainedModel, GenerationMixin):
             if mask is not None:  # no token is predicted from padding alone
                 first = mask & (mask.cumsum(1) == 1)
                 labels = labels.masked_fill(first[:, -input_ids.shape[1] :], -100)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **others)
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+        output = CausalLMOutputWithPast(loss=loss, logits=logits)
         if use_cache:
             cache.state, cache.length = state, cache.length + input_ids.shape[1]
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+            output[CACHE_NAME] = cache
         return output.to_tuple() if return_dict is False else output
+
+    def _check_others(self, others: dict[str, Any], cache: StateCache) -> None:
+        """Raise TypeError or ValueError unless the keywords that transformers adds ask for nothing that is not done."""
+        for name in ("output_attentions", "output_hidden_states"):
+            if others.pop(name, None) or getattr(self.config, name, False):
+                raise ValueError(f"StatemixForCausalLM: `{name}` must be False, it is not served, got True.")
+        cache_position = others.pop("cache_position", None)
+        if cache_position is not None and int(cache_position[0]) != cache.length:
+            got = int(cache_position[0])
+            raise ValueError(
+                f"StatemixForCausalLM: `cache_position` must begin with the {cache.length} tokens that the cache has "
+                f"read, got {got}."
+            )
+        if others:
+            raise TypeError(f"StatemixForCausalLM: `{sorted(others)[0]}` is not an argument of `forward`.")
+
+    @staticmethod
+    def _check_positions(positions: Tensor | None, tokens: Tensor, mask: Tensor | None) -> None:
+        """Raise ValueError unless positions go up by one from real token to real token."""
+        if positions is None:
+            return
+        if positions.ndim != 2 or positions.shape[1] != tokens.shape[1]:
+            wanted, got = tuple(tokens.shape), tuple(positions.shape)
+            raise ValueError(f"StatemixForCausalLM: `position_ids` must have shape (B, T) = {wanted}, got {got}.")
+        rows = positions.expand(len(tokens), -1)
+        for number, row in enumerate(rows if mask is not None else positions):
+            steps = (row if mask is None else row[mask[number]]).diff()
+            if not bool((steps == 1).all()):
+                raise ValueError(
+                    "StatemixForCausalLM: `position_ids` must go up by one from token to token, as a state does, got a "
+                    f"step of {int(steps[steps != 1][0])} in row {number}. Packed sequences are not served here: use "
+                    "`reset` of SequenceModel."
+                )
 
     @staticmethod
     def _check_mask(mask: Tensor, tokens: Tensor) -> Tensor:
@@ -219,11 +302,30 @@ class StatemixForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.cat(xs), tuple(torch.cat(parts) for parts in zip(*states, strict=True))
 
 
-def hf_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """The same tokens as a tokenizer of transformers, without special ones.
+def _sequence_model(config: StatemixConfig) -> SequenceModel:
+    return SequenceModel(
+        config.vocab_size,
+        config.d_model,
+        config.num_layers,
+        config.mixer,
+        mlp_size=config.mlp_size,
+        tied_embedding=config.tie_word_embeddings,
+        init_std=config.init_std,
+        dropout=config.dropout,
+    )
 
-    Padding has no token of its own: with an attention mask any will do, such as `pad_token_id=0` for `generate`.
+
+PAD_BYTE, PAD_TOKEN = 255, "<|pad|>"
+
+
+def hf_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """The same tokens as a tokenizer of transformers.
+
+    That of bytes has `<|pad|>` for padding: the byte 255, which is in no UTF-8 text. Only where a text has these
+    letters themselves, transformers takes them for it. The others have no token to spare: with an attention mask any
+    will do, such as `pad_token_id=0` for `generate`.
     """
+    special = {}
     if isinstance(tokenizer, BPE):
         inner = tokenizers.Tokenizer.from_str(tokenizer.json)
     elif isinstance(tokenizer, Characters):
@@ -236,11 +338,24 @@ def hf_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
         others = (character for character in alphabet if ord(character) > 255)
         places = {chr(byte) if chr(byte) in alphabet else next(others): byte for byte in range(256)}
+        places = {PAD_TOKEN if byte == PAD_BYTE else name: byte for name, byte in places.items()}
+        special["pad_token"] = AddedToken(PAD_TOKEN, special=True, normalized=False)
         inner = tokenizers.Tokenizer(tokenizers.models.BPE(places, []))
         inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         inner.decoder = tokenizers.decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        **special,
+    )
 
 
-AutoConfig.register(StatemixConfig.model_type, StatemixConfig)
-AutoModelForCausalLM.register(StatemixConfig, StatemixForCausalLM)
+# What `output.past_key_values` is called in the release that is installed.
+CACHE_NAME = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__annotations__)
+
+if __name__ == "statemix.hf":  # and not a copy of this file that a saved folder brought along
+    AutoConfig.register(StatemixConfig.model_type, StatemixConfig)
+    AutoModelForCausalLM.register(StatemixConfig, StatemixForCausalLM)
+    StatemixConfig.register_for_auto_class()
+    StatemixForCausalLM.register_for_auto_class("AutoModelForCausalLM")
