@@ -105,17 +105,58 @@ def test_bpe_is_the_library_and_every_text_comes_back(library, bpe):
         bpe.encode("a\udfff")
 
 
-def test_bpe_reads_a_long_text_in_pieces_without_another_token(bpe, monkeypatch):
-    rng = random.Random(0)
-    text = "".join(rng.choice(["ab", "é", "\n", "\n", " ", ".", "7", "'s", "\x1c", "\u3000"]) for _ in range(3000))
-    whole = bpe.encode(text)
-    monkeypatch.setattr(module, "PIECE", 20)
+LETTERS = ["ab", "é", "s", "日本", "ſ", "ⅷ", "7", "'", "'s", "'ll", ".", ",", "。", "_", '{"', "😀", "\x1c", "\u0301"]
+SPACES = ["\n", "\r\n", " ", "  ", "\t", "\u3000", "\xa0", "\x85", "\x0b"]
+
+
+def test_bpe_reads_a_text_in_pieces_without_another_token(bpe, monkeypatch):
+    """100,000 random texts of all that may stand before and behind a cut, and each cut there is."""
+    rng, encode = random.Random(0), vars(bpe)["_tokenizer"].encode
+    texts = ["".join(rng.choices(LETTERS + SPACES, k=rng.randrange(2, 12))) for _ in range(100_000)]
+    monkeypatch.setattr(module, "PIECE", 2)
+    cuts = 0
+    for text in texts:
+        pieces = list(module._pieces(text))
+        assert "".join(pieces) == text
+        assert [token for piece in pieces for token in encode(piece).ids] == encode(text).ids, text
+        cuts += len(pieces) - 1
+    assert cuts > 100_000
+
+
+def test_a_cut_within_a_word_would_be_another_text(bpe, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 2)
+    monkeypatch.setattr(module, "_CUT", re.compile(r"(?=b)"))
+    assert bpe.encode("abab abab").tolist() != vars(bpe)["_tokenizer"].encode("abab abab").ids
+
+
+LAYOUTS = {
+    "lines": "some words on a line\n",
+    "lines of Windows": "some words on a line\r\n",
+    "empty lines": "some words on a line\n\n\n",
+    "indented": "some words\n        on a line\n\t\t",
+    "one line": "some words on a line. ",
+    "JSON without a space": '{"some":"words","on":[1,2]},',
+    "Chinese": "道可道，非常道。名可名，非常名。",
+    "tabs": "some\twords\t\t\t",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pieces_are_short_in_every_layout(layout):
+    text = LAYOUTS[layout] * (5 * module.PIECE // len(LAYOUTS[layout]))
     pieces = list(module._pieces(text))
-    assert len(pieces) > 50
     assert "".join(pieces) == text
-    assert bpe.encode(text).tolist() == whole.tolist()
-    monkeypatch.setattr(module, "_CUT", re.compile(r"(?=b)"))  # cut within words it is another text
-    assert bpe.encode(text).tolist() != whole.tolist()
+    assert max(map(len, pieces)) <= module.PIECE
+
+
+def test_a_text_is_read_whole_where_tokens_were_added(library, bpe, monkeypatch):
+    """Such a token may lie across any cut."""
+    inner = library.Tokenizer.from_str(bpe.json)
+    inner.add_special_tokens(["a.b"])
+    added, text = module.BPE(inner.to_str()), "x a.b " * 50
+    monkeypatch.setattr(module, "PIECE", 20)
+    assert added.encode(text).tolist() == inner.encode(text).ids
+    assert len(inner.encode(text).ids) < len(bpe.encode(text))
 
 
 def test_bpe_is_the_same_from_the_same_texts(bpe):

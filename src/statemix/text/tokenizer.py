@@ -203,7 +203,9 @@ class BPE(Tokenizer):
         """See `Tokenizer.encode`; only a lone surrogate has none."""
         tokenizer: Any = vars(self)["_tokenizer"]
         _utf8(self.name, text)
-        encoded = (tokenizer.encode(piece, add_special_tokens=False).ids for piece in _pieces(text))
+        # a token that was added may have white space or punctuation within
+        pieces = [text] if tokenizer.get_added_tokens_decoder() else _pieces(text)
+        encoded = (tokenizer.encode(piece, add_special_tokens=False).ids for piece in pieces)
         parts = [np.array(ids, dtype=np.int64) for ids in encoded]
         return np.concatenate(parts)
 
@@ -297,15 +299,18 @@ def _code_points(text: str) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """The text in pieces of some PIECE characters that BPE encodes to the same tokens as the whole.
+    """The text in pieces of at most PIECE characters that BPE encodes to the same tokens as the whole.
 
-    A cut is behind a line break between two other characters than space: GPT-2's pattern ends a word there, and does
-    not look beyond.
+    A cut is where GPT-2's pattern ends a word whatever follows, see _CUT. Only a word longer than half a piece makes a
+    longer one.
     """
     start = 0
-    while len(text) - start > PIECE and (cut := _CUT.search(text, start + PIECE)):
-        yield text[start : cut.end()]
-        start = cut.end()
+    while len(text) - start > PIECE:
+        cut = _CUT.search(text, start + PIECE // 2, start + PIECE) or _CUT.search(text, start + PIECE)
+        if cut is None:
+            break
+        yield text[start : cut.start()]
+        start = cut.start()
     yield text[start:]
 
 
@@ -334,4 +339,13 @@ def _bytes_of(token: str) -> bytes:
 
 _BYTES = [bytes([byte]) for byte in range(256)]
 _BYTE_OF = _byte_characters()
-_CUT = re.compile(r"(?<=\S)\n(?=\S)")
+# Where GPT-2's pattern, '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+, ends a word:
+# - before the white space that another character follows: `\s+(?!\S)` leaves this one of a run to the next word;
+# - between a letter or digit and punctuation;
+# - between punctuation and a letter, but not behind an apostrophe, which may have begun a word such as 's.
+# Only characters are named whose kind no version of Unicode changes.
+_CUT = re.compile(
+    r"(?=[ \t\n\r\f\v\x85\xa0\u2028\u2029\u3000]\S)"
+    r"|(?<=[0-9A-Za-z])(?=[!-/:-@\[-`{-~])"
+    r"|(?<=[!-&(-/:-@\[-`{-~、。，！？；：」』）])(?=[0-9A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3])"
+)
