@@ -1,6 +1,7 @@
 """Sizes and budgets: counts are those of the mixers, the width found is the best one, and its distance is told."""
 
 import dataclasses
+import inspect
 import json
 import re
 
@@ -22,7 +23,7 @@ from statemix.mixers import (
     Mamba2,
     build_mixer,
 )
-from statemix.sizing import TABLE_OPTIONS, WIDTH, Solution, measure, solve, table
+from statemix.sizing import Solution, measure, solve, table
 
 each_mixer = pytest.mark.parametrize("mixer", MIXERS)
 
@@ -98,13 +99,12 @@ def test_every_mixer_is_counted():
 
 
 def test_every_mixer_has_a_width():
-    assert set(WIDTH) == set(MIXERS)
-    assert set(TABLE_OPTIONS) <= set(MIXERS)
+    assert all(cls.width_option in inspect.signature(cls).parameters for cls in MIXERS.values())
 
 
 @each_mixer
 def test_measure_counts_what_is_there_without_drawing_a_number(mixer):
-    spec = {"name": mixer, WIDTH[mixer]: 4, **TABLE_OPTIONS.get(mixer, {})}
+    spec = {"name": mixer, MIXERS[mixer].width_option: 4, **MIXERS[mixer].table_options}
     before = torch.random.get_rng_state()
     measured = measure(spec, 8)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -114,7 +114,7 @@ def test_measure_counts_what_is_there_without_drawing_a_number(mixer):
 @each_mixer
 @pytest.mark.parametrize("budget", [30_000, 200_000])
 def test_parameters_come_within_2_percent_of_a_budget(mixer, budget):
-    solution = solve(mixer, 64, budget=budget, **TABLE_OPTIONS.get(mixer, {}))
+    solution = solve(mixer, 64, budget=budget, **MIXERS[mixer].table_options)
     assert (solution.parameters, solution.state_size) == counted(solution.spec, 64)
     assert solution.off == pytest.approx(solution.parameters / budget - 1)
     assert abs(solution.off) <= 0.02 or nothing_nearer(solution, 64, budget, 0)
@@ -124,7 +124,7 @@ def test_parameters_come_within_2_percent_of_a_budget(mixer, budget):
 
 def nothing_nearer(solution: Solution, d_model: int, budget: int, which: int) -> bool:
     """Whether no width beside the one found, nor half or twice of it, has less of a distance."""
-    knob = WIDTH[solution.spec["name"]]
+    knob = MIXERS[solution.spec["name"]].width_option
     step, width = 2 if solution.spec["name"] == "attention" else 1, solution.spec[knob]
     others = [step * (width // step // 2), *(width + step * i for i in (-2, -1, 0, 1, 2)), 2 * width]
     sizes = [measure(solution.spec | {knob: other}, d_model)[which] for other in others if other >= step]
@@ -134,7 +134,7 @@ def nothing_nearer(solution: Solution, d_model: int, budget: int, which: int) ->
 @each_mixer
 @pytest.mark.parametrize(("what", "which", "budget"), [("parameters", 0, 3000), ("state", 1, 700)])
 def test_the_nearest_width_is_found(mixer, what, which, budget):
-    options = TABLE_OPTIONS.get(mixer, {}) | ({"context": 10} if mixer == "attention" else {})
+    options = MIXERS[mixer].table_options | ({"context": 10} if mixer == "attention" else {})
     solution = solve(mixer, 8, budget=budget, what=what, **options)
     assert nothing_nearer(solution, 8, budget, which)
 

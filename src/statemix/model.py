@@ -168,7 +168,7 @@ class TokenModel(nn.Module):
         """Apply the rule of the module's docstring; a subclass calls it once all its parts are there."""
         init_std, depth = self.config["init_std"], len(self.layers)
         layers = [cast(Layer, layer) for layer in self.layers]
-        branches = [cast(nn.Linear, last) for layer in layers for last in (layer.mixer.output, layer.mlp.output)]
+        branches = [last for layer in layers for last in (layer.mixer.output, layer.mlp.output)]
         if init_std is None:
             for branch in branches:
                 branch.weight.div_(math.sqrt(depth))

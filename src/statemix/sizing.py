@@ -4,7 +4,7 @@ A mixer is counted on the meta device: nothing is allocated and no random number
 """
 
 import bisect
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,26 +14,6 @@ from statemix.mixers import MIXERS, build_mixer, complete_mixer
 from statemix.mixers.base import check_choice, check_sizes
 from statemix.specs import Spec
 
-# the option that makes a mixer wider
-WIDTH = {
-    "bd_lru": "num_blocks",
-    "h_lru": "num_channels",
-    "lru": "num_channels",
-    "gru": "hidden_size",
-    "lstm": "hidden_size",
-    "mlstm": "head_dim",
-    "mamba2": "head_dim",
-    "delta_net": "head_dim",
-    "gated_delta_net": "head_dim",
-    "delta_product": "head_dim",
-    "attention": "head_dim",
-}
-# what `table` gives to options that have no default, besides the width
-TABLE_OPTIONS: dict[str, dict[str, Any]] = {
-    "bd_lru": {"block_size": 4},
-    "h_lru": {"order": 4},
-    "attention": {"context": 128},
-}
 BUDGETS = ("parameters", "state")
 MAX_WIDTH = 1 << 16
 
@@ -64,7 +44,7 @@ def measure(spec: Spec, d_model: int) -> tuple[int, int]:
 
 
 def solve(mixer: str, d_model: int, *, budget: int, what: str = "parameters", **fixed_options: Any) -> Solution:
-    """The width of a mixer, its option `WIDTH[mixer]`, at which its size is nearest to a budget.
+    """The width of a mixer, its `width_option`, at which its size is nearest to a budget.
 
     Args:
         mixer: a name in `MIXERS`.
@@ -92,38 +72,32 @@ def solve(mixer: str, d_model: int, *, budget: int, what: str = "parameters", **
 
 
 def table(d_model: int, budget: int, what: str = "parameters") -> list[Solution]:
-    """The nearest of every mixer, in the order of `MIXERS`, with `TABLE_OPTIONS` and defaults.
+    """The nearest of every mixer, in the order of `MIXERS`, with its `table_options` and defaults.
 
     Unlike `solve` it also lists a mixer which no width brings near the budget, at its narrowest: `off` says so.
 
     Raises:
         TypeError, ValueError: a size is not an int of at least 1, or `what` is unknown.
     """
-    return [_nearest(mixer, d_model, budget, what, TABLE_OPTIONS.get(mixer, {})) for mixer in MIXERS]
+    return [_nearest(name, d_model, budget, what, mixer.table_options) for name, mixer in MIXERS.items()]
 
 
-def _step(mixer: str, num_heads: object) -> int:
-    """Between the widths that a mixer takes: it may need pairs, or all heads together blocks of four."""
-    if mixer == "mlstm" and isinstance(num_heads, int):
-        return 4 // math.gcd(4, num_heads)
-    return 2 if mixer == "attention" else 1
-
-
-def _nearest(mixer: str, d_model: int, budget: int, what: str, fixed_options: dict[str, Any]) -> Solution:
+def _nearest(mixer: str, d_model: int, budget: int, what: str, fixed_options: Mapping[str, Any]) -> Solution:
     check_sizes("solve", d_model=d_model, budget=budget)
     check_choice("solve", "mixer", mixer, tuple(MIXERS))
     check_choice("solve", "what", what, BUDGETS)
-    knob, step = WIDTH[mixer], _step(mixer, fixed_options.get("num_heads"))
+    knob = MIXERS[mixer].width_option
     if knob in fixed_options:
         raise ValueError(f"solve: `{knob}` is what is solved for in {mixer!r}, got {knob}={fixed_options[knob]!r}.")
-
-    def spec(number: int) -> dict[str, Any]:
-        return complete_mixer({"name": mixer, **fixed_options, knob: number * step})
+    options = complete_mixer({"name": mixer, knob: 1} | dict(fixed_options))
+    step = MIXERS[mixer].width_step(options)
 
     def size(number: int) -> int:
-        return measure(spec(number), d_model)[BUDGETS.index(what)]
+        return measure(options | {knob: number * step}, d_model)[BUDGETS.index(what)]
 
     numbers = range(1, MAX_WIDTH + 1)
     above = bisect.bisect_left(numbers, budget, key=size)  # sizes grow with the width
     number = min(numbers[max(0, above - 1) : above + 1], key=lambda number: abs(size(number) - budget))
-    return Solution(spec(number), *measure(spec(number), d_model), size(number) / budget - 1)
+    spec = options | {knob: number * step}
+    parameters, state_size = measure(spec, d_model)
+    return Solution(spec, parameters, state_size, off=size(number) / budget - 1)

@@ -25,7 +25,7 @@ from statemix.runs.presets import PROTOCOLS, preset_config, preset_steps
 from statemix.runs.read import Run, find_runs, read_run, unfinished_runs
 from statemix.runs.sweep import load_configs, sweep
 from statemix.scan import BACKENDS, backend_problem
-from statemix.sizing import WIDTH, table
+from statemix.sizing import table
 from statemix.specs import Spec, options
 from statemix.tasks import TASKS
 from statemix.training.config import TrainConfig
@@ -175,7 +175,8 @@ def _print_sizes(given: _Info) -> None:
     rows = [["mixer", "width", "parameters", "state", "off"]]
     for solution in table(given.d_model, given.budget, given.what):
         name = solution.spec["name"]
-        width = f"{WIDTH[name]}={solution.spec[WIDTH[name]]}"
+        knob = MIXERS[name].width_option
+        width = f"{knob}={solution.spec[knob]}"
         rows.append([name, width, f"{solution.parameters:,}", f"{solution.state_size:,}", f"{solution.off:+.1%}"])
     print(f"one mixer of d_model {given.d_model} for {given.budget:,} {given.what}; off: what it has over that, less 1")
     print(align(rows, markdown=False))

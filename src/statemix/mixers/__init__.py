@@ -29,6 +29,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
 }
 
+DEFAULT_MIXER: Spec = {"name": "bd_lru", "num_blocks": 16, "block_size": 3}  # of a config that names none
+
 # packages with GPU kernels of these mixers: what they would serve
 KERNEL_LIBRARIES = {
     "flash-linear-attention": "delta_net, gated_delta_net, delta_product",
@@ -66,6 +68,7 @@ def library_kernels() -> dict[str, str]:
 
 __all__ = [
     "BDLRU",
+    "DEFAULT_MIXER",
     "GRU",
     "HLRU",
     "LRU",

@@ -1,5 +1,8 @@
 """Causal softmax attention over a window, the baseline whose state is a list of what it has read."""
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +32,9 @@ class Attention(Mixer):
         scaled_dot_product_attention.
     """
 
+    width_option = "head_dim"
+    table_options: ClassVar = {"context": 128}
+
     def __init__(self, d_model: int, head_dim: int, context: int, *, num_heads: int = 4) -> None:
         super().__init__()
         check_sizes("Attention", d_model=d_model, head_dim=head_dim, num_heads=num_heads)
@@ -40,6 +46,11 @@ class Attention(Mixer):
         self.state_shape = (context, 2 * self.inner + 1)
         self.inputs = nn.Linear(d_model, 3 * self.inner, bias=False)  # q, k, v
         self.output = nn.Linear(self.inner, d_model, bias=False)
+
+    @classmethod
+    def width_step(cls, options: Mapping[str, Any]) -> int:
+        """A rotation turns pairs."""
+        return 2
 
     def mix(self, x: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `Mixer.forward`. The state is the W newest (k, v, 1), oldest first, (B, W, 2 H P + 1).

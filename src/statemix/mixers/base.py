@@ -2,9 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,22 @@ _WITH_ADDRESS = (Tensor, nn.Parameter)  # not so a subclass
 class Mixer(nn.Module):
     """y, state = mixer(x, state, reset): mixes a sequence over time, from a state to a state.
 
-    A subclass sets `d_model` and `state_shape` = (M, N) and defines `mix`.
+    A subclass sets `d_model`, `state_shape` = (M, N) and `output`, its last map, and defines `mix`. What it says of its
+    options, all that knows no mixer by name asks for: sizes, configs, training.
     """
+
+    width_option: ClassVar[str]  # the option that makes it wider
+    table_options: ClassVar[Mapping[str, Any]] = {}  # in a table of sizes, of options without a default
+    has_gate_rows: ClassVar[bool] = False  # True: it has `row_entropy`, and N blocks that `output` need not see
 
     d_model: int
     state_shape: tuple[int, int]
+    output: nn.Linear
+
+    @classmethod
+    def width_step(cls, options: Mapping[str, Any]) -> int:
+        """Between the widths that it takes, of all its other options."""
+        return 1
 
     @property
     def state_size(self) -> int:
@@ -84,6 +95,10 @@ class Mixer(nn.Module):
         """`forward` on checked arguments."""
         raise NotImplementedError
 
+    def row_entropy(self, x: Tensor) -> Tensor:
+        """See `LinearRecurrence.row_entropy`; of a mixer with rows of gates."""
+        raise NotImplementedError
+
 
 class LinearRecurrence(Mixer):
     """Raw gates and values from x, a scan with gates normalised row by row, and a read-out: BD-LRU and H-LRU.
@@ -92,6 +107,7 @@ class LinearRecurrence(Mixer):
     float32 and float64; under autocast, with a named torch backend, or without selection, its products are torch's.
     """
 
+    has_gate_rows = True
     kind: str  # of the scan: block, companion or observer
     normalization: str
     backend: str

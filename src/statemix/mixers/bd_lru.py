@@ -1,5 +1,7 @@
 """BD-LRU, the block-diagonal linear recurrent unit: dense M x M mixing inside each of N blocks."""
 
+from typing import ClassVar
+
 from torch import nn
 
 from statemix.gates import check_normalization
@@ -29,6 +31,9 @@ class BDLRU(LinearRecurrence):
 
     Source: Dubinin et al. 2026 (arXiv 2602.12021).
     """
+
+    width_option = "num_blocks"
+    table_options: ClassVar = {"block_size": 4}
 
     def __init__(
         self,

@@ -47,6 +47,8 @@ class DeltaProduct(Mixer):
     Source: Siems et al. 2025 (arXiv 2502.10297).
     """
 
+    width_option = "head_dim"
+
     def __init__(
         self,
         d_model: int,

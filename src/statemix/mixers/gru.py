@@ -20,6 +20,8 @@ class GRU(NonlinearRecurrence):
     Source: Cho et al. 2014 (arXiv 1406.1078), as torch.nn.GRU computes it.
     """
 
+    width_option = "hidden_size"
+
     def __init__(self, d_model: int, hidden_size: int) -> None:
         super().__init__()
         check_sizes("GRU", d_model=d_model, hidden_size=hidden_size)

@@ -1,5 +1,7 @@
 """H-LRU, the higher-order linear recurrent unit: each of N channels mixes its last M states."""
 
+from typing import ClassVar
+
 from torch import nn
 
 from statemix.gates import check_normalization
@@ -33,6 +35,9 @@ class HLRU(LinearRecurrence):
 
     Source: Dubinin et al. 2026 (arXiv 2602.12021).
     """
+
+    width_option = "num_channels"
+    table_options: ClassVar = {"order": 4}
 
     def __init__(
         self,

@@ -30,6 +30,8 @@ class LRU(Mixer):
         `output`, whose first N columns are Re C and whose last N are -Im C.
     """
 
+    width_option = "num_channels"
+
     def __init__(
         self,
         d_model: int,

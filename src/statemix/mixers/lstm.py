@@ -19,6 +19,8 @@ class LSTM(NonlinearRecurrence):
         TypeError, ValueError: a size is not a positive int.
     """
 
+    width_option = "hidden_size"
+
     def __init__(self, d_model: int, hidden_size: int) -> None:
         super().__init__()
         check_sizes("LSTM", d_model=d_model, hidden_size=hidden_size)

@@ -33,6 +33,8 @@ class Mamba2(Mixer):
     Source: Dao and Gu 2024 (arXiv 2405.21060). One norm per group, as in the published code.
     """
 
+    width_option = "head_dim"
+
     def __init__(
         self,
         d_model: int,

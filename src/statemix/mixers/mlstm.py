@@ -1,6 +1,8 @@
 """mLSTM, the matrix memory of xLSTM: exponential input gates, a normaliser, and a short convolution before it."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,8 @@ class MLSTM(Mixer):
     Source: Beck et al. 2024 (arXiv 2405.04517), mLSTM block.
     """
 
+    width_option = "head_dim"
+
     def __init__(
         self, d_model: int, head_dim: int, *, num_heads: int = 4, conv_size: int = 4, chunk_size: int = 64
     ) -> None:
@@ -61,6 +65,12 @@ class MLSTM(Mixer):
         # C and n side by side, m, the last inputs of the convolution
         self.parts = [(num_heads, head_dim, head_dim + 1), (num_heads,), self.convolution.state_shape]
         self.state_shape = (1, sum(map(math.prod, self.parts)))
+
+    @classmethod
+    def width_step(cls, options: Mapping[str, Any]) -> int:
+        """All heads together are blocks."""
+        check_sizes("MLSTM", num_heads=options["num_heads"])
+        return BLOCK // math.gcd(BLOCK, options["num_heads"])
 
     def mix(self, x: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `Mixer.forward`. The state is (C_T, n_T) / exp(m_T), m_T and the last inputs of the convolution."""

@@ -11,7 +11,7 @@ from typing import Any, Self, get_args, get_origin, get_type_hints
 
 import torch
 
-from statemix.mixers import build_mixer, complete_mixer
+from statemix.mixers import DEFAULT_MIXER, MIXERS, build_mixer, complete_mixer
 from statemix.tasks import build_task, complete_task
 
 PRECISIONS = ("no", "bf16", "fp16")
@@ -118,10 +118,10 @@ class TrainConfig:
         row_entropy: weight of a penalty on rows of gates that are not one-hot: their mean entropy in nats, which joins
             the loss of every batch (with `accumulate` or many processes, every part) that is answered without an error,
             with a weight that rises from 0 in the middle of training to this at the end; the best checkpoint is that of
-            the lowest sum. Of `bd_lru` and `h_lru` alone.
+            the lowest sum. Of a mixer with rows of gates alone.
         block_dropout: share of the blocks whose states the read-out of a layer does not see, in [0, 1), other ones for
             each sequence and step, in the first half of training: what one block gets wrong others cannot make up for
-            then, so each has to be right by itself. Of `bd_lru` and `h_lru` alone.
+            then, so each has to be right by itself. Of a mixer with rows of gates alone.
         seed: of the initial weights and the training stream. Validation and test data are the same for every seed.
         eval_every: steps between validations; each also writes a checkpoint.
         patience: training ends after so many validations in a row without a lower loss. None: after `steps`.
@@ -142,7 +142,7 @@ class TrainConfig:
     """
 
     task: dict[str, Any] = field(default_factory=lambda: {"name": "permutation", "group": "S3", "seq_len": 16})
-    mixer: dict[str, Any] = field(default_factory=lambda: {"name": "bd_lru", "num_blocks": 16, "block_size": 3})
+    mixer: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT_MIXER))
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     steps: int = 600
@@ -198,7 +198,7 @@ class TrainConfig:
             rule = "empty with `train_sequences`, `carry` or an autoencoder"
             _require("train_lengths", self.train_lengths, at_will, rule)
             task.with_seq_len(length)
-        entropy, hidden, rows = self.row_entropy, self.block_dropout, self.mixer["name"] in ("bd_lru", "h_lru")
+        entropy, hidden, rows = self.row_entropy, self.block_dropout, MIXERS[self.mixer["name"]].has_gate_rows
         _require("row_entropy", entropy, 0 <= entropy < math.inf, "at least 0 and finite")
         _require("row_entropy", entropy, rows or not entropy, "0 for a mixer without rows of gates")
         _require("block_dropout", hidden, 0 <= hidden < 1, "in [0, 1)")
