@@ -32,7 +32,8 @@ from statemix.tasks import IGNORE_INDEX, build_task
 from statemix.tasks.base import Task
 from statemix.training.checkpoint import RunFolder
 from statemix.training.config import OptimizerConfig
-from statemix.training.loop import Result, evaluate
+from statemix.training.evaluate import evaluate
+from statemix.training.loop import Result
 
 SEEDS = (0, 1, 2)
 LARGE = 6  # M of the one model

@@ -20,7 +20,7 @@ from statemix.report.tables import align
 from statemix.runs.read import Row, interval, write_table
 from statemix.tasks import IGNORE_INDEX, PermutationComposition
 from statemix.training.config import OptimizerConfig
-from statemix.training.loop import learning_rate
+from statemix.training.optimizer import learning_rate
 
 TASK = PermutationComposition("S3", seq_len=16, start=True)
 STEPS, SEEDS = 300, (0, 1, 2)

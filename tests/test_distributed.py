@@ -130,14 +130,14 @@ def test_two_processes_learn_what_one_does(reference, source, tmp_path, fsdp):
 
 def train_until(out: Path, config: TrainConfig, stop: int) -> None:
     """The main process kills itself before a step, as a machine that fails does."""
-    batch = TRAIN._training_batch
+    batch = TRAIN.training_batch
 
     def dying(config, task, step):
         if step == stop and os.environ["RANK"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
         return batch(config, task, step)
 
-    with mock.patch.object(TRAIN, "_training_batch", dying):
+    with mock.patch.object(TRAIN, "training_batch", dying):
         train_here(out, config)
 
 

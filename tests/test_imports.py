@@ -1,12 +1,15 @@
 """Imports go one way (DESIGN.md): read from the sources with ast, and held here for every file there is."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from statemix.mixers import MIXERS
 
 PACKAGE = Path(__file__).parents[1] / "src" / "statemix"
 SCAN, BENCH, KERNELS, TEXT, TRAINING = (
@@ -191,6 +194,28 @@ PLANTED = [  # (module, source, the names that are wrong)
 @pytest.mark.parametrize(("module", "source", "wrong"), PLANTED)
 def test_the_checker_catches_a_planted_import(module, source, wrong):
     assert violations(source, module, is_package=module in ("statemix", SCAN, "statemix.tasks")) == wrong
+
+
+def mixers_named(source: str) -> set[str]:
+    """The mixers that a source names, by their classes, by their names in specs, or in a docstring."""
+    nodes = list(ast.walk(ast.parse(source)))
+    words = {node.id for node in nodes if isinstance(node, ast.Name)}
+    for node in nodes:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            words |= set(re.findall(r"\w+", node.value))
+    return words & {name for key, cls in MIXERS.items() for name in (key, cls.__name__)}
+
+
+GENERIC = [PACKAGE / "sizing.py", PACKAGE / "specs.py", *sorted((PACKAGE / "training").glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", GENERIC, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_generic_module_names_no_mixer(path):
+    assert mixers_named(path.read_text()) == set()
+
+
+def test_a_named_mixer_is_seen():
+    assert mixers_named('"""Of `h_lru` alone."""\nif name == "mlstm":\n    BDLRU(3)') == {"h_lru", "mlstm", "BDLRU"}
 
 
 @pytest.mark.parametrize(("module", "seen"), [("statemix", set()), ("torch, matplotlib", {"matplotlib"})])

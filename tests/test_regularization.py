@@ -1,6 +1,5 @@
 """Hidden blocks: what the read-out sees, when, and that a run resumes with them. The penalty: test_train_exact."""
 
-import importlib
 import re
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from test_checkpoint import Stopped, differing, run, small_config
 
 from statemix import SequenceModel, TrainConfig
+from statemix.training import regularization
 from statemix.training.config import ModelConfig
 from statemix.training.regularization import hidden_blocks
 
@@ -63,7 +63,7 @@ def shares(monkeypatch):
         noted.append(share)
         return hidden_blocks(model, share)
 
-    monkeypatch.setattr(importlib.import_module("statemix.training.loop"), "hidden_blocks", spy)
+    monkeypatch.setattr(regularization, "hidden_blocks", spy)
     return noted
 
 

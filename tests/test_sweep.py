@@ -19,9 +19,9 @@ from test_checkpoint import differing, run, small_config
 
 import statemix
 from statemix import TrainConfig, cli
+from statemix.files import locked
 from statemix.runs.executors import EXECUTORS, Local
 from statemix.runs.sweep import load_configs, run_name, sweep
-from statemix.training.checkpoint import locked
 from statemix.training.config import OptimizerConfig
 
 LSTM = {"name": "lstm", "hidden_size": 3}

@@ -19,10 +19,12 @@ from test_checkpoint import CHANGES, TRAIN, Stopped, differing, disk, extra, run
 
 import statemix
 from statemix import SequenceModel, TrainConfig, train
+from statemix.files import locked
 from statemix.tasks import PermutationComposition, build_task
-from statemix.training.checkpoint import locked
 from statemix.training.config import ModelConfig, OptimizerConfig
-from statemix.training.loop import build_model, evaluate, learning_rate
+from statemix.training.evaluate import evaluate
+from statemix.training.loop import build_model
+from statemix.training.optimizer import learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +258,7 @@ def test_a_folder_that_cannot_be_locked_is_used_all_the_same(finished, tmp_path)
     """As on some network file systems, and where there is no fcntl."""
     no_locks = mock.Mock(LOCK_EX=2, LOCK_NB=4, flock=mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
     for number, module in enumerate((no_locks, None)):
-        with mock.patch("statemix.training.checkpoint.fcntl", module):
+        with mock.patch("statemix.files.fcntl", module):
             assert differing(run(tmp_path / str(number), ten_steps()).out, finished.out) == []
 
 

@@ -24,7 +24,8 @@ from statemix.tasks import IGNORE_INDEX, Text, build_task
 from statemix.text.tokenizer import load_tokenizer
 from statemix.training.checkpoint import load_carried
 from statemix.training.config import ModelConfig, OptimizerConfig
-from statemix.training.loop import _text_figures, evaluate, learning_rate
+from statemix.training.evaluate import evaluate, text_figures
+from statemix.training.optimizer import learning_rate
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +143,7 @@ def test_a_run_of_text_leaves_its_tokenizer_and_its_figures(tmp_path, source):
 
 def test_the_perplexity_of_a_diverged_run_is_infinite(source):
     task = build_task(text_config(source).task)
-    assert _text_figures(task, 1e4, torch.tensor([0, IGNORE_INDEX, 1]))["perplexity"] == math.inf
+    assert text_figures(task, 1e4, torch.tensor([0, IGNORE_INDEX, 1]))["perplexity"] == math.inf
 
 
 def test_without_a_part_for_the_test_nothing_is_tested(tmp_path, source):

@@ -13,12 +13,10 @@ A checkpoint is written under another name and renamed when it is complete; then
 one operation of the file system; then what no longer counts is deleted. Weights are safetensors, all else JSON.
 """
 
-import contextlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +24,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from statemix.files import sync, write_whole
+from statemix.files import make_folder, sync, write_whole
 from statemix.model import TokenModel, read_tensors
 from statemix.text.tokenizer import TOKENIZER_FILE
 from statemix.training.config import TrainConfig
 from statemix.training.processes import part_like, whole
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 OPTIMIZER_FILE, STATE_FILE, TRAIN_FILE = "optimizer.safetensors", "state.safetensors", "train.json"  # of a checkpoint
 POINTER_FILE, METRICS_FILE, CURVES_FILE = "checkpoints.json", "metrics.jsonl", "curves.png"
@@ -182,55 +175,6 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
 
-def make_folder(path: str | Path, owner: str) -> Path:
-    """The folder at a path, made if it is not there.
-
-    Raises:
-        ValueError: the path is a file, or cannot be made or written to; in the name of `owner`.
-    """
-    if not str(path):
-        raise ValueError(f"{owner}: `out` must be the path of a folder, got ''.")
-    folder = Path(path)
-    rule = f"{owner}: `out` must be a folder that can be written to, but '{path}'"
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{owner}: `out` must be a folder, but '{path}' is a file.")
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{rule} cannot be made: {error}") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{rule} cannot.")
-    return folder
-
-
-@contextlib.contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
-    """While it lasts no other process gets past here for this folder; the end of the process ends it too.
-
-    Two processes in one run folder would delete each other's checkpoints. The lock is on the folder itself and leaves
-    no file. Where the system has none (Windows, some network file systems) nothing is locked.
-
-    Raises:
-        ValueError: another process has the folder; the message begins with `what`.
-    """
-    descriptor = None if fcntl is None else os.open(path, os.O_RDONLY)
-    try:
-        if descriptor is not None:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(
-                    f"{what} must be a folder of its own, but another process is at work in '{path}'. "
-                    "Wait for it, or use another folder."
-                ) from error
-            except OSError:
-                pass
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
 def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
     """Fill the optimizer with the moments of a checkpoint. Raises ValueError if they are cut short or do not fit."""
     path = checkpoint / OPTIMIZER_FILE
@@ -270,6 +214,11 @@ def load_carried(checkpoint: Path, model: TokenModel, rows: int) -> list[Tensor]
     if {name: tuple(part.shape) for name, part in tensors.items()} != wanted:
         raise ValueError(f"train: '{path}' is of another model. Use --resume=never.")
     return [tensors[name] for name in wanted]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _damaged(path: Path, what: object) -> ValueError:

@@ -1,23 +1,19 @@
-"""train(config): the training loop, its progress bar, and the final test."""
+"""train(config): a run from its first step, or its last checkpoint, to its test."""
 
 import contextlib
 import dataclasses
 import json
 import math
-import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 import statemix
-from statemix.model import AutoEncoder, SequenceModel, State, TokenModel, load_model
+from statemix.files import locked
+from statemix.model import AutoEncoder, SequenceModel, State, load_model
 from statemix.tasks import IGNORE_INDEX, Batch, Score, build_task
 from statemix.tasks.base import Task, finite_batch
 from statemix.text.tokenizer import save_tokenizer
@@ -28,14 +24,16 @@ from statemix.training.checkpoint import (
     RunFolder,
     load_carried,
     load_optimizer,
-    locked,
     optimizer_tensors,
+    step_of,
 )
-from statemix.training.config import OptimizerConfig, TrainConfig, first_difference
+from statemix.training.config import TrainConfig, first_difference
 from statemix.training.curves import plot_curves
-from statemix.training.optimizer import make_optimizer
+from statemix.training.evaluate import accuracies, answer, cross_entropy, evaluate, text_figures
+from statemix.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from statemix.training.processes import all_rows, make_accelerator, own_rows, prepare, whole, whole_model
-from statemix.training.regularization import dropout_seed, hidden_blocks, row_entropies
+from statemix.training.progress import Bar, Stopwatch
+from statemix.training.regularization import entropy_weight, penalty, regularized, row_entropies
 
 RESUME = ("auto", "never")
 
@@ -80,7 +78,9 @@ def train(
         raise ValueError(f"train: `resume` must be one of {sorted(RESUME)}, got {resume!r}.")
     folder = RunFolder(out)
     try:
-        return _train(config, folder, resume, progress)
+        run = Training(config, folder)
+        with locked(folder.path, "train: `out`") if run.is_main else contextlib.nullcontext():
+            return _train(run, resume, progress)
     except OSError as error:
         last = folder.checkpoint("last")
         kept = (
@@ -89,144 +89,308 @@ def train(
         raise RuntimeError(f"train: cannot write to '{out}': {error}. {kept}") from error
 
 
-def _train(config: TrainConfig, folder: RunFolder, resume: str, progress: bool) -> Result:
-    task = build_task(config.task)
-    with torch.random.fork_rng():  # the caller's random state is not ours to change
-        torch.manual_seed(config.seed)
-        model = build_model(config, task)
-    accelerator = make_accelerator(config.mixed_precision)
-    main = accelerator.is_main_process
-    with locked(folder.path, "train: `out`") if main else contextlib.nullcontext():
-        return _run(config, task, model, accelerator, folder, resume, progress)
+def _train(run: "Training", resume: str, progress: bool) -> Result:
+    """Begin or resume, take the steps that are left, and test."""
+    last = None if resume == "never" else run.folder.checkpoint("last")
+    if last is None:
+        run.begin(resume)
+    else:
+        run.check(last)
+        if run.folder.read_json(RESULT_FILE) is not None:
+            return run.result()
+        run.load(last)
+    run.prepare(last)
+    with Bar(run.config.steps, run.step, enabled=progress and run.is_main) as bar:
+        while not run.has_ended():
+            outcome = run.train_step()
+            if run.is_logged(run.step):
+                bar.update(run.log(outcome))
+            if run.is_validated(run.step):
+                bar.update(run.validate())
+                run.save()
+    run.test()
+    return run.result()
 
 
-def _run(
-    config: TrainConfig,
-    task: Task,
-    model: TokenModel,
-    accelerator: Accelerator,
-    folder: RunFolder,
-    resume: str,
-    progress: bool,
-) -> Result:
-    """Resume or start, train, and test."""
-    parts = config.accumulate * accelerator.num_processes
-    if config.batch_size % parts:
-        raise ValueError(
-            f"train: `batch_size` must be a multiple of `accumulate` times the number of processes = {parts}, "
-            f"got {config.batch_size}."
-        )
-    last = None if resume == "never" else folder.checkpoint("last")
-    step, best_loss, best_step, reached = 0, math.inf, 0, False
-    carried: State | None = None  # of this process's rows, from one step to the next
-    if last is not None:
-        state = folder.progress(last)
-        step, best_loss = state["step"], state["best_loss"]
-        difference = first_difference(json.loads(config.to_json()), state["config"])
+class Outcome(NamedTuple):
+    """What a step leaves besides new weights, of this process's rows and of its share of the loss.
+
+    predictions: (rows, T), or (0,) in a step that is not logged.
+    """
+
+    loss: Tensor
+    predictions: Tensor
+    targets: Tensor
+    grad_norm: Tensor
+
+
+class Training:
+    """A run at work: its model and optimizer, and how far it is. Every process has one and makes the same calls.
+
+    Args:
+        config: what to train.
+        folder: where the main process keeps it.
+    """
+
+    def __init__(self, config: TrainConfig, folder: RunFolder) -> None:
+        self.config, self.folder = config, folder
+        self.task = build_task(config.task)
+        with torch.random.fork_rng():  # the caller's random state is not ours to change
+            torch.manual_seed(config.seed)
+            self.model = build_model(config, self.task)
+        self.accelerator = make_accelerator(config.mixed_precision)
+        self.is_main = self.accelerator.is_main_process
+        parts = config.accumulate * self.accelerator.num_processes
+        if config.batch_size % parts:
+            raise ValueError(
+                f"train: `batch_size` must be a multiple of `accumulate` times the number of processes = {parts}, "
+                f"got {config.batch_size}."
+            )
+        self.step, self.best_loss, self.best_step = 0, math.inf, 0
+        self.is_accurate = False  # as `stop_accuracy` asks for
+        self.carried: State | None = None  # of this process's rows, from one step to the next
+
+    def begin(self, resume: str) -> None:
+        """Clear the folder of a run that is not wanted, or that had no checkpoint yet."""
+        trained = [self.task.with_seq_len(length) for length in self.config.train_lengths] or [self.task]
+        for split, tasks in (("train", trained), ("valid", [self.task]), ("test", self._test_tasks())):
+            for task in tasks:
+                task.draw(split, 1, seed=0, index=0)  # what cannot be drawn is better found now than after training
+        if self.is_main:
+            if resume == "auto":
+                self.folder.check_remains()
+            self.folder.clear()
+
+    def check(self, last: Path) -> None:
+        """Raise ValueError unless a checkpoint is of this config and of the same data."""
+        saved = self.folder.progress(last)
+        difference = first_difference(json.loads(self.config.to_json()), saved["config"])
         if difference is not None:
             raise ValueError(
                 f"train: checkpoint '{last}' {difference}. Use --resume=never, another folder, or change the config."
             )
-        if state.get("data") != task.fingerprint:
+        if saved.get("data") != self.task.fingerprint:
             raise ValueError(
                 f"train: checkpoint '{last}' was made with another text: what `task.source` names has changed since. "
                 "Use --resume=never, another folder, or the text as it was."
             )
-        summary, metrics = folder.read_json(RESULT_FILE), folder.metrics()
-        if summary is not None:
-            return Result(folder.path, summary, metrics)
-        best_checkpoint = folder.checkpoint("best")
-        assert best_checkpoint is not None
-        for checkpoint in (best_checkpoint, last):  # a damaged best one is better found now than after training
-            model.load_weights(checkpoint)
-        if config.carry:
-            carried = tuple(own_rows(accelerator, rows) for rows in load_carried(last, model, config.batch_size))
-        best_step = _step_of(best_checkpoint)
-        reached = any(_reached(config, line) for line in metrics if line["step"] <= step)
-    else:
-        trained = [task.with_seq_len(length) for length in config.train_lengths] or [task]
-        splits = {"train": trained, "valid": [task], "test": _test_tasks(config, task)}
-        for split, part in ((split, part) for split, parts in splits.items() for part in parts):
-            part.draw(split, 1, seed=0, index=0)  # what cannot be drawn is better found now than after training
-        if accelerator.is_main_process:
-            if resume == "auto":
-                folder.check_remains()
-            folder.clear()  # of a run that is not wanted, or that had no checkpoint yet
-    accelerator.wait_for_everyone()
-    wrapped, optimizer = prepare(accelerator, model, lambda model: make_optimizer(model, config.optimizer))
-    if last is not None:
-        load_optimizer(optimizer, last)
-    if accelerator.is_main_process:
-        folder.write(CONFIG_FILE, config.to_json().encode())
-        if task.vocabulary is not None:
-            save_tokenizer(task.vocabulary, folder.path)
-        folder.forget_metrics_after(step)
-        folder.delete_unused()
 
-    with _Bar(config.steps, step, enabled=progress and accelerator.is_main_process) as bar:
-        clock, clock_step = time.perf_counter(), step
+    def load(self, last: Path) -> None:
+        """Take weights, state and how far it is from the last checkpoint."""
+        saved, metrics, best = self.folder.progress(last), self.folder.metrics(), self.folder.checkpoint("best")
+        assert best is not None
+        for checkpoint in (best, last):  # a damaged best one is better found now than after training
+            self.model.load_weights(checkpoint)
+        if self.config.carry:
+            rows = load_carried(last, self.model, self.config.batch_size)
+            self.carried = tuple(own_rows(self.accelerator, layer) for layer in rows)
+        self.step, self.best_loss, self.best_step = saved["step"], saved["best_loss"], step_of(best)
+        self.is_accurate = any(self._is_accurate(line) for line in metrics if line["step"] <= self.step)
+
+    def prepare(self, last: Path | None) -> None:
+        """Share the model between the processes, make its optimizer, and let the folder be as at this step."""
+        self.accelerator.wait_for_everyone()
+        self.wrapped, self.optimizer = prepare(
+            self.accelerator, self.model, lambda model: make_optimizer(model, self.config.optimizer)
+        )
+        if last is not None:
+            load_optimizer(self.optimizer, last)
+        if self.is_main:
+            self.folder.write(CONFIG_FILE, self.config.to_json().encode())
+            if self.task.vocabulary is not None:
+                save_tokenizer(self.task.vocabulary, self.folder.path)
+            self.folder.forget_metrics_after(self.step)
+            self.folder.delete_unused()
+        self.stopwatch = Stopwatch(self.step)
+
+    def has_ended(self) -> bool:
+        """Whether all steps are taken, or no more are needed."""
+        config = self.config
+        in_vain = self.step - self.best_step  # steps since the best validation
+        impatient = config.patience is not None and in_vain >= config.patience * config.eval_every
+        return self.step >= config.steps or self.is_accurate or impatient
+
+    def is_logged(self, step: int) -> bool:
+        """Whether a step, the first of which is 1, has a line in the metrics: also each that may be the last."""
+        config = self.config
         ends_early = config.patience is not None or config.stop_accuracy is not None
-        while step < config.steps and not reached and not _impatient(config, step, best_step):
-            batch = _training_batch(config, task, step)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.optimizer, step, config.steps) * group["lr_share"]
-            may_end = step + 1 == config.steps or (ends_early and (step + 1) % config.eval_every == 0)
-            logged = (step + 1) % config.log_every == 0 or may_end
-            penalty = config.row_entropy * max(0.0, 2 * step / config.steps - 1)
-            hidden = config.block_dropout if 2 * step < config.steps else 0.0
-            with row_entropies(model, enabled=penalty > 0) as entropies, hidden_blocks(model, hidden):
-                args = (wrapped, accelerator, batch, carried, config.accumulate)
-                with dropout_seed(config, step, accelerator.process_index):
-                    done = _gradients(*args, predict=logged, penalty=penalty, entropies=entropies)
-            carried = done.state if config.carry else None
-            clip = math.inf if config.optimizer.clip is None else config.optimizer.clip
-            grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
+        may_end = step == config.steps or (ends_early and step % config.eval_every == 0)
+        return step % config.log_every == 0 or may_end
 
-            if logged:
-                loss = float(accelerator.reduce(done.loss, "sum"))
-                predictions, targets = (all_rows(accelerator, rows) for rows in (done.predictions, done.targets))
-                line = {"step": step, "loss": loss, **_accuracies(Score.of(predictions, targets))}
-                line |= _text_figures(task, loss, targets)
-                line |= {"grad_norm": float(whole(grad_norm)), "lr": optimizer.param_groups[0]["lr"]}
-                _require_finite(line, ("loss", "grad_norm"), config, folder)
-                now = time.perf_counter()
-                line["tokens_per_s"] = (step - clock_step) * batch.tokens.numel() / (now - clock)
-                clock, clock_step = now, step
-                if accelerator.is_main_process:
-                    folder.append_metrics(line)
-                bar.update(line)
-            if step % config.eval_every == 0 or step == config.steps:
-                rows, device = config.batch_size, accelerator.device
-                with row_entropies(model, enabled=config.row_entropy > 0) as entropies:
-                    valid = evaluate(wrapped, task, "valid", config.eval_sequences, rows, device, carry=config.carry)
-                if entropies:  # the mean over layers and batches
-                    valid["row_entropy"] = float(sum(entropies)) / len(entropies)
-                [valid] = broadcast_object_list([valid])  # so that all processes stop at the same step
-                line = {"step": step} | {f"valid_{key}": value for key, value in valid.items()}
-                _require_finite(line, ("valid_loss",), config, folder)
-                penalised = valid["loss"] + config.row_entropy * valid.get("row_entropy", 0.0)
-                best = penalised < best_loss
-                best_loss, best_step = (penalised, step) if best else (best_loss, best_step)
-                reached = _reached(config, line)
-                saved = whole_model(accelerator, wrapped), optimizer_tensors(optimizer)
-                all_carried = None if carried is None else [all_rows(accelerator, rows) for rows in carried]
-                if accelerator.is_main_process:
-                    folder.append_metrics(line)
-                    bar.update(line)
-                    state = {"step": step, "best_loss": best_loss, "config": json.loads(config.to_json())}
-                    state |= {} if task.fingerprint is None else {"data": task.fingerprint}
-                    state |= {} if task.vocabulary is None else {"tokenizer": task.vocabulary.fingerprint}
-                    folder.save_checkpoint(*saved, state, best, all_carried)
-                clock, clock_step = time.perf_counter(), step
+    def is_validated(self, step: int) -> bool:
+        """Whether a validation and a checkpoint follow a step."""
+        return step % self.config.eval_every == 0 or step == self.config.steps
 
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _test(config, task, folder, step, accelerator)
-    accelerator.wait_for_everyone()
-    return Result(folder.path, folder.read_json(RESULT_FILE), folder.metrics())
+    def train_step(self) -> Outcome:
+        """Update the weights by the next batch."""
+        config, accelerator = self.config, self.accelerator
+        batch = training_batch(config, self.task, self.step)
+        scored = max(1, int((batch.targets != IGNORE_INDEX).sum()))  # 0 if each of few short windows ends its document
+        own = Batch._make(None if rows is None else own_rows(accelerator, rows) for rows in batch)
+        set_learning_rate(self.optimizer, learning_rate(config.optimizer, self.step, config.steps))
+        with regularized(self.model, config, self.step, accelerator.process_index) as entropies:
+            loss, predictions = self._add_gradients(own, scored, entropies)
+        clip = math.inf if config.optimizer.clip is None else config.optimizer.clip
+        grad_norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return Outcome(loss, predictions, own.targets, grad_norm)
+
+    def _add_gradients(self, own: Batch, scored: int, entropies: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Add up the gradients of a batch, part by part. Returns the loss, and the predictions of a logged step.
+
+        The loss is a mean over the `scored` targets of all parts and processes: one loss however they divide the batch.
+        Each part adds its share of the penalty, of the `entropies` that its forward fills.
+        """
+        accelerator, parts, size = self.accelerator, self.config.accumulate, len(own.tokens)
+        weight = entropy_weight(self.config, self.step) / parts
+        losses, predictions, states = [], [own.targets.new_empty(0)], []
+        for number in range(parts):
+            rows = slice(number * size // parts, (number + 1) * size // parts)
+            part = Batch._make(None if tensor is None else tensor[rows] for tensor in own)
+            before = None if self.carried is None else tuple(layer[rows] for layer in self.carried)
+            with contextlib.nullcontext() if number == parts - 1 else accelerator.no_sync(self.wrapped):
+                logits, after = answer(self.wrapped, part, before)
+                loss = cross_entropy(logits, part.targets) / scored
+                total = loss * accelerator.num_processes  # whose gradients are averaged, not added up
+                accelerator.backward(total + penalty(entropies, weight, logits, part.targets))
+            entropies.clear()
+            losses.append(loss.detach())
+            if self.is_logged(self.step + 1):
+                predictions.append(logits.argmax(-1))
+            if self.config.carry:
+                states.append([layer.detach() for layer in after])
+        if self.config.carry:
+            self.carried = tuple(torch.cat(layer) for layer in zip(*states, strict=True))
+        return torch.stack(losses).sum(), torch.cat(predictions)
+
+    def log(self, outcome: Outcome) -> dict[str, Any]:
+        """Write the line of metrics of a step, and return it."""
+        loss = float(self.accelerator.reduce(outcome.loss, "sum"))
+        predictions = all_rows(self.accelerator, outcome.predictions)
+        targets = all_rows(self.accelerator, outcome.targets)
+        line: dict[str, Any] = {"step": self.step, "loss": loss}
+        line |= accuracies(Score.of(predictions, targets))
+        line |= text_figures(self.task, loss, targets)
+        line |= {"grad_norm": float(whole(outcome.grad_norm)), "lr": self.optimizer.param_groups[0]["lr"]}
+        self._check_finite(line, "loss", "grad_norm")
+        line["tokens_per_s"] = self.stopwatch.steps_per_second(self.step) * targets.numel()
+        self._append(line)
+        return line
+
+    def validate(self) -> dict[str, Any]:
+        """Score the model on the validation split, see whether it is the best so far, and write and return the line."""
+        config, device = self.config, self.accelerator.device
+        with row_entropies(self.model, enabled=config.row_entropy > 0) as entropies:
+            valid = evaluate(
+                self.wrapped,
+                self.task,
+                "valid",
+                config.eval_sequences,
+                config.batch_size,
+                device,
+                carry=config.carry,
+            )
+        if entropies:  # the mean over layers and batches
+            valid["row_entropy"] = float(sum(entropies)) / len(entropies)
+        [valid] = broadcast_object_list([valid])  # so that all processes stop at the same step
+        line = {"step": self.step} | {f"valid_{key}": value for key, value in valid.items()}
+        self._check_finite(line, "valid_loss")
+        penalised = valid["loss"] + config.row_entropy * valid.get("row_entropy", 0.0)
+        if penalised < self.best_loss:
+            self.best_loss, self.best_step = penalised, self.step
+        self.is_accurate = self._is_accurate(line)
+        self._append(line)
+        return line
+
+    def save(self) -> None:
+        """Write a checkpoint, the best one if the validation of this step was."""
+        model, moments = whole_model(self.accelerator, self.wrapped), optimizer_tensors(self.optimizer)
+        carried = None if self.carried is None else [all_rows(self.accelerator, layer) for layer in self.carried]
+        if self.is_main:
+            progress = {"step": self.step, "best_loss": self.best_loss, "config": json.loads(self.config.to_json())}
+            if self.task.fingerprint is not None:
+                progress["data"] = self.task.fingerprint
+            if self.task.vocabulary is not None:
+                progress["tokenizer"] = self.task.vocabulary.fingerprint
+            is_best = self.best_step == self.step
+            self.folder.save_checkpoint(model, moments, progress, best=is_best, state=carried)
+        self.stopwatch.start(self.step)
+
+    def test(self) -> None:
+        """Score the best checkpoint on the test split, plot the curves, and write result.json last: the end."""
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            best = self.folder.checkpoint("best")
+            assert best is not None
+            model, metrics = load_model(best).to(self.accelerator.device), self.folder.metrics()
+            summary = self._summary(model, metrics, step_of(best))
+            plot_curves({self.config.mixer["name"]: metrics}, self.folder.path / CURVES_FILE)
+            self.folder.write_json(RESULT_FILE, summary)
+        self.accelerator.wait_for_everyone()
+
+    def result(self) -> Result:
+        """What the folder of a run that has ended holds."""
+        return Result(self.folder.path, self.folder.read_json(RESULT_FILE), self.folder.metrics())
+
+    def _summary(
+        self, model: SequenceModel | AutoEncoder, metrics: list[dict[str, Any]], best_step: int
+    ) -> dict[str, Any]:
+        """The content of result.json, of the model of the best step."""
+        [valid] = [line for line in metrics if line["step"] == best_step and "valid_loss" in line]
+        speeds = [line["tokens_per_s"] for line in metrics if "tokens_per_s" in line]
+        summary = {
+            "version": statemix.__version__,
+            "parameters": model.num_parameters(),
+            "mixer_parameters": sum(p.numel() for mixer in model.mixers for p in mixer.parameters()),
+            "state_size": model.state_size,
+            "steps": self.step,
+            "best_step": best_step,
+            "train_tokens_per_s": sorted(speeds)[len(speeds) // 2],
+            "threads": torch.get_num_threads(),
+            "processes": self.accelerator.num_processes,
+            "valid": {key.removeprefix("valid_"): value for key, value in valid.items() if key != "step"},
+            "test": {str(task.seq_len): self._test_scores(model, task) for task in self._test_tasks()},
+        }
+        if self.task.fingerprint is not None:
+            summary["data"] = self.task.fingerprint
+        return summary
+
+    def _test_tasks(self) -> list[Task]:
+        """The task at every length of the final test; none if there is nothing to test on."""
+        if "test" not in self.task.splits:
+            return []
+        return [self.task.with_seq_len(length) for length in self.config.test_lengths or (self.task.seq_len,)]
+
+    def _test_scores(self, model: torch.nn.Module, task: Task) -> dict[str, Any]:
+        """The scores at one length, with no more tokens at once than in a training step."""
+        config = self.config
+        batch_size = max(1, config.batch_size * self.task.length // task.length)
+        device = self.accelerator.device
+        return evaluate(model, task, "test", config.eval_sequences, batch_size, device, carry=config.carry)
+
+    def _is_accurate(self, line: dict[str, Any]) -> bool:
+        """Whether a line of metrics is a validation at the accuracy that ends training."""
+        stop = self.config.stop_accuracy
+        return stop is not None and line.get("valid_token_accuracy", 0.0) >= stop
+
+    def _append(self, line: dict[str, Any]) -> None:
+        if self.is_main:
+            self.folder.append_metrics(line)
+
+    def _check_finite(self, line: dict[str, Any], *names: str) -> None:
+        """Raise RuntimeError unless the named numbers of a line of metrics are finite: the run has diverged."""
+        if all(math.isfinite(line[name]) for name in names):
+            return
+        numbers = ", ".join(f"{name} is {line[name]}" for name in names)
+        last = self.folder.checkpoint("last")
+        kept = f"The last checkpoint is '{last}'" if last else "There is no checkpoint yet"
+        raise RuntimeError(
+            f"train: at step {line['step']} {numbers}, with optimizer.lr={self.config.optimizer.lr} and "
+            f"mixer.normalization={self.config.mixer.get('normalization')}. Lower the first, or take a bounded one. "
+            f"{kept}."
+        )
 
 
 def build_model(config: TrainConfig, task: Task) -> SequenceModel | AutoEncoder:
@@ -237,253 +401,14 @@ def build_model(config: TrainConfig, task: Task) -> SequenceModel | AutoEncoder:
     return SequenceModel(task.vocab_size, mixer=config.mixer, **options)
 
 
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Of step 0 .. steps - 1: lr (step + 1) / warm-up steps, then a cosine or a line from lr to final_lr."""
-    warmup = round(config.warmup * steps)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - 1 - warmup)
-    left = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return config.final_lr + (config.lr - config.final_lr) * left
-
-
-class _Done(NamedTuple):
-    """What a step leaves besides gradients: `loss` is this process's share of it, and the rest is of its rows.
-
-    predictions: (rows, T), or (0,) where they were not asked for.
-    """
-
-    loss: Tensor
-    predictions: Tensor
-    targets: Tensor
-    state: State
-
-
-def _gradients(
-    model: torch.nn.Module,
-    accelerator: Accelerator,
-    batch: Batch,
-    state: State | None,
-    parts: int,
-    *,
-    predict: bool,
-    penalty: float,
-    entropies: list[Tensor],
-) -> _Done:
-    """Add up the gradients of the mean loss over the scored targets of a global batch, in so many parts.
-
-    The mean is over the targets of all parts and processes, so that it is one loss however they divide the batch. A
-    part that is answered without an error adds its share of the penalty times the sum of `entropies`, which its forward
-    fills.
-    """
-    scored = max(1, int((batch.targets != IGNORE_INDEX).sum()))  # 0 if each of few short windows ends its document
-    tokens, targets, reset = (None if rows is None else own_rows(accelerator, rows) for rows in batch)
-    assert tokens is not None
-    assert targets is not None
-    losses, predictions, states = [], [], []
-    for number in range(parts):
-        rows = slice(number * len(tokens) // parts, (number + 1) * len(tokens) // parts)
-        before = None if state is None else tuple(layer[rows] for layer in state)
-        with contextlib.nullcontext() if number == parts - 1 else accelerator.no_sync(model):
-            logits, after = _logits(model, tokens[rows], before, None if reset is None else reset[rows])
-            loss = _cross_entropy(logits, targets[rows]) / scored
-            total = loss * accelerator.num_processes  # whose gradients are averaged, not added up
-            if entropies and bool(((logits.argmax(-1) == targets[rows]) | (targets[rows] == IGNORE_INDEX)).all()):
-                total = total + penalty / parts * sum(entropies)
-            entropies.clear()
-            accelerator.backward(total)
-        losses.append(loss.detach())
-        predictions.append(logits.argmax(-1) if predict else targets.new_empty(0))
-        states.append([layer.detach() for layer in after])
-    whole_state = tuple(torch.cat(layer) if parts > 1 else layer[0] for layer in zip(*states, strict=True))
-    return _Done(torch.stack(losses).sum(), torch.cat(predictions), targets, whole_state)
-
-
-def _logits(model: torch.nn.Module, tokens: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
-    """The model's answer; an autoencoder has no use for a state."""
-    logits, state = model(tokens) if state is None and reset is None else model(tokens, state, reset)
-    return logits, state
-
-
-@torch.no_grad()
-def evaluate(
-    model: torch.nn.Module,
-    task: Task,
-    split: str,
-    sequences: int,
-    batch_size: int,
-    device: torch.device | str = "cpu",
-    *,
-    carry: bool = False,
-) -> dict[str, Any]:
-    """Loss in nats per scored token and the accuracies of a model on the first sequences of a split.
-
-    Args:
-        model: of tokens, on the device.
-        task: whose `evaluation` has the sequences.
-        split: "valid" or "test".
-        sequences: how many.
-        batch_size: of them at a time, at most.
-        device: of the model.
-        carry: each row of a batch begins with the state that the same row of the last one ended with. False: with none.
-
-    Returns:
-        loss, the accuracies; and of a text bits_per_byte and perplexity, exp(loss).
-    """
-    training = model.training
-    model.eval()
-    total_loss, score, state, all_targets = 0.0, None, None, []
-    for batch in task.evaluation(split, sequences, batch_size):
-        rows, reset = len(batch.tokens), batch.reset
-        state = tuple(layer[:rows] for layer in state) if carry and state is not None else None
-        targets = batch.targets.to(device)
-        logits, state = _logits(model, batch.tokens.to(device), state, None if reset is None else reset.to(device))
-        part = Score.of(logits.argmax(-1), targets)
-        score = part if score is None else score + part
-        total_loss += _cross_entropy(logits, targets).item()
-        all_targets.append(batch.targets.flatten())
-    model.train(training)
-    assert score is not None
-    loss = total_loss / int(score.scored.sum())
-    figures = {**_accuracies(score), "mad_accuracy": score.mad_accuracy}
-    figures |= _text_figures(task, loss, torch.cat(all_targets))
-    return {"loss": loss, **figures, "accuracy_by_position": score.accuracy_by_position}
-
-
-def _text_figures(task: Task, loss: float, targets: Tensor) -> dict[str, float]:
-    """Of a text, the loss in bits per byte of the scored targets, comparable between tokenizers, and exp(loss).
-
-    Of any other task nothing.
-    """
-    if task.vocabulary is None:
-        return {}
-    scored = targets[targets != IGNORE_INDEX].cpu().numpy()
-    size = int(task.vocabulary.byte_lengths[scored].sum())
-    perplexity = math.exp(loss) if loss < 700 else math.inf  # beyond lies an OverflowError
-    return {"bits_per_byte": loss * len(scored) / math.log(2) / size, "perplexity": perplexity}
-
-
-def _accuracies(score: Score) -> dict[str, float]:
-    """All three: what one hides another shows."""
-    names = ("token_accuracy", "sequence_accuracy", "macro_accuracy")
-    return {name: getattr(score, name) for name in names}
-
-
-def _training_batch(config: TrainConfig, task: Task, step: int) -> Batch:
+def training_batch(config: TrainConfig, task: Task, step: int) -> Batch:
     """The global batch of a step: a pure function of its arguments, so that a run can go on anywhere."""
     if config.carry:
         return task.carried(config.batch_size, seed=config.seed, index=step)
     if config.train_lengths:
-        task = task.with_seq_len(config.train_lengths[step * len(config.train_lengths) // config.steps])
-        rows = max(1, config.batch_size * build_task(config.task).length // task.length)
-        return task.sample("train", rows, seed=config.seed, index=step)
+        now = task.with_seq_len(config.train_lengths[step * len(config.train_lengths) // config.steps])
+        rows = max(1, config.batch_size * task.length // now.length)
+        return now.sample("train", rows, seed=config.seed, index=step)
     if config.train_sequences is None:
         return task.sample("train", config.batch_size, seed=config.seed, index=step)
     return finite_batch(task, config.train_sequences, config.batch_size, seed=config.seed, step=step)
-
-
-def _reached(config: TrainConfig, line: dict[str, Any]) -> bool:
-    """Whether a line of metrics is a validation at the accuracy that ends training."""
-    return config.stop_accuracy is not None and line.get("valid_token_accuracy", 0.0) >= config.stop_accuracy
-
-
-def _impatient(config: TrainConfig, step: int, best_step: int) -> bool:
-    """Whether so many validations have passed since the best one that training ends."""
-    return config.patience is not None and step - best_step >= config.patience * config.eval_every
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def _test_tasks(config: TrainConfig, task: Task) -> list[Task]:
-    """The task at every length of the final test; none if there is nothing to test on."""
-    if "test" not in task.splits:
-        return []
-    return [task.with_seq_len(length) for length in config.test_lengths or (task.seq_len,)]
-
-
-def _test(config: TrainConfig, task: Task, folder: RunFolder, step: int, accelerator: Accelerator) -> None:
-    """Score the best checkpoint on the test split, plot the curves, and write result.json last: it marks the end."""
-    best = folder.checkpoint("best")
-    assert best is not None
-    best_step = _step_of(best)
-    model, device = load_model(best).to(accelerator.device), accelerator.device
-    metrics = folder.metrics()
-    test = {}
-    for longer in _test_tasks(config, task):
-        # no more tokens at once than in a training step
-        batch_size = max(1, config.batch_size * task.length // longer.length)
-        scores = evaluate(model, longer, "test", config.eval_sequences, batch_size, device, carry=config.carry)
-        test[str(longer.seq_len)] = scores
-    [valid] = [line for line in metrics if line["step"] == best_step and "valid_loss" in line]
-    speeds = [line["tokens_per_s"] for line in metrics if "tokens_per_s" in line]
-    plot_curves({config.mixer["name"]: metrics}, folder.path / CURVES_FILE)
-    summary = {
-        "version": statemix.__version__,
-        "parameters": model.num_parameters(),
-        "mixer_parameters": sum(p.numel() for mixer in model.mixers for p in mixer.parameters()),
-        "state_size": model.state_size,
-        "steps": step,
-        "best_step": best_step,
-        "train_tokens_per_s": sorted(speeds)[len(speeds) // 2],
-        "threads": torch.get_num_threads(),
-        "processes": accelerator.num_processes,
-        "valid": {key.removeprefix("valid_"): value for key, value in valid.items() if key != "step"},
-        "test": test,
-    }
-    summary |= {} if task.fingerprint is None else {"data": task.fingerprint}
-    folder.write_json(RESULT_FILE, summary)
-
-
-def _require_finite(line: dict[str, Any], names: tuple[str, ...], config: TrainConfig, folder: RunFolder) -> None:
-    """Raise RuntimeError unless the named numbers of a line of metrics are finite: the run has diverged."""
-    if all(math.isfinite(line[name]) for name in names):
-        return
-    numbers = ", ".join(f"{name} is {line[name]}" for name in names)
-    last = folder.checkpoint("last")
-    kept = f"The last checkpoint is '{last}'" if last else "There is no checkpoint yet"
-    raise RuntimeError(
-        f"train: at step {line['step']} {numbers}, with optimizer.lr={config.optimizer.lr} and "
-        f"mixer.normalization={config.mixer.get('normalization')}. Lower the first, or take a bounded one. {kept}."
-    )
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum over scored targets, in nats, in float32."""
-    flat = logits.flatten(0, 1).float()
-    return torch.nn.functional.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-
-
-class _Bar:
-    """A rich progress bar on a terminal; a line per validation elsewhere."""
-
-    def __init__(self, steps: int, done: int, enabled: bool) -> None:
-        self.console = Console(stderr=True, quiet=not enabled)
-        self.text, self.valid = "", ""
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not enabled or not sys.stderr.isatty(),
-        )
-        self.id = self.progress.add_task("training", total=steps, completed=done)
-
-    def __enter__(self) -> "_Bar":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
-    def update(self, line: dict[str, Any]) -> None:
-        """Show a line of metrics.jsonl."""
-        if "loss" in line:
-            self.text = f"loss {line['loss']:.3f}  acc {line['token_accuracy']:.3f}  {line['tokens_per_s']:,.0f} tok/s"
-        else:
-            self.valid = f"  valid {line['valid_loss']:.3f} acc {line['valid_token_accuracy']:.3f}"
-            if self.progress.disable:
-                self.console.print(f"step {line['step']:>6}  {self.text}{self.valid}", highlight=False)
-        self.progress.update(self.id, completed=line["step"], description=self.text + self.valid)

@@ -1,4 +1,4 @@
-"""The optimizer of a run: AdamW, or Muon for the matrices of the layers and AdamW for the rest."""
+"""The optimizer of a run, AdamW or Muon for the matrices of the layers and AdamW for the rest, and its schedule."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,10 +19,9 @@ def make_optimizer(model: TokenModel, config: OptimizerConfig) -> "MuonAdamW":
 
     With `muon_lr` those of the layers are Muon's; embedding and head, which see rare tokens, stay AdamW's.
     """
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
-    matrices |= {
-        id(p) for m in model.modules() if isinstance(m, torch.nn.RNNBase) for p in m.parameters() if p.ndim == 2
-    }
+    kinds = (torch.nn.Linear, torch.nn.RNNBase)
+    parts = [part for part in model.modules() if isinstance(part, kinds)]
+    matrices = {id(p) for part in parts for p in part.parameters(recurse=False) if p.ndim == 2}
     matrices -= {id(model.embedding.weight)}
     of_layers = {id(p) for p in model.layers.parameters()} if config.muon_lr is not None else set()
     decayed = [p for p in model.parameters() if id(p) in matrices - of_layers]
@@ -34,11 +33,25 @@ def make_optimizer(model: TokenModel, config: OptimizerConfig) -> "MuonAdamW":
     ]
     if orthogonal:
         assert config.muon_lr is not None
-        share = config.muon_lr / config.lr
-        groups.append(
-            {"params": orthogonal, "weight_decay": config.weight_decay, "orthogonal": True, "lr_share": share}
-        )
+        group = {"params": orthogonal, "weight_decay": config.weight_decay}
+        groups.append(group | {"orthogonal": True, "lr_share": config.muon_lr / config.lr})
     return MuonAdamW(groups, config)
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Of step 0 .. steps - 1: lr (step + 1) / warm-up steps, then a cosine or a line from lr to final_lr."""
+    warmup = round(config.warmup * steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    left = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.final_lr + (config.lr - config.final_lr) * left
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Let the next step have this rate, and each group its share of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_share"]
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -52,7 +65,7 @@ class MuonAdamW(torch.optim.AdamW):
     torch.optim.Muon's rule, in float32: that one iterates in bfloat16, which is slow where a CPU has none.
 
     Args:
-        groups: of parameters. Who sets the learning rate multiplies it by a group's `lr_share`, 1 if it is not given.
+        groups: of parameters. `set_learning_rate` multiplies the rate by a group's `lr_share`, 1 if it is not given.
         config: the peak learning rate and the decay rates of AdamW's moments.
 
     Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon).

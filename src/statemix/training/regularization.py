@@ -2,16 +2,45 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from statemix.mixers.base import LinearRecurrence
+from statemix.mixers import Mixer
 from statemix.model import TokenModel
+from statemix.tasks import IGNORE_INDEX
 from statemix.training.config import TrainConfig
 
 ENTROPY_TOKENS = 512  # of a batch: more would cost as much as the layer itself
+
+
+def entropy_weight(config: TrainConfig, step: int) -> float:
+    """The weight of the rows' entropy in a step: 0 in the first half of training, then a line up to `row_entropy`."""
+    return config.row_entropy * max(0.0, 2 * step / config.steps - 1)
+
+
+def hidden_share(config: TrainConfig, step: int) -> float:
+    """The share of the blocks that are hidden in a step: `block_dropout` in the first half of training, then 0."""
+    return config.block_dropout if 2 * step < config.steps else 0.0
+
+
+@contextlib.contextmanager
+def regularized(model: TokenModel, config: TrainConfig, step: int, process: int) -> Iterator[list[Tensor]]:
+    """While it lasts the model runs as in this training step; yields a list that fills as that of `row_entropies`."""
+    with (
+        row_entropies(model, enabled=entropy_weight(config, step) > 0) as entropies,
+        hidden_blocks(model, hidden_share(config, step)),
+        dropout_seed(config, step, process),
+    ):
+        yield entropies
+
+
+def penalty(entropies: list[Tensor], weight: float, logits: Tensor, targets: Tensor) -> Tensor | float:
+    """Weight times the sum of the layers' entropies if every scored target is predicted, else 0."""
+    if not entropies:
+        return 0.0
+    right = (logits.argmax(-1) == targets) | (targets == IGNORE_INDEX)
+    return weight * sum(entropies) if bool(right.all()) else 0.0
 
 
 @contextlib.contextmanager
@@ -37,7 +66,8 @@ def hidden_blocks(model: TokenModel, share: float) -> Iterator[None]:
         return hook
 
     # the fused layer makes way for hooks
-    hooks = [mixer.output.register_forward_pre_hook(hide(mixer.state_shape[1])) for mixer in _mixers(model, share > 0)]
+    mixers = _with_gate_rows(model) if share > 0 else []
+    hooks = [mixer.output.register_forward_pre_hook(hide(mixer.state_shape[1])) for mixer in mixers]
     try:
         yield
     finally:
@@ -54,9 +84,10 @@ def row_entropies(model: TokenModel, *, enabled: bool) -> Iterator[list[Tensor]]
     entropies: list[Tensor] = []
 
     def add(mixer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        entropies.append(cast(LinearRecurrence, mixer).row_entropy(inputs[0].flatten(0, 1)[None, :ENTROPY_TOKENS]))
+        assert isinstance(mixer, Mixer)
+        entropies.append(mixer.row_entropy(inputs[0].flatten(0, 1)[None, :ENTROPY_TOKENS]))
 
-    hooks = [mixer.register_forward_pre_hook(add) for mixer in _mixers(model, enabled)]
+    hooks = [mixer.register_forward_pre_hook(add) for mixer in _with_gate_rows(model)] if enabled else []
     try:
         yield entropies
     finally:
@@ -64,5 +95,5 @@ def row_entropies(model: TokenModel, *, enabled: bool) -> Iterator[list[Tensor]]
             handle.remove()
 
 
-def _mixers(model: TokenModel, wanted: bool) -> list[LinearRecurrence]:
-    return [cast(LinearRecurrence, mixer) for mixer in model.mixers] if wanted else []
+def _with_gate_rows(model: TokenModel) -> list[Mixer]:
+    return [mixer for mixer in model.mixers if mixer.has_gate_rows]
