@@ -27,10 +27,10 @@ import dataclasses
 import itertools
 from typing import Any, NamedTuple
 
-from statemix.training.config import ModelConfig, OptimizerConfig, TrainConfig
 from statemix.model import SequenceModel
 from statemix.specs import Spec
 from statemix.tasks import Setting, settings
+from statemix.training.config import ModelConfig, OptimizerConfig, TrainConfig
 
 
 class Protocol(NamedTuple):

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import statemix
-from statemix.training.checkpoint import CONFIG_FILE, METRICS_FILE, RESULT_FILE
-from statemix.training.config import TrainConfig
 from statemix.files import write_whole
 from statemix.tasks import build_task, scaled_accuracy
+from statemix.training.checkpoint import CONFIG_FILE, METRICS_FILE, RESULT_FILE
+from statemix.training.config import TrainConfig
 
 SWEEP_FILE = "sweep.json"  # in the folder of a sweep, above those of its runs
 

@@ -25,11 +25,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import statemix
+from statemix.files import locked, make_folder, write_whole
+from statemix.runs.executors import EXECUTORS, LOG_FILE, Executor, Job
+from statemix.runs.read import SWEEP_FILE, Row, flatten, read_run, row_of, write_table
 from statemix.training.checkpoint import METRICS_FILE, RESULT_FILE
 from statemix.training.config import TrainConfig
-from statemix.runs.executors import EXECUTORS, LOG_FILE, Executor, Job
-from statemix.files import locked, make_folder, write_whole
-from statemix.runs.read import SWEEP_FILE, Row, flatten, read_run, row_of, write_table
 
 TABLE_NAME = "results"
 BUDGETS = ("quick", "full")
