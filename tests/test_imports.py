@@ -218,7 +218,7 @@ def test_a_named_mixer_is_seen():
     assert mixers_named('"""Of `h_lru` alone."""\nif name == "mlstm":\n    BDLRU(3)') == {"h_lru", "mlstm", "BDLRU"}
 
 
-@pytest.mark.parametrize(("module", "seen"), [("statemix", set()), ("torch, matplotlib", {"matplotlib"})])
+@pytest.mark.parametrize(("module", "seen"), [("statemix.training.loop", set()), ("torch, matplotlib", {"matplotlib"})])
 def test_importing_statemix_asks_for_no_optional_package(module, seen):
     """Not even in vain, so that it holds on a machine which lacks them; and the second case shows that it can fail."""
     code = f"""

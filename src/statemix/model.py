@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from safetensors import SafetensorError
@@ -299,6 +299,13 @@ class SequenceModel(TokenModel):
         super().__init__(vocab_size, d_model, num_layers, mixer, mlp_size, tied_embedding, init_std, dropout)
         self._initialise()
 
+    if TYPE_CHECKING:  # torch says of no call what it returns
+
+        def __call__(
+            self, tokens: Tensor, state: Sequence[Tensor] | None = None, reset: Tensor | None = None
+        ) -> tuple[Tensor, State]:
+            """See `forward`."""
+
     def forward(
         self, tokens: Tensor, state: Sequence[Tensor] | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, State]:
@@ -367,6 +374,11 @@ class AutoEncoder(TokenModel):
         self.positions = nn.Embedding(seq_len, d_model)
         self.decoder = nn.Sequential(nn.Linear(d_model, d_model), nn.GELU(), nn.Linear(d_model, d_model))
         self._initialise()
+
+    if TYPE_CHECKING:
+
+        def __call__(self, tokens: Tensor) -> tuple[Tensor, State]:
+            """See `forward`."""
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, State]:
         """Tokens (B, L) to logits (B, L, vocab_size), and the state after the last token. Raises as `SequenceModel`."""

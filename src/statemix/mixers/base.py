@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,13 @@ class Mixer(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the parameters."""
         return next(self.parameters()).dtype
+
+    if TYPE_CHECKING:  # torch says of no call what it returns
+
+        def __call__(
+            self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None
+        ) -> tuple[Tensor, Tensor]:
+            """See `forward`."""
 
     def forward(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Outputs and final state of a sequence.
