@@ -27,7 +27,8 @@ from inside import token_gates
 from statemix import TrainConfig, load_model, train
 from statemix.analysis import Table, needed_block_size
 from statemix.report.tables import align
-from statemix.runs.read import Row, interval, write_table
+from statemix.runs.read import Row, write_table
+from statemix.runs.statistics import interval
 from statemix.tasks import IGNORE_INDEX, build_task
 from statemix.tasks.base import Task
 from statemix.training.checkpoint import RunFolder

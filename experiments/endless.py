@@ -16,7 +16,8 @@ from statemix import SequenceModel
 from statemix.mixers.base import LinearRecurrence
 from statemix.model import State
 from statemix.report.tables import align
-from statemix.runs.read import Row, find_runs, group_over_seeds, write_table
+from statemix.runs.read import Row, find_runs, write_table
+from statemix.runs.select import group_over_seeds
 from statemix.tasks import build_task
 
 LENGTH, CHUNK, SHARPER = 2**20, 2**13, 100.0

@@ -17,7 +17,8 @@ from statemix import SequenceModel
 from statemix.gates import normalize
 from statemix.mixers.base import LinearRecurrence
 from statemix.report.tables import align
-from statemix.runs.read import Row, interval, write_table
+from statemix.runs.read import Row, write_table
+from statemix.runs.statistics import interval
 from statemix.tasks import IGNORE_INDEX, PermutationComposition
 from statemix.training.config import OptimizerConfig
 from statemix.training.optimizer import learning_rate

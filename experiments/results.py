@@ -29,7 +29,8 @@ from matplotlib.figure import Figure
 from statemix import kernels
 from statemix.files import write_whole
 from statemix.report.tables import align
-from statemix.runs.read import interval, write_table
+from statemix.runs.read import write_table
+from statemix.runs.statistics import interval
 from statemix.scan import backend_problem
 
 RESULTS, RUNS, PAGE = Path("results"), Path("runs"), Path("docs/results.md")

@@ -11,19 +11,9 @@ import statistics
 import pytest
 from test_checkpoint import run, small_config
 
-from statemix.runs.read import (
-    find_runs,
-    flatten,
-    group_over_seeds,
-    interval,
-    read_run,
-    row_of,
-    select,
-    t_quantile,
-    train_seconds,
-    unfinished_runs,
-    write_table,
-)
+from statemix.runs.read import find_runs, flatten, read_run, row_of, train_seconds, unfinished_runs, write_table
+from statemix.runs.select import group_over_seeds, select
+from statemix.runs.statistics import interval, t_quantile
 from statemix.tasks import build_task
 from statemix.training.config import OptimizerConfig, TrainConfig
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from statemix.report.tables import Groups
-from statemix.runs.read import interval
+from statemix.runs.statistics import interval
 from statemix.tasks import build_task
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import statemix
 from statemix.files import write_whole
 from statemix.report.figures import INK, figures
 from statemix.report.tables import Groups, align, group_rows
-from statemix.runs.read import Run, group_over_seeds, row_of, write_table
+from statemix.runs.read import Run, row_of, write_table
+from statemix.runs.select import group_over_seeds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from statemix.runs.read import Run, interval
+from statemix.runs.read import Run
+from statemix.runs.statistics import interval
 
 Groups = Mapping[str, Sequence[Run]]  # label -> runs that differ in their seed
 

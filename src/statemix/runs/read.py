@@ -1,4 +1,4 @@
-"""Runs that have ended, as data: read from their folders, as rows of a table, grouped over seeds, selected.
+"""Runs that have ended, as data: read from their folders, and as rows of a table.
 
 A row is flat: the config under its dotted names ("optimizer.lr"), then what came of it: "valid_loss" and the other
 figures of the best validation, "test_16_token_accuracy" and so on for each tested length.
@@ -8,7 +8,6 @@ import csv
 import dataclasses
 import io
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,128 +159,3 @@ def _column(values: list[Any]) -> list[Any]:
         bool if isinstance(v, bool) else float if isinstance(v, int | float) else str for v in values if v is not None
     }
     return [None if v is None else str(v) for v in values] if len(kinds) > 1 else values
-
-
-def select(rows: Sequence[Row], over: Sequence[str], by: str = "valid_loss") -> list[Row]:
-    """Of runs that differ only in the options `over` and in the seed, those with the best mean validation.
-
-    Choosing on the test split would make its figures too good. So the choice sees configs and validation figures only;
-    what comes back are the whole rows.
-
-    Args:
-        rows: of finished runs, as `row_of` gives them; others are left out.
-        over: dotted names of the options to choose, such as "optimizer.lr".
-        by: the figure, a column that begins with "valid_"; of a loss the lowest is the best, else the highest.
-
-    Returns:
-        The rows of the chosen, all their seeds, in the order they came. A choice lost runs to errors if it has fewer
-        seeds than another: then it is only chosen where all have as few.
-
-    Raises:
-        ValueError: `by` is not of the validation, or a name in `over` is no option of these runs.
-    """
-    if not by.startswith("valid_"):
-        raise ValueError(f"select: `by` must be a figure of the validation split ('valid_...'), got {by!r}.")
-    figures = sorted({column for row in rows for column in row if column.startswith("valid_")})
-    if figures and by not in figures:
-        raise ValueError(f"select: `by` must be one of {figures}, got {by!r}.")
-    rows = [row for row in rows if by in row]
-    known = {column for row in rows for column in row if column.split(".")[0] in FIELDS and column != "seed"}
-    for name in over:
-        if rows and name not in known:
-            raise ValueError(f"select: `over` must hold names of {sorted(known)}, got {name!r}.")
-    sign = 1 if by.endswith("loss") else -1
-    candidates: dict[str, dict[str, list[int]]] = {}
-    for number, row in enumerate(rows):
-        setting = json.dumps({key: row.get(key) for key in sorted(known - set(over))})
-        choice = json.dumps([row.get(key) for key in over])
-        candidates.setdefault(setting, {}).setdefault(choice, []).append(number)
-
-    def rank(numbers: list[int]) -> tuple[int, float]:
-        figures = [sign * rows[number][by] for number in numbers]
-        mean = sum(figures) / len(figures)
-        return -len(figures), math.inf if math.isnan(mean) else mean
-
-    chosen = [min(choices.values(), key=rank) for choices in candidates.values()]
-    return [rows[number] for number in sorted(number for numbers in chosen for number in numbers)]
-
-
-def group_over_seeds(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in their seed alone, under a label that tells the groups apart.
-
-    The label is the one a sweep's file gave all its runs, but for ", seed 0" and so on at its end. Where there is none,
-    or two groups have the same, it is the mixer and every option that is not the same in all groups that have it.
-    """
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        key = json.dumps({name: value for name, value in flatten(run.config).items() if name != "seed"})
-        groups.setdefault(key, []).append(run)
-    options = [json.loads(key) for key in groups]
-    values: dict[str, set[str]] = {}
-    for option in options:
-        for column, value in option.items():
-            values.setdefault(column, set()).add(json.dumps(value))
-    labels = {}
-    given = [given_label(group) for group in groups.values()]
-    for option, group, name in zip(options, groups.values(), given, strict=True):
-        if name is not None and given.count(name) == 1:
-            labels[name] = sorted(group, key=lambda run: run.config.seed)
-            continue
-        differing = [column for column in option if len(values[column]) > 1 and column != "mixer.name"]
-        parts = [f"{column.rpartition('.')[2]}={option[column]}" for column in differing]
-        labels[", ".join([option["mixer.name"], *parts])] = sorted(group, key=lambda run: run.config.seed)
-    return labels
-
-
-def given_label(group: Sequence[Run]) -> str | None:
-    """What the file of a sweep called these runs, seeds apart; None if they are not of one name, or of none."""
-    names = set()
-    for run in group:
-        try:
-            labels = json.loads((run.folder.parent / SWEEP_FILE).read_text())["labels"]
-            name = str(labels[run.folder.name])
-        except (OSError, TypeError, ValueError, KeyError):  # it is no run of a sweep
-            return None
-        names.add(name.removesuffix(f", seed {run.config.seed}"))
-    name = names.pop()
-    return None if names or name.isdecimal() else name  # a list of configs has numbers only
-
-
-class Interval(NamedTuple):
-    """Mean of n numbers, and the half width of its 95 % interval: None of a single number."""
-
-    mean: float
-    half_width: float | None
-    n: int
-
-
-def interval(numbers: Sequence[float]) -> Interval:
-    """Mean and Student's t interval at 95 %: mean +- t(0.975, n - 1) s / sqrt(n)."""
-    n = len(numbers)
-    mean = sum(numbers) / n
-    if n == 1:
-        return Interval(mean, None, n)
-    deviation = math.sqrt(sum((x - mean) ** 2 for x in numbers) / (n - 1))
-    return Interval(mean, t_quantile(n - 1) * deviation / math.sqrt(n), n)
-
-
-def t_quantile(freedom: int) -> float:
-    """t with P(|T| <= t) = 0.95 for Student's distribution with so many degrees of freedom, by bisection."""
-    low, high = 0.0, 13.0  # 12.706 at 1
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_probability(middle, freedom) < 0.95 else (low, middle)
-    return (low + high) / 2
-
-
-def _t_probability(t: float, freedom: int) -> float:
-    """P(|T| <= t). Source: Abramowitz & Stegun, 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(freedom))
-    odd = freedom % 2
-    term = math.cos(angle) if odd else 1.0
-    total = term if freedom > 1 else 0.0
-    for k in range(2 + odd, freedom - 1, 2):
-        term *= (k - 1) / k * math.cos(angle) ** 2
-        total += term
-    total *= math.sin(angle)
-    return 2 / math.pi * (angle + total) if odd else total
