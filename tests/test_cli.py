@@ -211,8 +211,8 @@ EVERY_FLAG = """--task=permutation --task.group A4xZ5 --task.seq-len 6 --task.ge
 def test_every_flag_sets_its_field(capsys):
     given = mock.Mock(return_value=mock.Mock(summary={"best_step": 0}))
     with (
-        mock.patch.object(cli, "train", given),
-        mock.patch.multiple(cli, read_run=mock.Mock(), _print_tables=mock.Mock()),
+        mock.patch("statemix.cli.train.train", given),
+        mock.patch.multiple("statemix.cli.train", read_run=mock.Mock(), print_tables=mock.Mock()),
     ):
         assert call(capsys, "train", *EVERY_FLAG.split(), "--out", "there", "--resume=never")[0] == 0
     given.assert_called_once()
@@ -245,8 +245,8 @@ def trained_config(capsys, *arguments: str) -> TrainConfig:
     """What `statemix train` would train."""
     given = mock.Mock(return_value=mock.Mock(summary={"best_step": 0}))
     with (
-        mock.patch.object(cli, "train", given),
-        mock.patch.multiple(cli, read_run=mock.Mock(), _print_tables=mock.Mock()),
+        mock.patch("statemix.cli.train.train", given),
+        mock.patch.multiple("statemix.cli.train", read_run=mock.Mock(), print_tables=mock.Mock()),
     ):
         status, _, errors = call(capsys, "train", *arguments)
     assert status == 0, errors
@@ -373,7 +373,7 @@ def test_sweep_prints_its_results_and_where_they_are(capsys):
     row = {"label": "0", "status": "done", "error": None, "folder": "there/a"}
     assert call(capsys, "train", *SMALL, "--out", "there/a")[0] == 0
     done = mock.Mock(return_value=Sweep([row], [Path("there/results.csv")]))
-    with mock.patch.object(cli, "sweep", done):
+    with mock.patch("statemix.cli.sweep.sweep", done):
         arguments = ["--out", "there", "--jobs", "3", "--executor", "ray", "--address", "auto"]
         status, text, _ = call(capsys, "sweep", "two.py", *arguments)
     assert status == 0

@@ -63,8 +63,8 @@ PLAIN_SCANS = (SCAN, f"{SCAN}.reference", f"{SCAN}.associative", f"{SCAN}.cpu")
 ONLY_BY = {
     "tokenizers": ("statemix.text.tokenizer", "statemix.hf"),
     "triton": tuple(f"{SCAN}.gpu.{module}" for module in ("weights", "block", "lagged", "tiles", "chunks")),
-    "statemix.cli": ("statemix.__main__",),
-    "statemix.runs.sweep": ("statemix.cli",),
+    "statemix.cli": ("statemix.__main__", *(f"statemix.cli.{command}" for command in ("train", "sweep", "report"))),
+    "statemix.runs.sweep": ("statemix.cli.sweep",),
     "statemix.runs.executors": ("statemix.runs.sweep",),
     "ray": ("statemix.runs.executors",),
     "pyarrow": ("statemix.runs.read",),

@@ -21,7 +21,7 @@ from statemix.training.loop import train
 LOG_FILE = "log.txt"  # in the folder of the run: what it printed
 
 # what a run imports sooner or later: each is forked from a process that has it
-PRELOADED = ("statemix.cli", "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg")
+PRELOADED = ("statemix.training.loop", "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg")
 
 
 class Job(Protocol):

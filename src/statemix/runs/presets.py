@@ -59,10 +59,11 @@ LANGUAGE = TrainConfig(
     eval_sequences=256,
 )
 LANGUAGE_MIXERS: dict[str, Spec] = {
-    **{
-        f"paper-bd{size}": {"name": "bd_lru", "num_blocks": blocks, "block_size": size}
-        for size, blocks in ((1, 2112), (2, 844), (4, 302), (8, 96), (16, 28))
-    },
+    "paper-bd1": {"name": "bd_lru", "num_blocks": 2112, "block_size": 1},
+    "paper-bd2": {"name": "bd_lru", "num_blocks": 844, "block_size": 2},
+    "paper-bd4": {"name": "bd_lru", "num_blocks": 302, "block_size": 4},
+    "paper-bd8": {"name": "bd_lru", "num_blocks": 96, "block_size": 8},
+    "paper-bd16": {"name": "bd_lru", "num_blocks": 28, "block_size": 16},
     "paper-h16": {"name": "h_lru", "num_channels": 242, "order": 16, "form": "observer"},
     "paper-lstm": {"name": "lstm", "hidden_size": 896},
 }
@@ -95,7 +96,8 @@ RUNS = {name: dataclasses.replace(LANGUAGE, mixer=dict(mixer)) for name, mixer i
     "exact-s5": _exact("S5", 5, 64, 128, 2000, (4, 4, 16, 64, 64, 64), block_dropout=0.5),
 }
 PROTOCOLS = {
-    **{name: Protocol(run, None, (run.optimizer.lr,), (run.optimizer.weight_decay,)) for name, run in RUNS.items()},
+    name: Protocol(run, None, (run.optimizer.lr,), (run.optimizer.weight_decay,)) for name, run in RUNS.items()
+} | {
     "mad": Protocol(MAD, 200, (1e-4, 5e-4, 1e-3), (0.0, 0.1)),
     "formal": Protocol(TrainConfig(steps=2_000), None, (3e-3,), (0.1,)),
 }

@@ -1,0 +1,110 @@
+"""statemix train: one run, whose options are those of its task and of its mixer too."""
+
+import dataclasses
+import inspect
+import os
+from typing import Any, Literal
+
+import tyro
+
+from statemix.cli.tables import print_tables
+from statemix.mixers import MIXERS
+from statemix.runs.presets import PROTOCOLS, preset_config, preset_steps
+from statemix.runs.read import read_run
+from statemix.specs import Spec, options
+from statemix.tasks import TASKS
+from statemix.training.config import TrainConfig
+from statemix.training.loop import train
+
+
+def run(arguments: list[str]) -> None:
+    """Train, and print the scores and where the run is."""
+    # these decide which other options exist, or their defaults, so they are taken out before the rest is parsed
+    path, preset, task, mixer = (_take(arguments, flag) for flag in ("--config", "--preset", "--task", "--mixer"))
+    if (text := _take(arguments, "--text")) is not None:
+        if task not in (None, "text"):
+            raise ValueError(f"train: `--text` is short for --task text --task.source, but `--task` is {task!r}.")
+        task = "text"
+        arguments += ["--task.source", text]
+    if path is not None and preset is not None:
+        raise ValueError("train: `--config` and `--preset` both give the defaults: use one of them.")
+    base = TrainConfig() if path is None else TrainConfig.load(path)
+    if preset is not None:
+        base = preset_config(preset, task)
+    task, mixer = task or base.task["name"], mixer or base.mixer["name"]
+    for flag, name, known in (("--task", task, sorted(TASKS)), ("--mixer", mixer, sorted(MIXERS))):
+        if name not in known:
+            raise ValueError(f"train: `{flag}` must be one of {known}, got {name!r}.")
+
+    _, config_help = (inspect.getdoc(TrainConfig) or "").split("Args:")
+    description = f"""Train a model on a task, keep the checkpoint that validates best, and test it once.
+
+--task NAME and --mixer NAME choose what is trained on and what is trained: {", ".join(TASKS)}; {", ".join(MIXERS)}.
+They bring the options below that begin with their names. --text SOURCE is --task text --task.source SOURCE, whose help
+says what it may be. --config FILE gives other defaults: a config.json of a run;
+--preset NAME ({", ".join(PROTOCOLS)}) those of the task in a known benchmark, as presets.py says.
+
+Args:{config_help.split("Raises:")[0]}
+    out: folder of the run: checkpoints, metrics.jsonl, result.json, curves.png.
+    resume: auto goes on from the last checkpoint in the folder; never deletes that run and starts again.
+"""
+    fields: list[tuple[str, Any, Any]] = [
+        ("task", *_options("Task", TASKS[task], base.task if base.task["name"] == task else {})),
+        ("mixer", *_options("Mixer", MIXERS[mixer], base.mixer if base.mixer["name"] == mixer else {}, ("d_model",))),
+    ]
+    for field in dataclasses.fields(TrainConfig):
+        if field.name not in ("task", "mixer"):
+            fields.append((field.name, field.type, dataclasses.field(default=getattr(base, field.name))))
+    fields.append(("out", str, dataclasses.field(default="runs/default")))
+    fields.append(("resume", Literal["auto", "never"], dataclasses.field(default="auto")))
+    form = dataclasses.make_dataclass("Train", fields, kw_only=True, namespace={"__doc__": description})
+    given = dict(vars(tyro.cli(form, args=arguments, prog="statemix train")))
+    out, resume = given.pop("out"), given.pop("resume")
+    if preset is not None:  # its epochs are of the training set that was asked for
+        written = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+        steps, eval_every = preset_steps(preset, given["train_sequences"], given["batch_size"])
+        given |= {} if "--steps" in written else {"steps": steps}
+        given |= {} if "--eval-every" in written else {"eval_every": eval_every}
+    given["task"] = {"name": task, **vars(given["task"])}
+    given["mixer"] = {"name": mixer, **vars(given["mixer"])}
+    result = train(TrainConfig(**given), out, resume=resume)
+    if os.environ.get("RANK", "0") != "0":  # of many processes that a launcher started, the first one prints
+        return
+    print_tables([read_run(result.out)])
+    if (bits := result.summary.get("valid", {}).get("bits_per_byte")) is not None:
+        loss, perplexity = (result.summary["valid"][key] for key in ("loss", "perplexity"))
+        print(f"validation: {loss:.4f} nats per token, {bits:.4f} bits per byte, perplexity {perplexity:.4g}\n")
+    print(
+        f"The run is in {result.out}: metrics.jsonl, curves.png, result.json, and the best weights in "
+        f"step-{result.summary['best_step']}."
+    )
+
+
+def _take(arguments: list[str], flag: str) -> str | None:
+    """Remove "--flag VALUE" or "--flag=VALUE" from the arguments and return the value; None if it is not there."""
+    for i, argument in enumerate(arguments):
+        if argument == flag:
+            if i + 1 == len(arguments):
+                raise ValueError(f"train: `{flag}` needs a value.")
+            del arguments[i]
+            return arguments.pop(i)
+        if argument.startswith(f"{flag}="):
+            return arguments.pop(i).removeprefix(f"{flag}=")
+    return None
+
+
+def _options(title: str, cls: type, defaults: Spec, given: tuple[str, ...] = ()) -> tuple[type, Any]:
+    """A dataclass of the options of a task or mixer, for tyro, and its default as a field.
+
+    An option without a default, here or in the constructor, is required.
+    """
+    fields: list[tuple[str, Any, Any]] = []
+    for option in options(cls, given):
+        default = defaults.get(option.name, option.default)
+        bare = dataclasses.field() if default is inspect.Parameter.empty else dataclasses.field(default=default)
+        fields.append((option.name, option.annotation, bare))
+    doc = inspect.getdoc(cls) or ""
+    doc = doc.split("\n")[0] + "\n\nArgs:" + doc.partition("Args:")[2].partition("Raises:")[0]
+    form = dataclasses.make_dataclass(title, fields, kw_only=True, namespace={"__doc__": doc})
+    required = any(field.default is dataclasses.MISSING for field in dataclasses.fields(form))
+    return form, dataclasses.field() if required else dataclasses.field(default_factory=form)
