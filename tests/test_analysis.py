@@ -7,7 +7,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close, make_raw_gates, numpy_block, numpy_weights
+from helpers import assert_close, make_raw_gates, numpy_block, numpy_weights
 
 from statemix import BDLRU, HLRU
 from statemix.analysis import (

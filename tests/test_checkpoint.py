@@ -6,7 +6,6 @@ import errno
 import importlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -19,16 +18,13 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers import PROCESSES, exit_code
 
 from statemix import SequenceModel, TrainConfig, train
 from statemix.tasks import PermutationComposition
 from statemix.training.config import ModelConfig, OptimizerConfig
 
 TRAIN = importlib.import_module("statemix.training.loop")  # as an attribute, statemix.training.loop is the function
-
-# A process forked from this server has torch imported, and none of the threads or open files of the tests.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["statemix", "pytest", "torch._dynamo"])  # dynamo: imported by the first optimizer
 
 CHANGES = {"open", "write", "mkdir", "rename", "replace", "unlink", "rmdir"}
 NEEDING_SPACE = {"open", "write", "mkdir", "rename", "replace", "fsync"}
@@ -176,15 +172,6 @@ def start(function, *arguments):
     process = PROCESSES.Process(target=function, args=arguments, daemon=True)  # ended with the tests
     process.start()
     return process
-
-
-def exit_code(process) -> int:
-    process.join(60)
-    process.kill()  # of use only if it hangs
-    process.join()
-    code = process.exitcode
-    process.close()
-    return code
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCANS, Problem, assert_close, assert_problem, make_problem, relative_error
+from helpers import SCANS, Problem, assert_close, assert_problem, make_problem, relative_error
 
 import statemix
 from statemix import kernels

@@ -5,13 +5,13 @@ import os
 import random
 import shutil
 import signal
-import socket
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from test_checkpoint import PROCESSES, TRAIN, exit_code
+from helpers import PROCESSES, exit_code, free_port
+from test_checkpoint import TRAIN
 
 from statemix import SequenceModel, TrainConfig, train
 from statemix.training.config import ModelConfig, OptimizerConfig
@@ -46,12 +46,6 @@ def config_of(source: str, **changes) -> TrainConfig:
         "carry": True,
     }
     return TrainConfig(**(small | changes))
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def as_process(rank: int, processes: int, port: int, environment: dict[str, str], function, *arguments) -> None:

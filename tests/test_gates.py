@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close, make_raw_gates, numpy_weights
+from helpers import assert_close, make_raw_gates, numpy_weights
 
 from statemix.gates import NORMALIZATIONS, RELU_FLOOR, normalize
 

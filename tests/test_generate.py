@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TOLERANCE, relative_error
+from helpers import TOLERANCE, relative_error
 
 import statemix.generate
 from statemix import AutoEncoder, SequenceModel, kernels

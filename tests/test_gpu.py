@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import LAYOUTS, SCANS, assert_close, assert_problem, make_problem
+from helpers import LAYOUTS, SCANS, assert_close, assert_problem, make_problem
 
 import statemix
 from statemix.gates import NORMALIZATIONS

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_problem
+from helpers import make_problem
 
 from statemix.cli import main
 from statemix.scan import gpu_model

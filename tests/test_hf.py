@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TOLERANCE, relative_error
+from helpers import TOLERANCE, relative_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 

@@ -71,6 +71,7 @@ ONLY_BY = {
     "datasets": ("statemix.text.corpus",),
     "tests": (),
     "conftest": (),
+    "helpers": (),
     "experiments": (),
 }
 
@@ -179,7 +180,7 @@ PLANTED = [  # (module, source, the names that are wrong)
     ("statemix.model", "from statemix import tasks", ["statemix.tasks"]),
     ("statemix.model", "import statemix.training", ["statemix.training"]),
     (f"{TRAINING}.loop", "import statemix.model, statemix.tasks, accelerate", []),
-    (f"{TRAINING}.loop", "from tests.conftest import assert_close", ["tests.conftest.assert_close"]),
+    (f"{TRAINING}.loop", "from tests.helpers import assert_close", ["tests.helpers.assert_close"]),
     (f"{TRAINING}.loop", "import experiments.quickstart as quick", ["experiments.quickstart"]),
     (f"{TRAINING}.loop", "import statemix.cli, triton", ["statemix.cli", "triton"]),
     (f"{BENCH}.measure", "from statemix.benchmark.scans import copy", [f"{BENCH}.scans.copy"]),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import LAYOUTS, SCANS, assert_close, make_raw_gates, relative_error
+from helpers import LAYOUTS, SCANS, assert_close, make_raw_gates, relative_error
 from torch import Tensor
 from torch.func import functional_call
 

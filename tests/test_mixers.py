@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import TOLERANCE, assert_close
+from helpers import TOLERANCE, assert_close
 from torch import Tensor
 
 from statemix import available_backends

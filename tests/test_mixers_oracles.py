@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TOLERANCE, assert_close, relative_error
+from helpers import TOLERANCE, assert_close, relative_error
 from test_mixers import D, build, normal, random_reset, start
 from torch import Tensor
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_close
+from helpers import assert_close
 from torch import Tensor, nn
 
 from statemix import kernels

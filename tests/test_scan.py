@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from helpers import (
     LAYOUTS,
     SCANS,
     TOLERANCE,

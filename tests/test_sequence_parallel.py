@@ -7,9 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import Problem, make_problem, numpy_states, relative_error
-from test_checkpoint import PROCESSES, exit_code
-from test_distributed import free_port
+from helpers import PROCESSES, Problem, exit_code, free_port, make_problem, numpy_states, relative_error
 from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_raw_gates, numpy_block, numpy_weights
+from helpers import make_raw_gates, numpy_block, numpy_weights
 
 from statemix import block_scan, companion_scan, kernels
 from statemix.gates import NORMALIZATIONS, normalize

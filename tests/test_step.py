@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import TOLERANCE, relative_error
+from helpers import TOLERANCE, relative_error
 from torch import Tensor, nn
 
 from statemix import kernels

@@ -1,0 +1,217 @@
+"""What the tests share: the tolerance table, the comparison, scan problems, and NumPy oracles."""
+
+import dataclasses
+import multiprocessing
+import socket
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from statemix import block_scan, companion_scan, observer_scan
+
+# Largest allowed error, relative to the largest entry of a float64 reference on the same (already rounded) inputs. The
+# half types round their results only (sums are float32), so theirs is their unit roundoff, 2^-8 and 2^-11, and no more.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 3.95e-3, torch.float16: 4.95e-4}
+
+SCANS = {"block": block_scan, "companion": companion_scan, "observer": observer_scan}
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest entry of `expected`; NaN if either holds a NaN."""
+    difference = (actual.double() - expected).abs().max()
+    scale = expected.abs().max()
+    return (difference if scale == 0 else difference / scale).item()  # all zero: only zeros are right
+
+
+def assert_close(actual: Tensor, expected: Tensor, what: str = "result") -> None:
+    """Hold `actual` to the tolerance of its dtype against the float64 tensor `expected`."""
+    assert expected.dtype == torch.float64, f"{what}: the reference must be float64, got {expected.dtype}"
+    assert actual.dtype in TOLERANCE, f"{what}: no tolerance for {actual.dtype}"
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    error, limit = relative_error(actual, expected), TOLERANCE[actual.dtype]
+    assert error <= limit, f"{what}: relative error {error:.3g} is above {limit:.3g} for {actual.dtype}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The arguments of one scan, and the cotangent of its states."""
+
+    kind: str
+    normalization: str
+    raw_gates: Tensor
+    values: Tensor
+    initial_state: Tensor | None
+    reset: Tensor | None
+    cotangent: Tensor
+
+    def map(self, function) -> "Problem":
+        """The problem with `function` applied to every tensor."""
+        tensors = {k: function(x) for k, x in vars(self).items() if isinstance(x, Tensor)}
+        return dataclasses.replace(self, **tensors)
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        return self.map(lambda x: x if x.dtype == torch.bool else x.to(dtype))
+
+    @property
+    def order(self) -> int:
+        return self.raw_gates.shape[-2] - 1
+
+    def states(self, backend: str, **changes) -> Tensor:
+        p = dataclasses.replace(self, **changes)
+        options = {"normalization": p.normalization, "reset": p.reset, "backend": backend}
+        return SCANS[p.kind](p.raw_gates, p.values, p.initial_state, **options)
+
+    def results(self, backend: str) -> dict[str, Tensor]:
+        """The states, and the gradient of sum(states * cotangent) in every float input."""
+        names = [k for k in ("raw_gates", "values", "initial_state") if getattr(self, k) is not None]
+        leaves = {k: getattr(self, k).detach().requires_grad_() for k in names}
+        states = self.states(backend, **leaves)
+        gradients = torch.autograd.grad(states, list(leaves.values()), self.cotangent)
+        return {"states": states.detach()} | {f"gradient of {k}": g for k, g in zip(names, gradients, strict=True)}
+
+
+def assert_problem(problem: Problem, backend: str, expected: dict[str, Tensor]) -> None:
+    """Hold the states and all gradients of a backend to the float64 results `expected`."""
+    for what, actual in problem.results(backend).items():
+        assert_close(actual, expected[what], f"{problem.kind}, {problem.normalization}, {backend}, {what}")
+
+
+def make_problem(
+    generator: torch.Generator,
+    kind: str,
+    normalization: str,
+    *,
+    order: int,
+    length: int,
+    blocks: int = 3,
+    batch: int = 2,
+    with_state: bool = True,
+    with_reset: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Problem:
+    """Random inputs, rounded to `dtype`. In every other (sequence, block) the decay is slow: see `make_raw_gates`."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    rows = (order,) if kind == "block" else ()
+    raw_gates = make_raw_gates(generator, normalization, (batch, length, *rows, order + 1, blocks))
+    reset = None
+    if with_reset:
+        reset = torch.rand(batch, length, generator=generator) < 0.05
+        reset[0, -1] = reset[-1, 0] = reset[0, length // 2] = True  # the edges are where a mask fails
+    kept = () if kind == "companion" else (order,)
+    return Problem(
+        kind,
+        normalization,
+        raw_gates,
+        normal(batch, length, *rows, blocks),
+        normal(batch, order, blocks) if with_state else None,
+        reset,
+        normal(batch, length, *kept, blocks),
+    ).to(dtype)
+
+
+def make_raw_gates(generator: torch.Generator, normalization: str, shape: tuple[int, ...]) -> Tensor:
+    """Raw gates (B, T, [M,] M+1, N): normal where b + n is odd, and where it is even a nearly one-hot transition.
+
+    There one weight per row, never the input gate and the same at all times, is within about 1e-3 of 1 or, in a signed
+    normalisation, of 1 or -1: fast decay would hide a wrong carry.
+    """
+    normal = torch.randn(shape, generator=generator, dtype=torch.float64)
+    fast = 0.9 * normal / normal.abs().sum(-2, keepdim=True) if normalization == "none" else normal
+    one_row = (shape[0], 1, *shape[2:-2], 1, shape[-1])
+    chosen = torch.randint(shape[-2] - 1, one_row, generator=generator)
+    sign = torch.randint(2, one_row, generator=generator) * 2.0 - 1
+    peak, rest = {
+        "softmax": (6.0, normal / 2 - 3),
+        "sigmoid": (5.0, normal / 2 - 9),
+        "relu": (5.0, 1e-3 * normal),
+        "tanh": (3 * sign, 1e-4 * normal),
+        "silu": (5.0, 1e-4 * normal),
+        "linear": (5 * sign, 1e-4 * normal),
+        "none": (0.999 * sign, 1e-4 * normal),
+    }[normalization]
+    slow = torch.where(torch.arange(shape[-2])[:, None] == chosen, peak, rest)
+    even = (torch.arange(shape[0])[:, None] + torch.arange(shape[-1])) % 2 == 0  # (B, N)
+    return torch.where(even.view(shape[0], *[1] * (len(shape) - 2), shape[-1]), slow, fast)
+
+
+# The layouts of a non-contiguous tensor with axes (B, T or M, ..., N): strides of its own in the two first axes, which
+# a kernel can take as they are, and a last axis that is not the fastest, which it cannot.
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "time first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "blocks first": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
+}
+
+
+def numpy_weights(normalization: str, raw: np.ndarray, axis: int) -> np.ndarray:
+    """The formulas of the spec (LAYERS.md), written again."""
+    if normalization == "none":
+        return raw
+    if normalization == "softmax":
+        exponentials = np.exp(raw - raw.max(axis, keepdims=True))
+        return exponentials / exponentials.sum(axis, keepdims=True)
+    f = {
+        "sigmoid": lambda z: 1 / (1 + np.exp(-z)),
+        "relu": lambda z: np.maximum(z, 0),
+        "tanh": np.tanh,
+        "silu": lambda z: z / (1 + np.exp(-z)),
+        "linear": lambda z: z,
+    }[normalization](raw)
+    floor = 0.001 * raw.shape[axis] if normalization == "relu" else 0.0
+    return f / (np.abs(f).sum(axis, keepdims=True) + floor)
+
+
+def numpy_block(kind: str, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A (B, T, N, M, M) and a_0 (B, T, N, M) of any of the three scans as a dense block."""
+    if kind == "block":
+        moved = np.moveaxis(weights, -1, 2)  # (B, T, N, M, M+1)
+        return moved[..., :-1], moved[..., -1]
+    moved = np.moveaxis(weights, -1, 2)  # (B, T, N, M+1)
+    order = moved.shape[-1] - 1
+    block, input_gate = np.zeros((*moved.shape[:3], order, order)), np.zeros((*moved.shape[:3], order))
+    block[..., 0, :] = moved[..., :-1]
+    for i in range(1, order):
+        block[..., i, i - 1] = 1
+    input_gate[..., 0] = moved[..., -1]
+    return (block if kind == "companion" else block.swapaxes(-1, -2)), input_gate
+
+
+def numpy_states(problem: Problem) -> Tensor:
+    """The states by matrix-vector products, one sequence and block at a time."""
+    raw, values = problem.raw_gates.numpy(), problem.values.numpy()
+    block, input_gate = numpy_block(problem.kind, numpy_weights(problem.normalization, raw, axis=raw.ndim - 2))
+    batch, length, blocks, order = input_gate.shape
+    states = np.zeros((batch, length, order, blocks))
+    for b in range(batch):
+        for n in range(blocks):
+            h = np.zeros(order) if problem.initial_state is None else problem.initial_state[b, :, n].numpy()
+            for t in range(length):
+                if problem.reset is not None and problem.reset[b, t]:
+                    h = np.zeros(order)
+                h = block[b, t, n] @ h + input_gate[b, t, n] * values[b, t, ..., n]
+                states[b, t, :, n] = h
+    return torch.from_numpy(states[:, :, 0] if problem.kind == "companion" else states)
+
+
+# A process forked from this server has torch imported, and none of the threads or open files of the tests.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["statemix", "pytest", "torch._dynamo"])  # dynamo: imported by the first optimizer
+
+
+def exit_code(process) -> int:
+    process.join(60)
+    process.kill()  # of use only if it hangs
+    process.join()
+    code = process.exitcode
+    process.close()
+    return code
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
