@@ -197,9 +197,12 @@ def numpy_states(problem: Problem) -> Tensor:
     return torch.from_numpy(states[:, :, 0] if problem.kind == "companion" else states)
 
 
-# A process forked from this server has torch imported, and none of the threads or open files of the tests.
+# A process forked from this server has all of training imported, also dynamo, which the first optimizer asks for, and
+# none of the threads or open files of the tests.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["statemix", "pytest", "torch._dynamo"])  # dynamo: imported by the first optimizer
+PROCESSES.set_forkserver_preload(
+    ["statemix.training.loop", "pytest", "torch._dynamo"]
+)  # dynamo: imported by the first optimizer
 
 
 def exit_code(process) -> int:

@@ -1,10 +1,7 @@
 """checkpoint.py: a run that is killed or meets a full disk at any moment ends as one that was never stopped."""
 
-import builtins
 import contextlib
 import errno
-import importlib
-import io
 import json
 import os
 import random
@@ -17,145 +14,31 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
-from helpers import PROCESSES, exit_code
+from helpers import exit_code
+from run_helpers import (
+    CHANGES,
+    NEEDING_SPACE,
+    Stopped,
+    cut,
+    differing,
+    disk,
+    disk_is_full,
+    extra,
+    run,
+    small_config,
+    snapshot,
+    start,
+)
 
-from statemix import SequenceModel, TrainConfig, train
+from statemix import SequenceModel, TrainConfig
 from statemix.tasks import PermutationComposition
-from statemix.training.config import ModelConfig, OptimizerConfig
+from statemix.training.config import OptimizerConfig
 
-TRAIN = importlib.import_module("statemix.training.loop")  # as an attribute, statemix.training.loop is the function
-
-CHANGES = {"open", "write", "mkdir", "rename", "replace", "unlink", "rmdir"}
-NEEDING_SPACE = {"open", "write", "mkdir", "rename", "replace", "fsync"}
 DELETIONS = {"unlink", "rmdir"}
-
-
-def small_config(**changes) -> TrainConfig:
-    """1,200 parameters, and a checkpoint at each of three steps."""
-    small = {
-        "task": {"name": "permutation", "group": "S3", "seq_len": 5},
-        "mixer": {"name": "bd_lru", "num_blocks": 2, "block_size": 3},
-        "model": ModelConfig(d_model=8),
-        "optimizer": OptimizerConfig(lr=0.1, final_lr=0.1, warmup=0.0),
-        **{"steps": 3, "batch_size": 8, "eval_every": 1, "eval_sequences": 16, "log_every": 1},
-    }
-    return TrainConfig(**(small | changes))
-
-
-class Stopped(Exception):
-    """Ends a run before it has begun the step asked for."""
-
-
-def run(out: Path, config: TrainConfig, resume: str = "auto", stop_before: int | None = None):
-    """train() on one thread, with a stand-in for the picture, which takes longer than all the rest."""
-    sample = PermutationComposition.sample
-
-    def stopping_sample(self, split, batch_size, *, seed=0, index=0):
-        if split == "train" and index == stop_before:
-            raise Stopped
-        return sample(self, split, batch_size, seed=seed, index=index)
-
-    threads = torch.get_num_threads()
-    with (
-        mock.patch.object(TRAIN, "plot_curves", lambda runs, path, **_: Path(path).write_bytes(b"a picture")),
-        mock.patch.object(PermutationComposition, "sample", stopping_sample),
-    ):
-        torch.set_num_threads(1)
-        try:
-            return train(config, out, resume=resume, progress=False)
-        finally:
-            torch.set_num_threads(threads)
-
-
-def snapshot(out: Path) -> dict[str, bytes | None]:
-    """Every path below `out`, and its content if it is a file."""
-    return {str(p.relative_to(out)): p.read_bytes() if p.is_file() else None for p in sorted(out.rglob("*"))}
-
-
-def differing(out: Path, reference: Path) -> list[str]:
-    """The files of `reference` that are not the same in `out`. Measured speeds do not count."""
-
-    def content(folder):
-        files = snapshot(folder)
-        lines = [json.loads(line) for line in files["metrics.jsonl"].splitlines()]
-        files["metrics.jsonl"] = [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
-        files["result.json"] = json.loads(files["result.json"]) | {"train_tokens_per_s": None}
-        return files
-
-    ours, theirs = content(out), content(reference)
-    return [name for name in theirs if name not in ours or ours[name] != theirs[name]]
-
-
-def extra(out: Path, reference: Path) -> list[str]:
-    return sorted(snapshot(out).keys() - snapshot(reference).keys())
-
-
-@contextlib.contextmanager
-def disk(out: Path, kinds: set[str], at: int = 0, failure=None):
-    """Instead of change number `at` to the files below `out`, and of every later one, `failure` is called.
-
-    Of a write, half of the data are on the disk by then. Only changes of these `kinds` count. Yields the list of them.
-    """
-    changes: list[str] = []
-
-    def change(kind, path):
-        if kind in kinds:
-            changes.append(f"{kind} {Path(path).name}")
-            if 0 < at <= len(changes):
-                failure()
-
-    def changing(kind, real):
-        def call(path, *args, **options):
-            target = args[0] if kind in ("rename", "replace") else path
-            # shutil.rmtree gives names relative to an open folder
-            if options.get("dir_fd") is not None or str(target).startswith(str(out)):
-                change(kind, target)
-            return real(path, *args, **options)
-
-        return call
-
-    def opening(real):
-        def call(path, mode="r", *args, **options):
-            if mode[0] == "r" or not str(path).startswith(str(out)):
-                return real(path, mode, *args, **options)
-            change("open", path)
-            file = real(path, mode, *args, **options)
-            whole = file.write
-
-            def write(data):
-                whole(data[: len(data) // 2])
-                file.flush()
-                change("write", path)
-                return whole(data[len(data) // 2 :])
-
-            file.write = write
-            return file
-
-        return call
-
-    def syncing(real):
-        def call(descriptor):
-            change("fsync", "a file")
-            real(descriptor)
-
-        return call
-
-    with contextlib.ExitStack() as patches:
-        for module in (io, builtins):
-            patches.enter_context(mock.patch.object(module, "open", opening(module.open)))
-        for kind in ("mkdir", "rename", "replace", "unlink", "rmdir"):
-            patches.enter_context(mock.patch.object(os, kind, changing(kind, getattr(os, kind))))
-        patches.enter_context(mock.patch.object(os, "fsync", syncing(os.fsync)))
-        yield changes
 
 
 def kill_myself():
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def disk_is_full():
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def disk_is_broken():
@@ -165,13 +48,6 @@ def disk_is_broken():
 def run_killed_at(at: int, out: Path, config: TrainConfig) -> None:
     with disk(out, CHANGES, at, kill_myself):
         run(out, config)
-
-
-def start(function, *arguments):
-    """function(*arguments) in a new process."""
-    process = PROCESSES.Process(target=function, args=arguments, daemon=True)  # ended with the tests
-    process.start()
-    return process
 
 
 @pytest.fixture(scope="module")
@@ -351,10 +227,6 @@ def test_a_write_that_the_system_refuses_in_the_middle_loses_nothing(config, hal
     run(out, config)
     assert differing(out, reference) == []
     assert extra(out, reference) == []
-
-
-def cut(share):
-    return lambda path: path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
 
 
 def holding(text):

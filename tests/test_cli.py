@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from test_checkpoint import NEEDING_SPACE, TRAIN, differing, disk, disk_is_full
+from run_helpers import NEEDING_SPACE, TRAIN, differing, disk, disk_is_full
 
 import statemix
 from statemix import TrainConfig, cli

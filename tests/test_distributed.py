@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers import PROCESSES, exit_code, free_port
-from test_checkpoint import TRAIN
+from run_helpers import TRAIN
 
 from statemix import SequenceModel, TrainConfig, train
 from statemix.training.config import ModelConfig, OptimizerConfig

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from test_checkpoint import Stopped, differing, run, small_config
+from run_helpers import Stopped, differing, run, small_config
 
 from statemix import SequenceModel, TrainConfig
 from statemix.training import regularization

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from PIL import Image
-from test_checkpoint import NEEDING_SPACE, disk, disk_is_full, snapshot
+from run_helpers import NEEDING_SPACE, disk, disk_is_full, snapshot
 
 from statemix import TrainConfig
 from statemix.report.figures import figures

@@ -9,7 +9,7 @@ import shutil
 import statistics
 
 import pytest
-from test_checkpoint import run, small_config
+from run_helpers import run, small_config
 
 from statemix.runs.read import find_runs, flatten, read_run, row_of, train_seconds, unfinished_runs, write_table
 from statemix.runs.select import group_over_seeds, select

@@ -15,7 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from test_checkpoint import differing, run, small_config
+from run_helpers import ENDLESS, LONG, NO_TEST, differing, run, tiny
 
 import statemix
 from statemix import TrainConfig, cli
@@ -23,19 +23,6 @@ from statemix.files import locked
 from statemix.runs.executors import EXECUTORS, Local
 from statemix.runs.sweep import load_configs, run_name, sweep
 from statemix.training.config import OptimizerConfig
-
-LSTM = {"name": "lstm", "hidden_size": 3}
-
-
-def tiny(seed: int, **changes) -> TrainConfig:
-    return small_config(seed=seed, mixer=LSTM, **changes)
-
-
-LONG = tiny(99, steps=200, eval_every=10, log_every=10)
-ENDLESS = tiny(99, steps=1_000_000, eval_every=10, log_every=10)  # stopped, however fast the machine
-NO_TEST = tiny(
-    50, task={"name": "permutation", "group": "Z3", "seq_len": 5}, test_lengths=(2,)
-)  # has no such sequences
 
 
 def table(out: Path) -> list[dict[str, str]]:
@@ -50,7 +37,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
 
 
 FILE = """
-from test_sweep import LONG, tiny
+from run_helpers import LONG, tiny
 
 configs = {f"seed {seed}": tiny(seed) for seed in range(10)} | {"wrong": {"steps": 0}, "long": LONG}
 """
@@ -151,7 +138,7 @@ def test_a_sweep_that_is_stopped_stops_its_runs_and_says_how_to_go_on(
     tmp_path, capsys, monkeypatch, request, signal_number
 ):
     monkeypatch.chdir(tmp_path)
-    Path("long.py").write_text("from test_sweep import ENDLESS, tiny\nconfigs = [tiny(0), ENDLESS]")
+    Path("long.py").write_text("from run_helpers import ENDLESS, tiny\nconfigs = [tiny(0), ENDLESS]")
     pids, sleep = [], time.sleep
     outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, outside))
@@ -266,7 +253,7 @@ def test_ray_that_is_not_installed_is_named(tmp_path):
 
 def written(tmp_path, text: str) -> Path:
     path = tmp_path / "sweep_file.py"
-    path.write_text(f"from test_sweep import tiny\n{text}")
+    path.write_text(f"from run_helpers import tiny\n{text}")
     return path
 
 
@@ -318,7 +305,7 @@ import os, signal, sys, threading, time
 from pathlib import Path
 import psutil
 from statemix.runs.sweep import run_name, sweep
-from test_sweep import LONG, NO_TEST, tiny
+from run_helpers import LONG, NO_TEST, tiny
 
 def kill_the_worker(folder):
     while not (folder / "checkpoints.json").exists():

@@ -14,8 +14,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from run_helpers import CHANGES, TRAIN, Stopped, differing, disk, extra, run, small_config, snapshot, ten_steps
 from safetensors.torch import load_file
-from test_checkpoint import CHANGES, TRAIN, Stopped, differing, disk, extra, run, small_config, snapshot
 
 import statemix
 from statemix import SequenceModel, TrainConfig, train
@@ -32,12 +32,6 @@ def finished(tmp_path_factory):
     """A run of 10 steps, validated at 4, 8 and 10, best at 4, tested at two lengths; not to be changed."""
     out = tmp_path_factory.mktemp("finished") / "run"
     return run(out, ten_steps())
-
-
-def ten_steps(**changes) -> TrainConfig:
-    """The learning rate grows to an absurd one, so that each validation is far worse than the one before."""
-    small = {"steps": 10, "eval_every": 4, "log_every": 3, "test_lengths": (5, 12)}
-    return small_config(**small | {"optimizer": OptimizerConfig(lr=30.0, warmup=1.0)} | changes)
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ import math
 import shutil
 
 import pytest
-from test_checkpoint import Stopped, differing, run, small_config
-from test_train import ten_steps
+from run_helpers import Stopped, differing, run, small_config, ten_steps
 
 from statemix import TrainConfig
 from statemix.model import AutoEncoder, load_model

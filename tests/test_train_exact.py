@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from test_checkpoint import Stopped, differing, run, small_config
+from run_helpers import Stopped, differing, run, small_config
 
 from statemix import BDLRU, HLRU, SequenceModel, TrainConfig
 from statemix.model import load_model

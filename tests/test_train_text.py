@@ -14,8 +14,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from run_helpers import Stopped, cut, differing, extra, run
 from safetensors.torch import load_file
-from test_checkpoint import Stopped, cut, differing, extra, run
 
 from statemix import SequenceModel, TrainConfig, cli
 from statemix.runs.read import read_run, row_of
