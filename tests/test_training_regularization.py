@@ -1,4 +1,4 @@
-"""Hidden blocks: what the read-out sees, when, and that a run resumes with them. The penalty: test_train_exact."""
+"""Hidden blocks: what the read-out sees, when, and that a run resumes with them. The penalty: test_training_exact."""
 
 import re
 
@@ -7,9 +7,10 @@ import torch
 from run_helpers import Stopped, differing, run, small_config
 
 from statemix import SequenceModel, TrainConfig
+from statemix.tasks import IGNORE_INDEX
 from statemix.training import regularization
 from statemix.training.config import ModelConfig
-from statemix.training.regularization import hidden_blocks
+from statemix.training.regularization import entropy_weight, hidden_blocks, hidden_share, penalty
 
 MIXERS = [
     {"name": "bd_lru", "num_blocks": 40, "block_size": 3},
@@ -52,6 +53,21 @@ def test_nothing_is_hidden_afterwards_or_at_zero():
     with hidden_blocks(model, 0.5):
         assert not torch.allclose(model(tokens)[0], before)
     assert torch.equal(model(tokens)[0], before)
+
+
+def test_the_schedules_turn_in_the_middle():
+    config = small_config(steps=8, row_entropy=0.4, block_dropout=0.5)
+    assert [entropy_weight(config, step) for step in (0, 4, 5, 6, 8)] == pytest.approx([0, 0, 0.1, 0.2, 0.4])
+    assert [hidden_share(config, step) for step in (0, 3, 4, 7)] == [0.5, 0.5, 0, 0]
+
+
+def test_the_penalty_is_of_batches_without_an_error_alone():
+    logits = torch.eye(3)[torch.tensor([[0, 2, 1]])]
+    entropies = [torch.tensor(0.5), torch.tensor(0.25)]
+    right, wrong = torch.tensor([[0, IGNORE_INDEX, 1]]), torch.tensor([[0, 2, 2]])
+    assert float(penalty(entropies, 0.1, logits, right)) == pytest.approx(0.075)
+    assert penalty(entropies, 0.1, logits, wrong) == 0
+    assert penalty([], 0.1, logits, right) == 0
 
 
 @pytest.fixture
