@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from statemix import SequenceModel
-from statemix.mixers.base import LinearRecurrence
+from statemix.mixers.linear_recurrence import LinearRecurrence
 from statemix.model import State
 from statemix.report.tables import align
 from statemix.runs.read import Row, find_runs, write_table

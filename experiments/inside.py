@@ -31,7 +31,7 @@ from statemix.analysis import (
     log_singular_values,
 )
 from statemix.files import write_whole
-from statemix.mixers.base import LinearRecurrence
+from statemix.mixers.linear_recurrence import LinearRecurrence
 from statemix.model import Layer, TokenModel
 from statemix.report.html import render
 from statemix.report.inside import Block, Group, figures, read_blocks

@@ -15,7 +15,7 @@ import torch
 
 from statemix import SequenceModel
 from statemix.gates import normalize
-from statemix.mixers.base import LinearRecurrence
+from statemix.mixers.linear_recurrence import LinearRecurrence
 from statemix.report.tables import align
 from statemix.runs.read import Row, write_table
 from statemix.runs.statistics import interval

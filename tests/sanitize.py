@@ -8,8 +8,8 @@ import itertools
 import sys
 from pathlib import Path
 
+import test_gated
 import test_layer
-import test_pointwise
 import test_step
 import torch
 from helpers import LAYOUTS, SCANS, TOLERANCE, make_problem, relative_error
@@ -101,12 +101,14 @@ def run_readouts() -> None:
 def run_gated() -> None:
     """The product of a SwiGLU and its gradient."""
     for instruction_set, dtype, (rows, size) in itertools.product(
-        kernels.instruction_sets(), (torch.float32, torch.float64), test_pointwise.SHAPES
+        kernels.instruction_sets(), (torch.float32, torch.float64), test_gated.SHAPES
     ):
         kernels.use_instruction_set(instruction_set)
         x, cotangent = torch.randn(rows, 2 * size, dtype=dtype), torch.randn(rows, size, dtype=dtype)
-        y, gradient = test_pointwise.by_torch(x, cotangent)
-        assert_near({"y": kernels.gated(x), "x": kernels.gated_backward(cotangent, x)}, {"y": y, "x": gradient})
+        y, gradient = test_gated.by_torch(x, cotangent)
+        made = kernels.gated(x.requires_grad_())
+        (made_gradient,) = torch.autograd.grad(made, x, cotangent)
+        assert_near({"y": made.detach(), "x": made_gradient}, {"y": y, "x": gradient})
 
 
 if __name__ == "__main__":

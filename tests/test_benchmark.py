@@ -15,7 +15,7 @@ from statemix import cli, kernels
 from statemix.benchmark import commands, contender, layers, measure, memory, results, scans
 from statemix.benchmark.contender import PARTS, Contender, Shape, UnavailableError, Work
 from statemix.mixers import BDLRU
-from statemix.mixers.base import LinearRecurrence
+from statemix.mixers.linear_recurrence import LinearRecurrence
 from statemix.scan import block_scan
 
 SCAN = ["cpu", "associative", "loop", "copy", "softmax", "mambapy", "assoc-scan"]

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -158,19 +159,80 @@ def test_the_state_of_a_decoder_is_a_copy():
     assert not torch.equal(decoder.state[0], kept[0])
 
 
-def test_weights_changed_in_place_are_seen_and_exchanged_ones_stay_readable(generator):
-    model = make_model()
+def exchange(model: SequenceModel) -> None:
+    for weight in model.parameters():
+        weight.data = weight.data * 1.5
+
+
+MOVED = {
+    "changed in place": lambda model: [weight.data.mul_(1.5) for weight in model.parameters()],
+    "exchanged as data": exchange,
+    "one of them exchanged": lambda model: setattr(model.layers[1].mlp.output.weight, "data", torch.ones(20, 64)),
+    "other parameters": lambda model: model.load_state_dict(
+        {name: 1.5 * weight for name, weight in model.state_dict().items()}, assign=True
+    ),
+    "another part": lambda model: model.set_submodule("layers.0.mlp", copy.deepcopy(model.layers[1].mlp)),
+    "another layer": lambda model: model.layers.__setitem__(0, copy.deepcopy(model.layers[1])),
+    "shared memory": lambda model: model.share_memory(),
+    "another dtype": lambda model: model.double(),
+    "another dtype and back": lambda model: model.double().float(),
+    "a transposed square": lambda model: setattr(
+        model.layers[0].mixer.output.weight, "data", model.layers[0].mixer.output.weight.data.T
+    ),
+    "fewer words": lambda model: setattr(model.head.weight, "data", model.head.weight.data[:7]),
+    "a hook": lambda model: model.layers[1].mixer.values.register_forward_hook(lambda module, inputs, y: 2 * y),
+    "a hook on the model": lambda model: model.register_forward_hook(lambda module, inputs, y: (2 * y[0], y[1])),
+    "a forward of its own": lambda model: setattr(model.layers[0].mlp, "forward", lambda x: 2 * x),
+    "another normalization": lambda model: setattr(model.layers[0].mixer, "normalization", "tanh"),
+    "another epsilon": lambda model: setattr(model.layers[0].mlp_norm, "eps", 1.0),
+    "another class": lambda model: setattr(model.layers[0].mlp_norm, "__class__", Tripled),
+}
+
+
+class Tripled(torch.nn.RMSNorm):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+@pytest.mark.parametrize("what", MOVED)
+def test_a_decoder_sees_what_happens_to_its_model(what):
+    torch.manual_seed(0)
+    model = SequenceModel(11, 20, 2, {"name": "bd_lru", "num_blocks": 5, "block_size": 4})  # its output is square
     decoder, tokens = Decoder(model), torch.tensor([4])
+    decoder.step(tokens)
+    state, before = decoder.state, Decoder(model, decoder.state).step(tokens)
+    MOVED[what](model)
     with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(1.5)
-        assert torch.equal(decoder.step(tokens), Decoder(model).step(tokens))
-        expected = Decoder(model).step(tokens)
-        decoder = Decoder(model)
-        for layer in model.layers:
-            for weight in layer.parameters():
-                weight.data = torch.randn(weight.shape, generator=generator)  # nobody but the decoder has the old ones
-    assert torch.equal(decoder.step(tokens), expected)
+        expected, _ = copy.deepcopy(model).step(tokens, state)
+    actual = decoder.step(tokens)
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    assert relative_error(actual, expected.double()) <= TOLERANCE[torch.float32]
+    same = what in ("shared memory", "another dtype", "another dtype and back")
+    assert same == (actual.shape == before.shape and relative_error(actual, before.double()) < 1e-3)
+    again, _ = model.step(tokens, decoder.state)
+    assert relative_error(decoder.step(tokens), again.detach().double()) <= TOLERANCE[torch.float32]
+
+
+def test_threads_share_the_sequence_of_a_decoder():
+    decoder, alone, tokens = Decoder(make_model(), batch=3), Decoder(make_model(), batch=3), torch.tensor([1, 2, 3])
+    failures = []
+
+    def run() -> None:
+        try:
+            for _ in range(50):
+                decoder.step(tokens)
+        except Exception as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=run) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for _ in range(400):
+        alone.step(tokens)
+    assert not failures
+    assert all(map(torch.equal, decoder.state, alone.state))
 
 
 @pytest.mark.parametrize("mixer", ["block", "lstm"])

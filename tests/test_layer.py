@@ -1,4 +1,4 @@
-"""The fused layer of scan/cpu and csrc/layer.h, against torch's products around the float64 loop."""
+"""The fused layer of kernels/layers.py and csrc/layer.h, against torch's products around the float64 loop."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from statemix import BDLRU, HLRU, block_scan, kernels
 from statemix.kernels import layers, library
-from statemix.mixers.base import LinearRecurrence
+from statemix.mixers.linear_recurrence import LinearRecurrence
 
 pytestmark = pytest.mark.skipif(
     kernels.load_problem() is not None, reason=f"no compiled kernels: {kernels.load_problem()}"

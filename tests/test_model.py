@@ -12,6 +12,7 @@ from torch import Tensor
 
 import statemix
 from statemix import SequenceModel
+from statemix.model import Dropout
 
 V, D, T = 11, 12, 9
 MIXERS = {
@@ -386,3 +387,47 @@ def test_bad_calls(generator):
     for outside in (V, -1):
         with pytest.raises(IndexError, match="index out of range"):
             model(torch.full((1, 1), outside))
+
+
+# ---- dropout
+
+
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])
+def test_as_many_are_dropped_as_asked(p):
+    torch.manual_seed(0)
+    x = torch.ones(1001, 1003, requires_grad=True)
+    y = Dropout(p)(x)
+    kept, count = y != 0, x.numel()
+    assert abs(kept.float().mean().item() - (1 - p)) < 4 * (p * (1 - p) / count) ** 0.5 + 2**-17
+    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / (1 - p)), rtol=2e-4, atol=0)
+    assert abs(y.mean().item() - 1) < 4 * (p / (1 - p) / count) ** 0.5
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y)
+    for shift in (1, 2, 3, 4, 1003):  # four numbers share what is drawn at once
+        flat = kept.flatten().float()
+        together = (flat[shift:] * flat[:-shift]).mean().item()
+        assert abs(together - (1 - p) ** 2) < 6 / count**0.5
+
+
+def test_a_seed_says_what_is_dropped():
+    masks = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        masks.append(Dropout(0.5)(torch.ones(7, 9, 5)))
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
+def test_nothing_is_dropped_in_evaluation_or_at_zero(generator):
+    x = torch.randn(5, 7, generator=generator)
+    assert Dropout(0.5).eval()(x) is x
+    assert torch.equal(Dropout(0.0)(x), x)
+
+
+def test_nearly_all_are_dropped_without_an_error():
+    y = Dropout(1 - 1e-9)(torch.ones(10**5))
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_dtype_stays(dtype):
+    assert Dropout(0.25)(torch.ones(8, dtype=dtype)).dtype == dtype

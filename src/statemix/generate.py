@@ -7,17 +7,18 @@ is read on its own and each row has random numbers of its own, so a row does not
 import codecs
 import json
 import math
+import threading
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from statemix import kernels
+from statemix import fused, kernels
 from statemix.mixers.base import check_sizes
-from statemix.model import CONFIG_FILE, Layer, SequenceModel, State, load_model, plain_weights
+from statemix.model import CONFIG_FILE, MODEL, ModelInputs, SequenceModel, State, load_model
 from statemix.text.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from statemix.training.checkpoint import POINTER_FILE, TRAIN_FILE
 
@@ -27,10 +28,11 @@ CHUNK = 1024  # tokens of a prompt that are read at once
 class Decoder:
     """Steps of a model without gradients, from a state that it keeps.
 
-    What `SequenceModel.step` looks up and checks at every token is done once. Where the compiled kernels serve (BD-LRU
-    and H-LRU in float32 or float64 on a CPU), a token is one call, from the embedding to the logits; a row's numbers
-    are then, bit for bit, those that it has in a batch of one. Elsewhere it is `SequenceModel.step`. Weights that are
-    changed in place are seen; weights exchanged for others, new hooks and another number of threads are not.
+    Where the compiled kernels serve (BD-LRU and H-LRU in float32 or float64 on a CPU), a token is one call, from the
+    embedding to the logits; a row's numbers are then, bit for bit, those that it has in a batch of one. Elsewhere it is
+    `SequenceModel.step`. What is prepared once for all tokens is prepared anew as soon as the model changes: weights
+    that are changed, exchanged or moved, and hooks, are seen at the next token. Threads may share a decoder; each token
+    is then the next one of the same sequence.
 
     Args:
         model: what steps, on the device where it is.
@@ -48,27 +50,33 @@ class Decoder:
         if (shapes := [tuple(part.shape) for part in state]) != wanted:
             raise ValueError(f"Decoder: `state` must be of the shapes {wanted}, one (B, M, N) per layer, got {shapes}.")
         self._state = tuple(part.detach().clone(memory_format=torch.contiguous_format) for part in state)
-        with torch.no_grad():
-            self._step = self._prepare()
+        self._lock = threading.Lock()
+        self._watch: fused.Watch | None = None
+        self._step: kernels.ModelStep | None = None
 
-    def _prepare(self) -> kernels.ModelStep | None:
+    def _fused_step(self) -> kernels.ModelStep | None:
         """A token as one call, which changes the state in place, or None where the kernels do not serve."""
-        model, dtype = self.model, self.model.embedding.weight.dtype
-        if (ends := plain_weights(dtype, (model.norm,), (model.head,), (model.embedding,))) is None:
+        model = self.model
+        if not fused.undisturbed() or fused.transformed() or not MODEL.plainly_called(model):
             return None
-        norm, head, embedding = ends
-        row, pairs = embedding.new_empty(1, embedding.shape[1]), []
-        for layer, state in zip(model.layers, self._state, strict=True):
-            # asked for one row: many may be slower than products of them all, but are the same alone and together
-            if (inputs := cast(Layer, layer).step_inputs(row, state[:1])) is None:
-                return None
-            pairs.append(inputs._replace(state=state))
-        return kernels.ModelStep(embedding, pairs, norm, cast(float, model.norm.eps), head, len(self._state[0]))
+        if self._watch is None or not self._watch.holds(model):
+            self._watch = MODEL.watch(model)
+            self._step = None if self._watch is None else self._prepare(self._watch.inputs)
+        return self._step
+
+    def _prepare(self, inputs: ModelInputs) -> kernels.ModelStep | None:
+        if any(state.dtype != inputs.head.dtype or not state.is_cpu for state in self._state):
+            return None
+        self._state = tuple(state.clone(memory_format=torch.contiguous_format) for state in self._state)
+        pairs = list(zip(inputs.pairs, self._state, strict=True))
+        rows = len(self._state[0])
+        return kernels.ModelStep(inputs.embedding, pairs, inputs.norm, inputs.epsilon, inputs.head, rows)
 
     @property
     def state(self) -> State:
         """After the last step, one (B, M, N) per layer."""
-        return tuple(part.clone() for part in self._state)
+        with self._lock:
+            return tuple(part.clone() for part in self._state)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Tokens (B,) to logits (B, vocab_size).
@@ -80,10 +88,11 @@ class Decoder:
             raise ValueError(f"Decoder: `tokens` must have shape (B,) = {tuple(wanted)}, got {tuple(tokens.shape)}.")
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"Decoder: `tokens` must be int64 or int32, got {tokens.dtype}.")
-        if self._step is not None:
-            return self._step(tokens.to("cpu", torch.int64))
-        with torch.no_grad():
+        with self._lock, torch.no_grad():
+            if (step := self._fused_step()) is not None:
+                return step(tokens.to("cpu", torch.int64))
             logits, self._state = self.model.step(tokens, self._state)
+            self._watch = None  # it was of other states
         return logits
 
 
@@ -285,8 +294,10 @@ def find_checkpoint(folder: str | Path) -> Path:
 def read_prompt(model: SequenceModel, tokens: Tensor) -> State:
     """The state after tokens (T,), in memory that does not grow with T; of zeros for T = 0."""
     state = zero_state(model, 1)
+    # the head is needed for the last token only; but what waits for a call of the model wants to see every token
+    read = model.run_layers if MODEL.plainly_called(model) else model
     for chunk in tokens.split(CHUNK) if len(tokens) else ():
-        _, state = model.run_layers(chunk[None], state, None)
+        _, state = read(chunk[None], state, None)
     return state
 
 

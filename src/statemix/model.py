@@ -14,17 +14,17 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from statemix import kernels
-from statemix.kernels.pointwise import Dropout, gated
+from statemix import fused, kernels
 from statemix.mixers import Mixer, build_mixer, complete_mixer
-from statemix.mixers.base import LinearRecurrence, check_flags, check_sizes
+from statemix.mixers.base import check_flags, check_sizes
+from statemix.mixers.linear_recurrence import RECURRENCE, LinearRecurrence
 from statemix.specs import Spec
 
 State = tuple[Tensor, ...]  # one (B, M, N) per layer
@@ -42,8 +42,24 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
-        y: Tensor = self.output(gated(self.gate_and_input(x)))
+        y: Tensor = self.output(fused.gated(self.gate_and_input(x)))
         return y
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout; on a CPU 16 random bits decide about a number, so the share is a multiple of 2^-16.
+
+    There torch draws a double for each, one after another, on processors other than Intel's.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x of any shape -> the same shape."""
+        if not (self.training and self.p and x.is_cpu) or fused.transformed():
+            return super().forward(x)
+        dropped = min(round(self.p * 2**16), 2**16 - 1)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        kept = bits[: x.numel()].view(x.shape) >= dropped - 2**15
+        return x * (kept * x.new_tensor(2**16 / (2**16 - dropped)))
 
 
 class Layer(nn.Module):
@@ -67,65 +83,51 @@ class Layer(nn.Module):
 
     def step(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """One step, x (B, D) -> (B, D), and the mixer's state. Without gradients, one call of the compiled kernels."""
-        if (stepped := self._fused_step(x, state)) is not None:
+        if LAYER.plainly_called(self) and (stepped := self._fused_step(x, state)) is not None:
             return stepped
-        mixed, state = self.mixer.step(self.mixer_norm(x), state)
-        x = x + self.dropout(mixed)
-        return x + self.dropout(self.mlp(self.mlp_norm(x))), state
+        y, state = self(x[:, None], state, None)
+        return y[:, 0], state
 
     def _fused_step(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The step as one call, or None where that does not serve."""
-        return None if (inputs := self.step_inputs(x, state)) is None else kernels.pair_step(x, inputs)
-
-    def step_inputs(self, x: Tensor, state: Tensor | None) -> kernels.PairInputs | None:
-        """What a fused step of x (B, D) needs besides x, or None as `LinearRecurrence.step_inputs`."""
-        if self.training and self.dropout.p:
+        if (inputs := LAYER.inputs(self)) is None or inputs.mixer_norm.dtype != x.dtype:
             return None
-        # dictionaries, as in LinearRecurrence._fused_weights; fused, a module is not called: only these are passed over
-        parts = tuple(self._modules.get(name) for name in ("mixer_norm", "mixer", "mlp_norm", "mlp"))
-        norm, mixer, mlp_norm, mlp = cast(tuple[nn.RMSNorm, Mixer, nn.RMSNorm, SwiGLU], parts)
-        if type(mlp) is not SwiGLU or mlp._forward_hooks or mlp._forward_pre_hooks:
-            return None
-        linears = mlp._modules["gate_and_input"], mlp._modules["output"]
-        if (weights := plain_weights(x.dtype, (norm, mlp_norm), linears)) is None:
-            return None
-        if not isinstance(mixer, LinearRecurrence) or type(mixer).step is not LinearRecurrence.step:
-            return None
-        if mixer._forward_hooks or mixer._forward_pre_hooks or (ready := mixer.step_inputs(x, state)) is None:
-            return None
-        epsilons = cast(tuple[float, float], (norm.eps, mlp_norm.eps))
-        return kernels.PairInputs(*ready, weights, epsilons, mixer.normalization, mixer.kind)
+        state = fused.step_state(x, state, (len(inputs.mixer_norm), *inputs.state_shape))
+        return None if state is None else kernels.pair_step(x, inputs, state)
 
 
-def plain_weights(
-    dtype: torch.dtype,
-    norms: Sequence[nn.Module | None],
-    linears: Sequence[nn.Module | None],
-    embeddings: Sequence[nn.Embedding] = (),
-) -> tuple[Tensor, ...] | None:
-    """The weights of RMS norms, products and embeddings where the kernels can do what these modules do; else None.
+def _pair_inputs(layer: Layer, weights: tuple[Tensor, ...]) -> kernels.PairInputs:
+    mixer = cast(LinearRecurrence, layer.mixer)
+    gate_weight, gate_bias, value_weight, output_weight, mixer_norm, mlp_norm, gate_and_input, mlp_output = weights
+    return kernels.PairInputs(
+        mixer=(gate_weight, gate_bias, value_weight, output_weight),
+        mixer_norm=mixer_norm,
+        mlp_norm=mlp_norm,
+        gate_and_input=gate_and_input,
+        mlp_output=mlp_output,
+        mixer_epsilon=cast(float, layer.mixer_norm.eps),
+        mlp_epsilon=cast(float, layer.mlp_norm.eps),
+        normalization=mixer.normalization,
+        kind=mixer.kind,
+        state_shape=mixer.state_shape,
+    )
 
-    So they are no subclasses, have no hooks, bias or `max_norm`, and their weights are of one dtype, dense, and on the
-    CPU.
-    """
-    if any(type(norm) is not nn.RMSNorm or norm.eps is None for norm in norms):
-        return None
-    if any(type(linear) is not nn.Linear or linear._parameters.get("bias") is not None for linear in linears):
-        return None
-    if any(type(embedding) is not nn.Embedding or embedding.max_norm is not None for embedding in embeddings):
-        return None
-    weights = []
-    for module in (*norms, *linears, *embeddings):
-        assert module is not None
-        weight = module._parameters.get("weight")
-        if module._forward_hooks or module._forward_pre_hooks or weight is None:
-            return None
-        if type(weight) not in (Tensor, nn.Parameter) or weight.dtype != dtype:
-            return None  # a subclass may have no address
-        if not weight.is_cpu or not weight.is_contiguous():
-            return None
-        weights.append(weight)
-    return tuple(weights)
+
+LAYER = fused.Part(
+    Layer,
+    parts={
+        "mixer": RECURRENCE,
+        "mixer_norm": fused.RMS_NORM,
+        "mlp_norm": fused.RMS_NORM,
+        "mlp": fused.Part(SwiGLU, parts={"gate_and_input": fused.LINEAR, "output": fused.LINEAR}),
+        "dropout": fused.Part(
+            Dropout,
+            settings=["p", "training"],
+            allows=lambda dropout: not (dropout.training and dropout.p),
+        ),
+    },
+    arrange=_pair_inputs,
+)
 
 
 class TokenModel(nn.Module):
@@ -153,8 +155,14 @@ class TokenModel(nn.Module):
         if not (type(dropout) in (int, float) and 0 <= dropout < 1):
             raise ValueError(f"{name}: `dropout` must be a number in [0, 1), got {dropout!r}.")
         self.config: dict[str, Any] = {
-            **{"vocab_size": vocab_size, "d_model": d_model, "num_layers": num_layers, "mixer": complete_mixer(mixer)},
-            **{"mlp_size": mlp_size, "tied_embedding": tied_embedding, "init_std": init_std, "dropout": dropout},
+            "vocab_size": vocab_size,
+            "d_model": d_model,
+            "num_layers": num_layers,
+            "mixer": complete_mixer(mixer),
+            "mlp_size": mlp_size,
+            "tied_embedding": tied_embedding,
+            "init_std": init_std,
+            "dropout": dropout,
         }
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.layers = nn.ModuleList(Layer(d_model, mixer, mlp_size, dropout) for _ in range(num_layers))
@@ -331,12 +339,45 @@ class SequenceModel(TokenModel):
         """One step: tokens (B,) and a state to logits (B, vocab_size) and the next state."""
         if tokens.ndim != 1:
             raise ValueError(f"SequenceModel.step: `tokens` must have shape (B,), got {tuple(tokens.shape)}.")
+        if torch.is_grad_enabled() or not MODEL.plainly_called(self) or MODEL.inputs(self) is None:
+            logits, states = self(tokens[:, None], state)
+            return logits[:, 0], states
         self._check(tokens, state)
         x, states = self.embedding(tokens), []
         for i, layer in enumerate(self.layers):
             x, layer_state = cast(Layer, layer).step(x, None if state is None else state[i])
             states.append(layer_state)
         return self.head(self.norm(x)), tuple(states)
+
+
+class ModelInputs(NamedTuple):
+    """What a kernel reads of a SequenceModel: its weights, and the epsilon of the last norm."""
+
+    embedding: Tensor
+    pairs: list[kernels.PairInputs]
+    norm: Tensor
+    epsilon: float
+    head: Tensor
+
+
+def _model_inputs(model: SequenceModel, weights: tuple[Tensor, ...]) -> ModelInputs:
+    embedding, *of_layers, norm, head = weights
+    each = len(of_layers) // len(model.layers)
+    pairs = [LAYER.arrange(layer, tuple(of_layers[each * i : each * i + each])) for i, layer in enumerate(model.layers)]
+    return ModelInputs(embedding, pairs, norm, cast(float, model.norm.eps), head)
+
+
+MODEL = fused.Part(
+    SequenceModel,
+    parts={
+        "embedding": fused.EMBEDDING,
+        "layers": fused.Part(nn.ModuleList, each=LAYER, calls=()),
+        "norm": fused.RMS_NORM,
+        "head": fused.LINEAR,
+    },
+    calls=["forward", "run_layers"],
+    arrange=_model_inputs,
+)
 
 
 class AutoEncoder(TokenModel):

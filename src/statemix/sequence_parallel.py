@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from statemix.gates import NORMALIZATIONS
-from statemix.mixers.base import LinearRecurrence
+from statemix.mixers.linear_recurrence import LinearRecurrence
 from statemix.scan import check_scan, choose_backend, lagged_states, scan_to_state
 
 KINDS = ("block", "companion", "observer")

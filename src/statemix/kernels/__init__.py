@@ -1,15 +1,10 @@
-"""The compiled kernels of csrc/: the library and its structs, and what runs in it as operators of torch."""
+"""The compiled kernels of csrc/: the library and its structs, and what runs in it as operators of torch.
 
-from statemix.kernels.layers import (
-    ModelStep,
-    PairInputs,
-    Weights,
-    gated,
-    gated_backward,
-    layer,
-    layer_step,
-    pair_step,
-)
+They compute with the tensors that they are given. Whether they may stand in for torch modules, fused.py decides.
+"""
+
+from statemix.kernels.gating import gated
+from statemix.kernels.layers import Weights, layer
 from statemix.kernels.library import (
     INSTRUCTION_SET_VARIABLE,
     MAX_ORDER,
@@ -17,18 +12,18 @@ from statemix.kernels.library import (
     instruction_sets,
     load_problem,
     serves,
-    transformed,
     use_instruction_set,
 )
+from statemix.kernels.steps import STEP_ROWS, ModelStep, PairInputs, layer_step, pair_step
 
 __all__ = [
     "INSTRUCTION_SET_VARIABLE",
     "MAX_ORDER",
+    "STEP_ROWS",
     "ModelStep",
     "PairInputs",
     "Weights",
     "gated",
-    "gated_backward",
     "instruction_set",
     "instruction_sets",
     "layer",
@@ -36,6 +31,5 @@ __all__ = [
     "load_problem",
     "pair_step",
     "serves",
-    "transformed",
     "use_instruction_set",
 ]

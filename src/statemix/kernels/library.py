@@ -150,16 +150,6 @@ def serves(device: torch.device, order: int) -> bool:
     return device.type == "cpu" and order <= MAX_ORDER and not isinstance(_loaded, str)
 
 
-def transformed() -> bool:
-    """Whether torch.compile, a trace, functorch or forward-mode differentiation looks at the operations now made."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
 def instruction_sets() -> tuple[str, ...]:
     """Instruction sets of the library that this processor has, slowest first. Empty without the library."""
     return () if isinstance(_loaded, str) else tuple(_loaded.supported)

@@ -10,9 +10,9 @@ from torch import Tensor
 class Operator:
     """A function of tensors, with its derivative, as torch needs it in two places.
 
-    torch.compile, torch.export and subclasses of Tensor see a custom operator. That costs a few hundred microseconds a
-    call in Python, as much as a small scan, and functorch refuses it: all other calls go through an autograd.Function,
-    under functorch one with a `setup_context`, which again is slower.
+    torch.compile, torch.export, dispatch modes and subclasses of Tensor see a custom operator. That costs a few hundred
+    microseconds a call in Python, as much as a small scan, and functorch refuses it: all other calls go through an
+    autograd.Function, under functorch one with a `setup_context`, which again is slower.
     """
 
     def __init__(
@@ -42,7 +42,9 @@ class Operator:
     def __call__(self, *inputs: Any) -> Any:
         """The function, seen by whatever looks at the operations now made."""
         tensors = [x for x in inputs if isinstance(x, Tensor)]
-        if torch.compiler.is_compiling() or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return self.operator(*inputs)
+        if any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
             return self.operator(*inputs)
         transformed = torch._C._are_functorch_transforms_active()
         return (self.functorch if transformed else self.eager).apply(*inputs)  # type: ignore[attr-defined]

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from statemix.mixers.base import Mixer, check_sizes, start_state, without_autocast
+from statemix.mixers.base import Mixer, check_sizes
+from statemix.mixers.states import start_state, without_autocast
 
 BASE = 10_000.0  # of the rotary angles
 

@@ -5,11 +5,13 @@ from typing import ClassVar
 from torch import nn
 
 from statemix.gates import check_normalization
-from statemix.mixers.base import LinearRecurrence, RawGates, check_choice, check_flags, check_recompute, check_sizes
+from statemix.mixers.base import check_choice, check_flags, check_recompute, check_sizes
 from statemix.mixers.half_life import check_half_life, half_life_gates
+from statemix.mixers.linear_recurrence import RECURRENCE, LinearRecurrence, RawGates
 from statemix.scan import BACKENDS
 
 
+@RECURRENCE.of
 class BDLRU(LinearRecurrence):
     """h_t[n] = A_t[n] h_{t-1}[n] + a0_t[n] * v_t[n], y_t = W_o vec(h_t), with input-dependent L1-normalised rows.
 

@@ -5,18 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from statemix.mixers.base import (
-    Mixer,
-    check_flags,
-    check_sizes,
-    pack_state,
-    start_state,
-    unpack_state,
-    without_autocast,
-)
+from statemix.mixers.base import Mixer, check_flags, check_sizes
 from statemix.mixers.chunks import SelectiveDecay, delta_scan, forget
 from statemix.mixers.convolution import ShortConvolution
 from statemix.mixers.norms import rms_normalize, unit_normalize
+from statemix.mixers.states import pack_state, start_state, unpack_state, without_autocast
 
 MAX_RANK = 4
 

@@ -5,13 +5,15 @@ from typing import ClassVar
 from torch import nn
 
 from statemix.gates import check_normalization
-from statemix.mixers.base import LinearRecurrence, RawGates, check_choice, check_flags, check_recompute, check_sizes
+from statemix.mixers.base import check_choice, check_flags, check_recompute, check_sizes
 from statemix.mixers.half_life import check_half_life, half_life_gates
+from statemix.mixers.linear_recurrence import RECURRENCE, LinearRecurrence, RawGates
 from statemix.scan import BACKENDS
 
 FORMS = ("companion", "observer")
 
 
+@RECURRENCE.of
 class HLRU(LinearRecurrence):
     """h_t[n] = sum_{i=1..M} a_{i,t}[n] h_{t-i}[n] + a_{0,t}[n] v_t[n], y_t = W_o vec(h_t, ..., h_{t-M+1}).
 

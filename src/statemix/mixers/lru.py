@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from statemix.mixers.base import Mixer, check_choice, check_numbers, check_sizes, without_autocast
+from statemix.mixers.base import Mixer, check_choice, check_numbers, check_sizes
+from statemix.mixers.states import without_autocast
 from statemix.scan import BACKENDS, scan_to_state
 
 
@@ -72,7 +73,10 @@ class LRU(Mixer):
             re, im = torch.exp(-nu) * theta.cos(), torch.exp(-nu) * theta.sin()
             gates = torch.stack([torch.stack([re, -im, gamma]), torch.stack([im, re, gamma])])  # (2, 3, N)
         states, final_state = scan_to_state(
-            *("block", gates.expand(*x.shape[:2], *gates.shape), values, state),
+            "block",
+            gates.expand(*x.shape[:2], *gates.shape),
+            values,
+            state,
             normalization="none",
             reset=reset,
             backend=self.backend,

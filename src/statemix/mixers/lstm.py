@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from statemix.mixers.base import NonlinearRecurrence, check_sizes
+from statemix.mixers.base import check_sizes
+from statemix.mixers.nonlinear_recurrence import NonlinearRecurrence
 
 
 class LSTM(NonlinearRecurrence):

@@ -5,10 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from statemix.mixers.base import Mixer, check_sizes, pack_state, start_state, unpack_state, without_autocast
+from statemix.mixers.base import Mixer, check_sizes
 from statemix.mixers.chunks import SelectiveDecay, forget, linear_scan
 from statemix.mixers.convolution import ShortConvolution
 from statemix.mixers.norms import rms_normalize
+from statemix.mixers.states import pack_state, start_state, unpack_state, without_autocast
 
 
 class Mamba2(Mixer):

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from statemix.mixers.base import Mixer, check_sizes, pack_state, start_state, unpack_state, without_autocast
+from statemix.mixers.base import Mixer, check_sizes
 from statemix.mixers.chunks import from_chunks, log_decays, to_chunks
 from statemix.mixers.convolution import ShortConvolution
+from statemix.mixers.states import pack_state, start_state, unpack_state, without_autocast
 
 BLOCK = 4  # q, k and v are maps of neighbouring channels, four at a time
 EPSILON = 1e-6  # added to the normaliser, as published: it may underflow

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from statemix.kernels.library import KINDS, NORMALIZATIONS, STORAGES, Scan, library
+from statemix.kernels.memory import address, dense
 from statemix.kernels.operators import Operator, no_second_derivative, save_nothing
 
 
@@ -36,11 +37,11 @@ def _scan_forward(
     raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str, kind: str
 ) -> tuple[Tensor, Tensor]:
     raw_gates, values = _strided(raw_gates), _strided(values)
-    initial_state = initial_state.contiguous()
-    reset = reset if reset is None else reset.contiguous()
+    initial_state = dense(initial_state)
+    reset = reset if reset is None else dense(reset)
     states, final_state = _states_like(values, initial_state, kind)
     problem = _scan_problem(raw_gates, values, initial_state, reset, states, normalization, kind)
-    problem.final_state = final_state.data_ptr()
+    problem.final_state = address(final_state)
     library().run("statemix_scan_forward", problem)
     return states, final_state
 
@@ -63,14 +64,13 @@ def _scan_backward(
     kind: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     raw_gates, values = _strided(raw_gates), _strided(values)
-    initial_state, grad_states = initial_state.contiguous(), grad_states.contiguous()
-    grad_final_state = grad_final_state if grad_final_state is None else grad_final_state.contiguous()
-    reset = reset if reset is None else reset.contiguous()
+    initial_state, grad_states = dense(initial_state), dense(grad_states)
+    grad_final_state = grad_final_state if grad_final_state is None else dense(grad_final_state)
+    reset = reset if reset is None else dense(reset)
     grads = _grads_like(raw_gates, values, initial_state)
     problem = _scan_problem(raw_gates, values, initial_state, reset, states, normalization, kind)
-    problem.grad_states = grad_states.data_ptr()
-    problem.grad_final_state = None if grad_final_state is None else grad_final_state.data_ptr()
-    problem.grad_raw_gates, problem.grad_values, problem.grad_initial_state = (x.data_ptr() for x in grads)
+    problem.grad_states, problem.grad_final_state = address(grad_states), address(grad_final_state)
+    problem.grad_raw_gates, problem.grad_values, problem.grad_initial_state = map(address, grads)
     library().run("statemix_scan_backward", problem)
     return grads
 
@@ -127,6 +127,7 @@ def _grads_like(raw_gates: Tensor, values: Tensor, initial_state: Tensor) -> tup
 
 def _strided(x: Tensor) -> Tensor:
     """`x` itself if everything below a time step is contiguous (the kernel takes batch and time strides), or a copy."""
+    x = x.resolve_neg()
     return x if x[0, 0].is_contiguous() else x.contiguous()
 
 
@@ -143,6 +144,5 @@ def _scan_problem(
         *(values.shape[0], values.shape[1], initial_state.shape[1], values.shape[-1]),
         *(*raw_gates.stride()[:2], *values.stride()[:2]),
         *(KINDS[kind], NORMALIZATIONS[normalization], STORAGES[values.dtype], torch.get_num_threads()),
-        *(raw_gates.data_ptr(), values.data_ptr(), initial_state.data_ptr()),
-        *(None if reset is None else reset.data_ptr(), states.data_ptr()),
+        *(address(raw_gates), address(values), address(initial_state), address(reset), address(states)),
     )

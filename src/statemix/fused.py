@@ -1,0 +1,318 @@
+"""Whether a kernel may stand in for torch modules: only where calling them would have done the same.
+
+A kernel computes, from their weights, what the classes of some modules say. Whatever else a call of them does would be
+lost, so there must be nothing else. This file is the one list of what that means. A `Part` declares a module as a
+kernel knows it, with the parts below it; `Part.inputs` is what the kernel reads, or None where anything is otherwise:
+
+- its class is one that was declared, and has the functions that it had then; nothing in the instance hides them, or its
+  weights and parts (an instance that was patched, compiled, flattened, replicated);
+- no hook waits for its forward or backward, neither its own nor one of all modules;
+- every weight that the kernel reads is a plain tensor under its own name (so not parametrised, quantised, distributed),
+  dense, on the CPU, and of one dtype, float32 or float64; and a weight that it does not read, as a bias, is None;
+- nothing watches or changes torch's operations: no mode of dispatch or of functions, no autocast.
+
+A short step is over before this list is read. So a module keeps what was read from it, with a `Watch` that sees in a
+few microseconds whether anything on the list may have changed.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.modules.module as of_all_modules
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+from statemix import kernels
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+OWN_CALLS = frozenset(("forward", "_call_impl", "_compiled_call_impl"))
+DTYPES = (torch.float32, torch.float64)
+PLAIN = (Tensor, nn.Parameter)
+KEPT = "_fused"  # a module's attribute
+
+Class = TypeVar("Class", bound=type[nn.Module])
+
+_global_hooks = tuple(getattr(of_all_modules, f"_global{name}") for name in HOOKS)
+_module_calls = nn.Module.__call__, nn.Module._call_impl
+_nothing = object()
+
+
+class Part:
+    """A module as a kernel knows it: what its call does is what its class says.
+
+    Args:
+        classes: it is of one of these exactly; `of` adds others.
+        weights: names of the parameters that the kernel reads, in its order.
+        absent: names of parameters that must be None.
+        parts: what is below it, by name. The kernel reads their weights after its own, in this order.
+        each: what every child is, if it is a list of modules.
+        settings: names of attributes that change what a call does.
+        allows: whether the kernel does what the settings of a module ask for.
+        calls: names of the methods that a call of it runs.
+        uses: (owner, name) of functions of torch that it calls.
+        arrange: from the module and all weights, to what `inputs` gives.
+    """
+
+    def __init__(
+        self,
+        *classes: type[nn.Module],
+        weights: Sequence[str] = (),
+        absent: Sequence[str] = (),
+        parts: "dict[str, Part] | None" = None,
+        each: "Part | None" = None,
+        settings: Sequence[str] = (),
+        allows: Callable[[Any], bool] = lambda module: True,
+        calls: Sequence[str] = ("forward",),
+        uses: Sequence[tuple[Any, str]] = (),
+        arrange: Callable[[Any, tuple[Tensor, ...]], Any] = lambda module, weights: weights,
+    ) -> None:
+        self._weights, self._absent, self._parts, self._each = weights, absent, parts or {}, each
+        self.settings, self._allows, self.arrange = settings, allows, arrange
+        self._hidden = frozenset((*weights, *absent, *self._parts))  # by an attribute of the instance itself
+        self._calls = calls
+        self._uses = [(owner, name, getattr(owner, name)) for owner, name in uses]
+        self._functions: dict[type[nn.Module], list[tuple[Any, str, Any]]] = {}
+        for known in classes:
+            self.of(known)
+
+    def of(self, known: Class) -> Class:
+        """Declare one more class; a decorator."""
+        self._functions[known] = self._uses + [(known, name, getattr(known, name)) for name in self._calls]
+        return known
+
+    def plainly_called(self, module: nn.Module) -> bool:
+        """Whether a call of the module runs its forward and nothing else."""
+        attributes, functions = module.__dict__, self._functions.get(type(module))
+        if functions is None or not OWN_CALLS.isdisjoint(attributes) or type(module).__call__ is not nn.Module.__call__:
+            return False
+        if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
+            return False
+        if attributes["_backward_hooks"] or attributes["_backward_pre_hooks"]:
+            return False
+        return all(getattr(owner, name) is function for owner, name, function in functions)
+
+    def inputs(self, module: nn.Module) -> Any:
+        """What a kernel reads of a module, where it may stand in for the forward of it; otherwise None.
+
+        The module's own hooks are those of a caller, who asks `plainly_called` before it goes round its call.
+        """
+        if kernels.load_problem() is not None or not undisturbed() or not self._allows(module):
+            return None
+        if torch.compiler.is_compiling():
+            weights = self._read(module)
+            return None if weights is None else self.arrange(module, weights)
+        kept = module.__dict__.get(KEPT)
+        if kept is not None and kept.holds(module):
+            return kept.inputs
+        module.__dict__[KEPT] = None
+        if (weights := self._read(module)) is None:
+            return None
+        if any(type(weight) is not nn.Parameter for weight in weights):  # lent by functional_call, perhaps of a graph
+            return self.arrange(module, weights)
+        module.__dict__[KEPT] = kept = Watch(self, module, weights)
+        return kept.inputs
+
+    def watch(self, module: nn.Module) -> "Watch | None":
+        """What a kernel reads of a module, and whether it is still so; None where it may not stand in."""
+        weights = self._read(module)
+        return None if weights is None else Watch(self, module, weights)
+
+    def walk(self, module: nn.Module) -> "Iterator[tuple[Part, nn.Module]]":
+        """A module that was read and all below it, each with its part."""
+        yield self, module
+        for part, child in self._children(module):
+            yield from part.walk(cast(nn.Module, child))
+
+    def functions(self, module: nn.Module) -> list[tuple[Any, str, Any]]:
+        """What a call of the module runs: (owner, name, function as it was when it was declared)."""
+        return self._functions[type(module)]
+
+    def _children(self, module: nn.Module) -> "list[tuple[Part, nn.Module | None]]":
+        children = module._modules
+        if self._each is not None:
+            return [(self._each, child) for child in children.values()]
+        return [(part, children.get(name)) for name, part in self._parts.items()]
+
+    def _read(self, module: nn.Module) -> tuple[Tensor, ...] | None:
+        """The weights of a module and all below it, if they are as the list at the head of this file says."""
+        weights: list[Tensor | None] = []
+        return cast(tuple[Tensor, ...], tuple(weights)) if self._collect(module, weights) and _plain(weights) else None
+
+    def _collect(self, module: nn.Module, weights: list[Tensor | None]) -> bool:
+        """Whether the forward of the module is the one declared, and the calls below it; adds its weights."""
+        if type(module) not in self._functions or not self._hidden.isdisjoint(module.__dict__):
+            return False
+        parameters = module._parameters
+        for name in self._absent:
+            if parameters.get(name, _nothing) is not None:  # nothing under its name: it may be anywhere
+                return False
+        for name in self._weights:
+            weights.append(parameters.get(name))
+        for part, child in self._children(module):
+            if child is None or not part.plainly_called(child) or not part._allows(child):
+                return False
+            if not part._collect(child, weights):
+                return False
+        return True
+
+
+class Watch:
+    """What was read of a module, and whether all that it was read from is as it was then.
+
+    It does not hold the module itself, which keeps it; copies of the module do not keep it.
+    """
+
+    def __init__(self, part: Part, module: nn.Module, weights: tuple[Tensor, ...]) -> None:
+        self.weights, self.inputs = weights, part.arrange(module, weights)
+        (_, _), *below = part.walk(module)
+        modules = [child for _, child in below]
+        self._own = module._modules
+        self._hooks = [child.__dict__[name] for child in modules for name in HOOKS]
+        self._modules, self._types = modules, list(map(type, modules))
+        self._attributes = [child.__dict__ for child in modules]
+        self._sizes = list(map(len, self._attributes))
+        # views of dictionaries show what is in them at any time
+        holders: list[dict[str, Any]] = [module._modules, module._parameters]
+        holders += [holder for child in modules for holder in (child._modules, child._parameters) if holder]
+        self._holders: list[Any] = [*(holder.values() for holder in holders), (_nothing,)]
+        self._held = list(chain.from_iterable(self._holders))
+        self._places = list(map(Tensor.data_ptr, weights))
+        self._counts = list(map(Tensor.numel, weights))
+        # a square may be transposed where it lies; all else would change its count or its place
+        self._squares = [weight for weight in weights if weight.ndim == 2 and weight.shape[0] == weight.shape[1]]
+        found = {(owner, name): function for known, child in below for owner, name, function in known.functions(child)}
+        found |= {(known, "__call__"): nn.Module.__call__ for known in set(self._types)}
+        self._owners, self._names = zip(*found, strict=True)
+        self._functions = tuple(found.values())
+        self._set = [(child, name) for known, child in below for name in known.settings]
+        self._settings = [getattr(child, name) for child, name in self._set]
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether a kernel would read the same of the module, for which this was made."""
+        return (
+            module._modules is self._own  # a replica has others
+            and not any(self._hooks)
+            and all(map(operator.is_, chain.from_iterable(self._holders), self._held))
+            and list(map(type, self._modules)) == self._types
+            and list(map(len, self._attributes)) == self._sizes
+            and list(map(Tensor.data_ptr, self.weights)) == self._places
+            and list(map(Tensor.numel, self.weights)) == self._counts
+            and all(map(Tensor.is_contiguous, self._squares))
+            and tuple(map(getattr, self._owners, self._names)) == self._functions
+            and [getattr(child, name) for child, name in self._set] == self._settings
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied module has nothing read of it."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Nor has one from a file."""
+        return type(None), ()
+
+
+LINEAR = Part(nn.Linear, weights=["weight"], absent=["bias"], uses=[(nn.functional, "linear")])
+AFFINE = Part(nn.Linear, weights=["weight", "bias"], uses=[(nn.functional, "linear")])
+RMS_NORM = Part(
+    nn.RMSNorm,
+    weights=["weight"],
+    settings=["eps"],
+    allows=lambda norm: norm.eps is not None,
+    uses=[(nn.functional, "rms_norm")],
+)
+EMBEDDING = Part(
+    nn.Embedding,
+    weights=["weight"],
+    settings=["max_norm"],
+    allows=lambda embedding: embedding.max_norm is None,
+    uses=[(nn.functional, "embedding")],
+)
+
+
+def undisturbed() -> bool:
+    """Whether torch's modules and operations now do what they are, and nothing besides."""
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.compiler.is_compiling():  # its own modes are on, and it looks at those of others itself
+        return True
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None or any(_global_hooks):
+        return False
+    # a default device is a mode, too, which concerns new tensors only
+    if torch._C._len_torch_function_stack() and any(
+        type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
+    ):
+        return False
+    return (nn.Module.__call__, nn.Module._call_impl) == _module_calls
+
+
+def transformed() -> bool:
+    """Whether torch.compile, a trace, functorch or forward-mode differentiation looks at the operations now made."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def serves(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the operator of a whole layer reads x and what comes with it."""
+    if x.dtype not in DTYPES or not x.is_cpu:
+        return False
+    return all(tensor is None or _is_numbers(tensor) for tensor in (x, *others))
+
+
+def step_state(x: Tensor, state: Tensor | None, shape: tuple[int, int, int]) -> Tensor | None:
+    """The state from which a kernel may make a step of x (B, D), zeros if it is None; None where a kernel may not.
+
+    Kernels make steps without gradients, of at most `kernels.STEP_ROWS` rows.
+
+    Args:
+        x, state: of the step.
+        shape: D and the shape of the state, without B.
+    """
+    if torch.is_grad_enabled() or type(x) is not Tensor or x.ndim != 2 or x.dtype not in DTYPES or not x.is_cpu:
+        return None
+    rows, width = x.shape
+    if not 0 < rows <= kernels.STEP_ROWS or width != shape[0] or transformed():
+        return None
+    if state is None:
+        return x.new_zeros(rows, *shape[1:])
+    if type(state) is not Tensor or state.shape != (rows, *shape[1:]) or state.dtype != x.dtype or not state.is_cpu:
+        return None
+    return state
+
+
+def gated(x: Tensor) -> Tensor:
+    """silu(gate) * inner, the product within a SwiGLU, for x (..., 2 H) with the gates first, to (..., H).
+
+    It has torch's operations wherever they are looked at: torch.compile fuses them by itself.
+    """
+    served = type(x) is Tensor and x.is_cpu and x.dtype in DTYPES and x.numel() and kernels.load_problem() is None
+    if served and not transformed() and undisturbed():
+        return kernels.gated(x)
+    gate, inner = x.chunk(2, dim=-1)
+    return nn.functional.silu(gate) * inner
+
+
+def _is_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor is what it holds: no subclass, but for those by which torch itself traces programs."""
+    return type(tensor) in PLAIN or type(tensor).__module__.startswith("torch._subclasses.")
+
+
+def _plain(weights: Sequence[Tensor | None]) -> bool:
+    """Whether kernels can read the weights where they lie."""
+    dtype = None if weights[0] is None else weights[0].dtype
+    if dtype not in DTYPES:
+        return False
+    for weight in weights:
+        if weight is None or not _is_numbers(weight) or weight.dtype != dtype:
+            return False
+        if not weight.is_cpu or not weight.is_contiguous():
+            return False
+        if not torch.compiler.is_compiling() and weight.is_neg():  # cannot be traced; there the operator sees to it
+            return False
+    return True

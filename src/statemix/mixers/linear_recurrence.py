@@ -1,0 +1,137 @@
+"""BD-LRU and H-LRU as one: raw gates and values from x, a scan with gates normalised row by row, and a read-out."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from statemix import fused, kernels
+from statemix.analysis import transitions
+from statemix.gates import normalize
+from statemix.mixers.base import Mixer
+from statemix.scan import lagged_states, scan_to_state
+
+
+class RawGates(nn.Module):
+    """Raw gates z_t = W x_t + b (selective), or learned numbers z that are the same at every step (not selective)."""
+
+    def __init__(self, d_model: int, shape: tuple[int, ...], selective: bool) -> None:
+        super().__init__()
+        self.shape = shape
+        self.projection = nn.Linear(d_model, torch.Size(shape).numel()) if selective else None
+        self.constant = None if selective else nn.Parameter(torch.randn(shape))
+
+    def start_from(self, gates: Tensor) -> None:
+        """Let the raw gates of x = 0, or the constant ones, be `gates`, (*shape) without N, in every block."""
+        start = self.constant if self.projection is None else self.projection.bias.view(self.shape)
+        assert start is not None
+        with torch.no_grad():
+            start.copy_(gates[..., None].expand(self.shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, D) -> raw gates (B, T, *shape)."""
+        if self.projection is None:
+            assert self.constant is not None
+            return self.constant.expand(*x.shape[:2], *self.shape)
+        raw_gates: Tensor = self.projection(x)
+        return raw_gates.unflatten(2, self.shape)
+
+
+RECURRENCE = fused.Part(
+    parts={
+        "raw_gates": fused.Part(RawGates, parts={"projection": fused.AFFINE}),
+        "values": fused.LINEAR,
+        "output": fused.LINEAR,
+    },
+    settings=["normalization", "kind", "backend"],
+    allows=lambda mixer: mixer.backend in ("auto", "cpu") and mixer.state_shape[0] <= kernels.MAX_ORDER,
+    calls=["forward", "mix"],
+)
+
+
+class LinearRecurrence(Mixer):
+    """Raw gates and values from x, a scan with gates normalised row by row, and a read-out: BD-LRU and H-LRU.
+
+    A subclass sets what is declared here. Where fused.py says that a kernel may stand in for `RECURRENCE`, the whole
+    layer is one operator; elsewhere, as under autocast or without selection, its products are torch's.
+    """
+
+    has_gate_rows = True
+    kind: str  # of the scan: block, companion or observer
+    normalization: str
+    backend: str
+    recompute: bool | None
+    raw_gates: RawGates
+    values: nn.Linear
+    output: nn.Linear
+
+    def mix(self, x: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See `Mixer.forward`."""
+        if x.shape[1] == 1 and reset is None and (stepped := self._fused_step(x[:, 0], state)) is not None:
+            return stepped[0][:, None], stepped[1]
+        # below, packing the weights for the fused products takes longer than the products
+        if x.shape[0] * x.shape[1] >= 32 and fused.serves(x, state, reset):
+            weights = RECURRENCE.inputs(self)
+            if weights is not None and weights[0].dtype == x.dtype:
+                return kernels.layer(
+                    x,
+                    weights,
+                    state,
+                    reset,
+                    normalization=self.normalization,
+                    kind=self.kind,
+                    order=self.state_shape[0],
+                    recompute=self.recompute,
+                )
+        values = self.values(x)
+        if self.kind == "block":
+            values = values.unflatten(2, self.state_shape)
+        states, final_state = scan_to_state(
+            self.kind,
+            self.raw_gates(x).to(values.dtype),
+            values,
+            state,
+            normalization=self.normalization,
+            reset=reset,
+            backend=self.backend,
+        )
+        if self.kind == "companion":
+            states = lagged_states(states, state, reset, self.state_shape[0])
+        return self.output(states.flatten(2).to(x.dtype)), final_state
+
+    def row_entropy(self, x: Tensor) -> Tensor:
+        """Mean over the rows of gates at x (B, T, D) of -sum_j |p_j| ln |p_j|, in nats: 0 where all are one-hot."""
+        weights = normalize(self.raw_gates(x), self.normalization, dim=-2).abs()
+        return -torch.special.xlogy(weights, weights).sum(-2).mean()
+
+    @torch.no_grad()
+    def sharpen(self, factor: float) -> None:
+        """Multiply the raw gates by a factor, in place: with softmax every weight p becomes p^factor / sum p^factor.
+
+        From large factors on a row is one-hot, and what a block of such rows moves it moves without loss.
+
+        Raises:
+            ValueError: the normalisation is not softmax, or the factor is not above 0.
+        """
+        if self.normalization != "softmax" or not 0 < factor < math.inf:
+            what = f"normalization={self.normalization!r} and factor={factor}"
+            raise ValueError(f"sharpen: `normalization` must be 'softmax' and `factor` above 0 and finite, got {what}.")
+        for parameter in self.raw_gates.parameters():
+            parameter.mul_(factor)
+
+    def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `Mixer.step`. Without gradients it is one fused call, which allocates its results and nothing else."""
+        if RECURRENCE.plainly_called(self) and (stepped := self._fused_step(x, state)) is not None:
+            return stepped
+        return super().step(x, state)
+
+    def transitions(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A_t (B, T, N, M, M) and a0_t (B, T, N, M) at every step of x (B, T, D): see `analysis.transitions`."""
+        return transitions(self.raw_gates(x), normalization=self.normalization, kind=self.kind)
+
+    def _fused_step(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """The step as one call, or None where that does not serve."""
+        state = fused.step_state(x, state, (self.d_model, *self.state_shape))
+        if state is None or (weights := RECURRENCE.inputs(self)) is None or weights[0].dtype != x.dtype:
+            return None
+        return kernels.layer_step(x, weights, state, normalization=self.normalization, kind=self.kind)
