@@ -29,7 +29,7 @@ from torch.utils._device import DeviceContext
 from statemix import kernels
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-OWN_CALLS = frozenset(("forward", "_call_impl", "_compiled_call_impl"))
+OWN_CALLS = ("_call_impl", "_compiled_call_impl")  # an instance that has them is called otherwise
 DTYPES = (torch.float32, torch.float64)
 PLAIN = (Tensor, nn.Parameter)
 KEPT = "_fused"  # a module's attribute
@@ -73,7 +73,7 @@ class Part:
         self._weights, self._absent, self._parts, self._each = weights, absent, parts or {}, each
         self.settings, self._allows, self.arrange = settings, allows, arrange
         self._hidden = frozenset((*weights, *absent, *self._parts))  # by an attribute of the instance itself
-        self._calls = calls
+        self._calls, self._own_calls = calls, frozenset((*OWN_CALLS, *calls))
         self._uses = [(owner, name, getattr(owner, name)) for owner, name in uses]
         self._functions: dict[type[nn.Module], list[tuple[Any, str, Any]]] = {}
         for known in classes:
@@ -87,7 +87,9 @@ class Part:
     def plainly_called(self, module: nn.Module) -> bool:
         """Whether a call of the module runs its forward and nothing else."""
         attributes, functions = module.__dict__, self._functions.get(type(module))
-        if functions is None or not OWN_CALLS.isdisjoint(attributes) or type(module).__call__ is not nn.Module.__call__:
+        if functions is None or type(module).__call__ is not nn.Module.__call__:
+            return False
+        if not self._own_calls.isdisjoint(attributes):
             return False
         if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
             return False
