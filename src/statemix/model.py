@@ -340,8 +340,8 @@ class SequenceModel(TokenModel):
         if tokens.ndim != 1:
             raise ValueError(f"SequenceModel.step: `tokens` must have shape (B,), got {tuple(tokens.shape)}.")
         if torch.is_grad_enabled() or not MODEL.plainly_called(self) or MODEL.inputs(self) is None:
-            logits, states = self(tokens[:, None], state)
-            return logits[:, 0], states
+            logits, final_state = self(tokens[:, None], state)
+            return logits[:, 0], final_state
         self._check(tokens, state)
         x, states = self.embedding(tokens), []
         for i, layer in enumerate(self.layers):
