@@ -137,3 +137,38 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
     names = r"\['linear', 'none', 'relu', 'sigmoid', 'silu', 'softmax', 'tanh'\]"
     with pytest.raises(ValueError, match=rf"^normalize: `normalization` must be one of {names}, got 'softmx'\.$"):
         normalize(torch.zeros(2, 3), "softmx", dim=1)
+
+
+@pytest.mark.parametrize("normalization", ["relu", "silu", "linear"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_row_whose_sum_overflows_is_scaled_first(normalization, dtype):
+    large = torch.finfo(dtype).max / 2.5
+    raw = torch.tensor([large, large, large, large / 2], dtype=dtype, requires_grad=True)
+    weights = normalize(raw, normalization, dim=0)
+    assert_close(weights, torch.tensor([2, 2, 2, 1], dtype=torch.float64) / 7)
+    assert torch.autograd.grad(weights[3], raw)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_the_inverse_gives_the_gates_of_given_weights(normalization):
+    wanted = torch.tensor([[0.9, 0.05, 0.05], [0.3, 0.699, 0.001]], dtype=torch.float64)
+    record = NORMALIZATIONS[normalization]
+    weights = normalize(record.inverse(wanted), normalization, dim=1)
+    assert_close(weights[:, :-1], wanted[:, :-1])
+    assert (weights[:, -1] > 0).all()
+    if record.floor == 0:
+        assert_close(weights, wanted)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_a_record_says_whether_weights_may_be_negative(generator, normalization):
+    raw = torch.randn(20, 4, generator=generator)
+    assert (normalize(raw, normalization, dim=1) < 0).any() == NORMALIZATIONS[normalization].signed
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_a_wider_dtype_has_the_same_rows_of_zeros(normalization):
+    raw = torch.tensor([[-95.0] * 3, [1e-40] * 3, [0.0] * 3, [-1.0, 2.0, 3.0]])
+    wide = normalize(raw, normalization, dim=1, dtype=torch.float64)
+    assert wide.dtype == torch.float64
+    assert_close(normalize(raw, normalization, dim=1), wide)

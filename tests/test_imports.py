@@ -23,7 +23,7 @@ ALLOWED = {
     "statemix.gates": (),
     "statemix.specs": (),
     "statemix.files": (),
-    KERNELS: (KERNELS,),
+    KERNELS: (KERNELS, "statemix.gates"),
     "statemix.fused": (KERNELS,),
     SCAN: ("statemix.gates", f"{SCAN}.reference", f"{SCAN}.associative", f"{SCAN}.cpu", f"{SCAN}.gpu", KERNELS),
     f"{SCAN}.reference": ("statemix.gates",),

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
+from statemix import gates
+
 MAX_ORDER = 64  # kMaxOrder in csrc/interface.h
 LIBRARY = "statemix_cpu.so"
 INSTRUCTION_SET_VARIABLE = "STATEMIX_INSTRUCTION_SET"
 
 INTERFACE = 7  # kInterface in csrc/interface.h
 KINDS = {"block": 0, "companion": 1, "observer": 2}
-NORMALIZATIONS = {"softmax": 0, "sigmoid": 1, "relu": 2, "tanh": 3, "silu": 4, "linear": 5, "none": 6}
+NORMALIZATIONS = {name: record.code for name, record in gates.NORMALIZATIONS.items()}
 STORAGES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 

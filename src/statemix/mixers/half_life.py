@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from statemix.gates import RELU_FLOOR
+from statemix.gates import NORMALIZATIONS
 from statemix.mixers.base import check_numbers
 
 
@@ -50,29 +50,5 @@ def half_life_gates(kind: str, order: int, normalization: str, half_life: float)
         state += (decay - order * mixing) * torch.eye(order, dtype=torch.float64)
     else:
         state = decay ** torch.arange(1, order + 1, dtype=torch.float64) / order
-    return _raw(normalization, state)
-
-
-def _raw(normalization: str, state: Tensor) -> Tensor:
-    """Raw gates that are normalised to the positive weights `state` (..., M) and an input gate; (..., M + 1)."""
-    total = state.sum(-1, keepdim=True)
-    weights = torch.cat([state, 1 - total], dim=-1)
-    if normalization == "softmax":
-        return weights.log()
-    if normalization == "sigmoid":
-        return torch.logit(weights / 2)  # any factor up to 1 does: this one leaves the largest gate at its middle
-    if normalization == "tanh":
-        return torch.atanh(weights / 2)
-    if normalization == "silu":
-        low, high = torch.zeros_like(weights), 2 * weights  # z / 2 <= silu(z) <= z for z >= 0
-        for _ in range(60):
-            middle = (low + high) / 2
-            above = torch.nn.functional.silu(middle) > weights
-            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-        return low
-    if normalization == "relu":
-        # the published floor is in the sum: it takes a share of the input gate, at most half of it
-        floor = RELU_FLOOR * weights.shape[-1]
-        scale = (2 * floor / (1 - total)).clamp(min=1)
-        return torch.cat([scale * state, scale * (1 - total) - floor], dim=-1)
-    return weights  # linear, none
+    weights = torch.cat([state, 1 - state.sum(-1, keepdim=True)], dim=-1)  # the input gate is the rest to one
+    return NORMALIZATIONS[normalization].inverse(weights)
