@@ -154,6 +154,19 @@ STATEMIX_INLINE V<T> measure_row(const T* gate, int64_t row, int64_t ahead, int 
 // q and d of a row from what was measured.
 template <class T, Normalization norm, bool slopes>
 STATEMIX_INLINE void share_row(V<T> sum, int gates, T* q, T* d, T* sign) {
+  constexpr bool unbounded = norm == kRelu || norm == kSilu || norm == kLinear;
+  if (unbounded && __builtin_expect(Mask<T>::any_above(sum, std::numeric_limits<T>::max()), 0)) {
+    // a sum that overflows is taken again of scaled f, or all weights were 0: tests/test_scan.py
+    static_assert(kMaxOrder < 128, "a row of the largest order must fit");
+    const V<T> scale = sum > std::numeric_limits<T>::max() ? splat(T(1) / 128) : splat(T(1));
+    sum = V<T>{};
+    for (int j = 0; j < gates; ++j) {
+      const V<T> f = load(q + j * kSlot<T>) * scale;
+      store(q + j * kSlot<T>, f);
+      sum += absolute<T>(f);
+      if (slopes) store(d + j * kSlot<T>, load(d + j * kSlot<T>) * scale);
+    }
+  }
   const V<T> floor = splat(norm == kRelu ? T(kReluFloor) * gates : T(0));
   sum += floor;
   // a row of zeros has weights of 0: tests/test_gates.py
