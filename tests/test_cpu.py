@@ -17,8 +17,9 @@ from helpers import SCANS, Problem, assert_close, assert_problem, make_problem, 
 
 import statemix
 from statemix import kernels
-from statemix.gates import NORMALIZATIONS, RELU_FLOOR
+from statemix.gates import NORMALIZATIONS
 from statemix.kernels import library
+from statemix.scan.problem import KINDS
 
 SOURCES = Path(__file__).parents[1] / "csrc"
 BOUNDED = [name for name in NORMALIZATIONS if name != "none"]
@@ -99,11 +100,13 @@ def long_memory(kind: str, normalization: str) -> tuple[Problem, torch.Tensor]:
     generator, length = torch.Generator().manual_seed(0), 65536
     rows, kept = ((2,), (2,)) if kind == "block" else ((), () if kind == "companion" else (2,))
     problem = Problem(
-        *(kind, normalization),
-        near_one(generator, normalization, (1, length, *rows, 3, 4)),
-        torch.randn(1, length, *rows, 4, generator=generator),
-        torch.randn(1, 2, 4, generator=generator),
-        *(None, torch.zeros(1, length, *kept, 4)),
+        kind=kind,
+        normalization=normalization,
+        raw_gates=near_one(generator, normalization, (1, length, *rows, 3, 4)),
+        values=torch.randn(1, length, *rows, 4, generator=generator),
+        initial_state=torch.randn(1, 2, 4, generator=generator),
+        reset=None,
+        cotangent=torch.zeros(1, length, *kept, 4),
     )
     wide = problem.to(torch.float64)
     states = wide.states("cpu")
@@ -185,7 +188,8 @@ def test_the_operator_passes_opcheck(generator):
     for kind, with_reset in (("block", False), ("block", True), ("companion", True), ("observer", True)):
         problem = make_problem(generator, kind, "softmax", order=3, length=5, with_reset=with_reset)
         inputs = [x.detach().requires_grad_() for x in (problem.raw_gates, problem.values, problem.initial_state)]
-        checks = torch.library.opcheck(torch.ops.statemix.scan_forward, (*inputs, problem.reset, "softmax", kind))
+        arguments = (kind, *inputs, problem.reset, "softmax")
+        checks = torch.library.opcheck(torch.ops.statemix.scan_forward, arguments)
         assert set(checks.values()) == {"SUCCESS"}
         assert len(checks) == 4
 
@@ -256,7 +260,7 @@ def test_without_kernels_auto_warns_once_and_a_named_backend_raises(generator, s
     assert [warning.filename for warning in caught] == [__file__]  # it points at the caller
     assert_close(states, expected["states"])
     assert_problem(problem, "auto", expected)  # a second warning would be an error
-    assert statemix.available_backends() == ("associative", "reference")
+    assert statemix.available_backends("cpu") == ("associative", "reference")
     assert kernels.instruction_sets() == ()
     message = rf"backend 'cpu' cannot be used: .*{spoiled}"
     with pytest.raises(RuntimeError, match=rf"^block_scan: {message}.* Use backend='auto'\.$"):
@@ -312,8 +316,15 @@ def test_the_names_of_python_have_the_numbers_of_the_header(enum, numbers):
 
 
 def test_the_constants_of_python_are_those_of_the_sources():
+    recurrence = (SOURCES / "recurrence.h").read_text()
     (order,) = re.findall(r"constexpr int kMaxOrder = (\d+);", (SOURCES / "interface.h").read_text())
-    (floor,) = re.findall(r"constexpr double kReluFloor = ([\d.e-]+);", (SOURCES / "recurrence.h").read_text())
-    assert (int(order), float(floor)) == (kernels.MAX_ORDER, RELU_FLOOR)
-    assert list(library.NORMALIZATIONS) == list(NORMALIZATIONS)
-    assert list(library.KINDS) == list(SCANS)
+    (floor,) = re.findall(r"constexpr double kReluFloor = ([\d.e-]+);", recurrence)
+    assert int(order) == kernels.MAX_ORDER
+    floors = {name: record.floor for name, record in NORMALIZATIONS.items() if record.floor}
+    assert floors == {"relu": float(floor)}
+
+
+def test_the_kernels_have_a_case_for_every_normalization():
+    cases = re.findall(r"STATEMIX_CASE\(k(\w+), ", (SOURCES / "recurrence.h").read_text())
+    assert [case.lower() for case in cases] == list(NORMALIZATIONS)
+    assert library.KINDS.keys() == set(KINDS) == SCANS.keys()

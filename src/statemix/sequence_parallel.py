@@ -35,9 +35,9 @@ from torch.autograd.function import once_differentiable
 
 from statemix.gates import NORMALIZATIONS
 from statemix.mixers.linear_recurrence import LinearRecurrence
-from statemix.scan import check_scan, choose_backend, lagged_states, scan_to_state
+from statemix.scan import choose_backend, lagged_states, scan_to_state
+from statemix.scan.problem import KINDS, check_problem
 
-KINDS = ("block", "companion", "observer")
 SIGNATURE = ("kind", "normalization", "B", "M", "N", "bytes of a state", "gradients enabled")  # must agree over ranks
 SIGNATURE_BYTES = 8 * (2 + len(SIGNATURE))  # int64; besides: whether the arguments are right, and need gradients
 
@@ -76,9 +76,18 @@ def sequence_parallel_scan(
         RuntimeError: as `scan_to_state`; or torch.distributed is not initialised, or another rank refused its
             arguments. No rank waits for one whose arguments were refused.
     """
-    inputs = raw_gates, values, initial_state
-    how = normalization, reset, backend
-    return _run("sequence_parallel_scan", group, kind, *inputs, *how, lagged=False)
+    return _run(
+        "sequence_parallel_scan",
+        group,
+        kind,
+        raw_gates,
+        values,
+        initial_state,
+        normalization=normalization,
+        reset=reset,
+        backend=backend,
+        lagged=False,
+    )
 
 
 def sequence_parallel_layer(
@@ -113,10 +122,19 @@ def sequence_parallel_layer(
     values = layer.values(x)
     if layer.kind == "block":
         values = values.unflatten(2, layer.state_shape)
-    inputs = layer.raw_gates(x).to(values.dtype), values, state
-    how = layer.normalization, reset, layer.backend
-    lagged = layer.kind == "companion"  # its read-out sees all M lags, and the first of them lie in the piece before
-    states, final_state = _run("sequence_parallel_layer", group, layer.kind, *inputs, *how, lagged=lagged)
+    states, final_state = _run(
+        "sequence_parallel_layer",
+        group,
+        layer.kind,
+        layer.raw_gates(x).to(values.dtype),
+        values,
+        state,
+        normalization=layer.normalization,
+        reset=reset,
+        backend=layer.backend,
+        # the read-out of a companion sees all M lags, and the first of them lie in the piece before
+        lagged=layer.kind == "companion",
+    )
     return layer.output(states.flatten(2).to(x.dtype)), final_state
 
 
@@ -142,10 +160,10 @@ def _run(
     raw_gates: Tensor,
     values: Tensor,
     initial_state: Tensor | None,
+    *,
     normalization: str,
     reset: Tensor | None,
     backend: str,
-    *,
     lagged: bool,
 ) -> tuple[Tensor, Tensor]:
     """`sequence_parallel_scan`; with `lagged` its states are (B, T, M, N), by `lagged_states`."""
@@ -265,17 +283,23 @@ def _signature(
     """What must agree over the ranks, as numbers. Raises where the arguments of this rank are wrong."""
     if kind not in KINDS:
         raise ValueError(f"{owner}: `kind` must be one of {sorted(KINDS)}, got {kind!r}.")
-    name = f"{kind}_scan"
-    order = check_scan(name, raw_gates, values, initial_state, normalization, reset)
-    choose_backend(name, backend, values.device, order, values.dtype)
+    scan = check_problem(kind, raw_gates, values, initial_state, reset, normalization)
+    choose_backend(scan, backend)
     if rank > 0 and initial_state is not None:
         raise ValueError(
             f"{owner}: the initial state must be None on all ranks but 0, which holds the first piece; "
             f"got one on rank {rank}."
         )
-    names = KINDS.index(kind), list(NORMALIZATIONS).index(normalization)
-    state_bytes = torch.promote_types(values.dtype, torch.float32).itemsize
-    return [*names, values.shape[0], order, values.shape[-1], state_bytes, int(torch.is_grad_enabled())]
+    batch, order, blocks = scan.initial_state.shape
+    return [
+        KINDS.index(kind),
+        list(NORMALIZATIONS).index(normalization),
+        batch,
+        order,
+        blocks,
+        scan.initial_state.itemsize,
+        int(torch.is_grad_enabled()),
+    ]
 
 
 def _agree(

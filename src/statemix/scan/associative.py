@@ -3,39 +3,34 @@
 The maps h -> A h + b compose associatively: (A2, b2) after (A1, b1) is (A2 A1, A2 b1 + b2). Pairs of neighbouring steps
 are composed, the half-length problem is solved, and the skipped steps are filled in: O(T) work and O(log T) dependent
 operations, at the price of holding all T transitions of M x M numbers. A product of companion blocks is dense,
-so H-LRU costs as much as BD-LRU here.
+so H-LRU costs as much as BD-LRU here. The maps are float64, since a product of T transitions near one holds the
+rounding of each of them.
 """
 
 import torch
 from torch import Tensor
 
-from statemix.gates import normalize
+from statemix.scan.problem import Problem
 
 
-def block_scan(
-    raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str
-) -> Tensor:
-    """h_t = A_t h_{t-1} + a0_t * v_t. Shapes: `statemix.scan.block_scan`."""
-    weights = normalize(raw_gates, normalization, dim=3)
-    return _affine_scan(weights[:, :, :, :-1], weights[:, :, :, -1] * values, initial_state, reset)
+def unserved(problem: Problem) -> str | None:
+    """It serves every problem."""
+    return None
 
 
-def companion_scan(
-    raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str
-) -> Tensor:
-    """h_t = sum_{i=1..M} a_{i,t} h_{t-i} + a_{0,t} v_t. Shapes: `statemix.scan.companion_scan`."""
-    weights = normalize(raw_gates, normalization, dim=2)
-    entering = _first_component(weights[:, :, -1] * values, weights.shape[2] - 1)
-    return _affine_scan(_companion(weights[:, :, :-1]), entering, initial_state, reset)[:, :, 0]
-
-
-def observer_scan(
-    raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str
-) -> Tensor:
-    """h_t = C_t^T h_{t-1} + (a_0 v, 0, ..., 0), C_t the companion block. Shapes: `statemix.scan.observer_scan`."""
-    weights = normalize(raw_gates, normalization, dim=2)
-    entering = _first_component(weights[:, :, -1] * values, weights.shape[2] - 1)
-    return _affine_scan(_companion(weights[:, :, :-1]).transpose(2, 3), entering, initial_state, reset)
+def scan(problem: Problem) -> tuple[Tensor, Tensor]:
+    """The states by a tree of maps, and the state (B, M, N) after the last step."""
+    weights, values, initial_state = problem.exact()
+    if problem.kind == "block":
+        transition, entering = weights[:, :, :, :-1], weights[:, :, :, -1] * values
+    else:
+        transition = _companion(weights[:, :, :-1])
+        entering = _first_component(weights[:, :, -1] * values, initial_state.shape[1])
+        if problem.kind == "observer":
+            transition = transition.transpose(2, 3)
+    blocks = _affine_scan(transition, entering, initial_state, problem.reset)
+    states = blocks[:, :, 0] if problem.kind == "companion" else blocks
+    return states, blocks[:, -1].to(problem.initial_state.dtype)
 
 
 def _companion(coefficients: Tensor) -> Tensor:

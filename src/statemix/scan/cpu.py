@@ -1,5 +1,6 @@
-"""The fused C++ kernels of csrc/ as torch custom operators: float32, float64 and bfloat16, forward and first
-derivative.
+"""The scans of the compiled kernels of csrc/ as torch operators: forward and first derivative.
+
+The kernels read float32, float64 and bfloat16 as they are, and write states in float32 or wider.
 """
 
 from typing import Any
@@ -7,109 +8,107 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statemix.kernels.library import KINDS, NORMALIZATIONS, STORAGES, Scan, library
+from statemix.kernels.library import KINDS, MAX_ORDER, NORMALIZATIONS, STORAGES, Scan, library, load_problem
 from statemix.kernels.memory import address, dense
 from statemix.kernels.operators import Operator, no_second_derivative, save_nothing
+from statemix.scan.problem import Problem
+
+Gradients = tuple[Tensor, Tensor, Tensor]  # of raw gates, values and initial state
 
 
-def block_scan(
-    raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str
+def unserved(problem: Problem) -> str | None:
+    """Why the kernels are not here or do not serve the problem; None if they do."""
+    missing = load_problem()
+    if missing is not None:
+        return missing
+    if problem.values.device.type != "cpu":
+        return f"it needs CPU tensors, got device {problem.values.device}."
+    order = problem.initial_state.shape[1]
+    return f"it serves M up to {MAX_ORDER}, got M = {order}." if order > MAX_ORDER else None
+
+
+def scan(problem: Problem) -> tuple[Tensor, Tensor]:
+    """In one pass over time: the states, and the state (B, M, N) after the last step."""
+    if problem.values.dtype not in STORAGES:
+        problem = problem.widened()
+    return _scan(*problem)
+
+
+def _forward(
+    kind: str, raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str
 ) -> tuple[Tensor, Tensor]:
-    """h_t = A_t h_{t-1} + a0_t * v_t. Shapes: `statemix.scan.block_scan`."""
-    return _scan(raw_gates, values, initial_state, reset, normalization, "block")
-
-
-def companion_scan(
-    raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str
-) -> tuple[Tensor, Tensor]:
-    """h_t = sum_{i=1..M} a_{i,t} h_{t-i} + a_{0,t} v_t. Shapes: `statemix.scan.companion_scan`."""
-    return _scan(raw_gates, values, initial_state, reset, normalization, "companion")
-
-
-def observer_scan(
-    raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str
-) -> tuple[Tensor, Tensor]:
-    """h'[0] = a_1 h[0] + h[1] + a_0 v, h'[i] = a_{i+1} h[0] + h[i+1]. Shapes: `statemix.scan.observer_scan`."""
-    return _scan(raw_gates, values, initial_state, reset, normalization, "observer")
-
-
-def _scan_forward(
-    raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str, kind: str
-) -> tuple[Tensor, Tensor]:
-    raw_gates, values = _strided(raw_gates), _strided(values)
-    initial_state = dense(initial_state)
-    reset = reset if reset is None else dense(reset)
-    states, final_state = _states_like(values, initial_state, kind)
-    problem = _scan_problem(raw_gates, values, initial_state, reset, states, normalization, kind)
-    problem.final_state = address(final_state)
-    library().run("statemix_scan_forward", problem)
+    problem = _readable(Problem(kind, raw_gates, values, initial_state, reset, normalization))
+    states, final_state = _results_like(kind, values, initial_state)
+    call = _call(problem, states)
+    call.final_state = address(final_state)
+    library().run("statemix_scan_forward", call)
     return states, final_state
 
 
-def _scan_forward_fake(
-    raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str, kind: str
+def _forward_fake(
+    kind: str, raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str
 ) -> tuple[Tensor, Tensor]:
-    return _states_like(values, initial_state, kind)
+    return _results_like(kind, values, initial_state)
 
 
-def _scan_backward(
+def _backward(
     grad_states: Tensor,
     grad_final_state: Tensor | None,
+    states: Tensor,
+    kind: str,
     raw_gates: Tensor,
     values: Tensor,
     initial_state: Tensor,
     reset: Tensor | None,
-    states: Tensor,
     normalization: str,
-    kind: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    raw_gates, values = _strided(raw_gates), _strided(values)
-    initial_state, grad_states = dense(initial_state), dense(grad_states)
-    grad_final_state = grad_final_state if grad_final_state is None else dense(grad_final_state)
-    reset = reset if reset is None else dense(reset)
-    grads = _grads_like(raw_gates, values, initial_state)
-    problem = _scan_problem(raw_gates, values, initial_state, reset, states, normalization, kind)
-    problem.grad_states, problem.grad_final_state = address(grad_states), address(grad_final_state)
-    problem.grad_raw_gates, problem.grad_values, problem.grad_initial_state = map(address, grads)
-    library().run("statemix_scan_backward", problem)
+) -> Gradients:
+    problem = _readable(Problem(kind, raw_gates, values, initial_state, reset, normalization))
+    grad_states = dense(grad_states)
+    grads = _gradients_like(raw_gates, values, initial_state)
+    call = _call(problem, states)
+    call.grad_states = address(grad_states)
+    if grad_final_state is not None:
+        grad_final_state = dense(grad_final_state)
+        call.grad_final_state = address(grad_final_state)
+    call.grad_raw_gates, call.grad_values, call.grad_initial_state = (address(x) for x in grads)
+    library().run("statemix_scan_backward", call)
     return grads
 
 
-def _scan_backward_fake(
+def _backward_fake(
     grad_states: Tensor,
     grad_final_state: Tensor | None,
+    states: Tensor,
+    kind: str,
     raw_gates: Tensor,
     values: Tensor,
     initial_state: Tensor,
-    *others: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _grads_like(raw_gates, values, initial_state)
+    reset: Tensor | None,
+    normalization: str,
+) -> Gradients:
+    return _gradients_like(raw_gates, values, initial_state)
 
 
-def _save_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    raw_gates, values, initial_state, reset, ctx.normalization, ctx.kind = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.kind, raw_gates, values, initial_state, reset, ctx.normalization = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(raw_gates, values, initial_state, reset, output[0])
 
 
-def _scan_derivative(
-    ctx: Any, grad_states: Tensor | None, grad_final_state: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _derivative(ctx: Any, grad_states: Tensor | None, grad_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
     raw_gates, values, initial_state, reset, states = ctx.saved_tensors
     if grad_states is None:
         grad_states = torch.zeros_like(states)
-    grads = _differentiate_scan(
-        *(grad_states, grad_final_state, raw_gates, values, initial_state, reset, states),
-        *(ctx.normalization, ctx.kind),
-    )
-    return *grads, None, None, None
+    problem = Problem(ctx.kind, raw_gates, values, initial_state, reset, ctx.normalization)
+    grads = _differentiate(grad_states, grad_final_state, states, *problem)
+    return None, *grads, None, None
 
 
-_scan = Operator("scan_forward", _scan_forward, _scan_forward_fake, _save_scan, _scan_derivative)
-_differentiate_scan = Operator("scan_backward", _scan_backward, _scan_backward_fake, save_nothing, no_second_derivative)
+_scan = Operator("scan_forward", _forward, _forward_fake, _save, _derivative)
+_differentiate = Operator("scan_backward", _backward, _backward_fake, save_nothing, no_second_derivative)
 
 
-def _states_like(values: Tensor, initial_state: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def _results_like(kind: str, values: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor]:
     """Room for what the scan returns, contiguous: the kept state of every step, and the state to go on from.
 
     Both are float32 or wider, also where raw gates and values are not: the backward wants what the scan had.
@@ -120,29 +119,50 @@ def _states_like(values: Tensor, initial_state: Tensor, kind: str) -> tuple[Tens
     return initial_state.new_empty(shape), initial_state.new_empty(initial_state.shape)
 
 
-def _grads_like(raw_gates: Tensor, values: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients_like(raw_gates: Tensor, values: Tensor, initial_state: Tensor) -> Gradients:
     """Room for the three gradients, contiguous also where an input was expanded."""
-    return tuple(x.new_empty(x.shape) for x in (raw_gates, values, initial_state))  # type: ignore[return-value]
+    return (
+        raw_gates.new_empty(raw_gates.shape),
+        values.new_empty(values.shape),
+        initial_state.new_empty(initial_state.shape),
+    )
+
+
+def _readable(problem: Problem) -> Problem:
+    """The problem in a layout that the kernels take: everything below a time step contiguous."""
+    return problem._replace(
+        raw_gates=_strided(problem.raw_gates),
+        values=_strided(problem.values),
+        initial_state=dense(problem.initial_state),
+        reset=None if problem.reset is None else dense(problem.reset),
+    )
 
 
 def _strided(x: Tensor) -> Tensor:
     """`x` itself if everything below a time step is contiguous (the kernel takes batch and time strides), or a copy."""
-    x = x.resolve_neg()
+    x = x.resolve_neg()  # its memory may hold the numbers with the other sign
     return x if x[0, 0].is_contiguous() else x.contiguous()
 
 
-def _scan_problem(
-    raw_gates: Tensor,
-    values: Tensor,
-    initial_state: Tensor,
-    reset: Tensor | None,
-    states: Tensor,
-    normalization: str,
-    kind: str,
-) -> Scan:
+def _call(problem: Problem, states: Tensor) -> Scan:
+    """The struct of the kernels, without what only one direction has."""
+    raw_gates, values = problem.raw_gates, problem.values
     return Scan(
-        *(values.shape[0], values.shape[1], initial_state.shape[1], values.shape[-1]),
-        *(*raw_gates.stride()[:2], *values.stride()[:2]),
-        *(KINDS[kind], NORMALIZATIONS[normalization], STORAGES[values.dtype], torch.get_num_threads()),
-        *(address(raw_gates), address(values), address(initial_state), address(reset), address(states)),
+        batch=values.shape[0],
+        length=values.shape[1],
+        order=problem.initial_state.shape[1],
+        blocks=values.shape[-1],
+        gate_batch_stride=raw_gates.stride(0),
+        gate_time_stride=raw_gates.stride(1),
+        value_batch_stride=values.stride(0),
+        value_time_stride=values.stride(1),
+        kind=KINDS[problem.kind],
+        normalization=NORMALIZATIONS[problem.normalization],
+        storage=STORAGES[values.dtype],
+        threads=torch.get_num_threads(),
+        raw_gates=address(raw_gates),
+        values=address(values),
+        initial_state=address(problem.initial_state),
+        reset=address(problem.reset),
+        states=address(states),
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from statemix.scan.gpu_model import MAX_ORDER, Card, Configuration, Scan, card_of, choose
+from statemix.scan.problem import Problem
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up now: torch.compile could not trace that
 
@@ -33,25 +34,24 @@ class Launch(NamedTuple):
     per: str = "step"
 
 
-def load_problem() -> str | None:
-    """Why the Triton kernels cannot be used here, in a sentence; None if they can."""
-    if not _HAS_TRITON:
-        return "it needs triton, which is not installed: pip install 'statemix[gpu]'."
-    if not torch.cuda.is_available() and not _interpreted():
-        return "it needs a GPU, and torch finds none here."
-    return None
-
-
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def unserved(device: torch.device, dtype: torch.dtype, order: int) -> str | None:
-    """Why the kernels do not serve such tensors; None if they do. The interpreter serves tensors of a CPU alone."""
+def unserved(problem: Problem) -> str | None:
+    """Why the kernels are not here or do not serve the problem; None if they do.
+
+    The interpreter serves tensors of a CPU alone.
+    """
+    if not _HAS_TRITON:
+        return "it needs triton, which is not installed: pip install 'statemix[gpu]'."
+    if not torch.cuda.is_available() and not _interpreted():
+        return "it needs a GPU, and torch finds none here."
+    device, order = problem.values.device, problem.initial_state.shape[1]
     if device.type != ("cpu" if _interpreted() else "cuda"):
         return f"it needs {'CPU' if _interpreted() else 'CUDA'} tensors, got device {device}."
-    if dtype == torch.float64:
-        return f"it computes in float32, got {dtype}."
+    if problem.values.dtype == torch.float64:
+        return f"it computes in float32, got {problem.values.dtype}."
     return f"it serves M up to {MAX_ORDER}, got M = {order}." if order > MAX_ORDER else None
 
 
@@ -139,30 +139,11 @@ def _carry_launches(kind: str, scan: Launch, configuration: Configuration, adjoi
     return [summary, Launch(chunks.relay, constants, pointers, 1, 1, "chunk")]
 
 
-def block_scan(
-    raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str
-) -> tuple[Tensor, Tensor]:
-    """h_t = A_t h_{t-1} + a0_t * v_t. Shapes: `statemix.scan.block_scan`."""
-    return _scan(raw_gates, values, initial_state, reset, normalization, "block")
-
-
-def companion_scan(
-    raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str
-) -> tuple[Tensor, Tensor]:
-    """h_t = sum_{i=1..M} a_{i,t} h_{t-i} + a_{0,t} v_t. Shapes: `statemix.scan.companion_scan`."""
-    return _scan(raw_gates, values, initial_state, reset, normalization, "companion")
-
-
-def observer_scan(
-    raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str
-) -> tuple[Tensor, Tensor]:
-    """h'[0] = a_1 h[0] + h[1] + a_0 v, h'[i] = a_{i+1} h[0] + h[i+1]. Shapes: `statemix.scan.observer_scan`."""
-    return _scan(raw_gates, values, initial_state, reset, normalization, "observer")
-
-
-def _scan(
-    raw_gates: Tensor, values: Tensor, initial_state: Tensor, reset: Tensor | None, normalization: str, kind: str
-) -> tuple[Tensor, Tensor]:
+def scan(problem: Problem) -> tuple[Tensor, Tensor]:
+    """In one pass over time, or in chunks of it: the states, and the state (B, M, N) after the last step."""
+    if problem.values.dtype == torch.float16:
+        problem = problem.widened()
+    kind, raw_gates, values, initial_state, reset, normalization = problem
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (raw_gates, values, initial_state))
     states, final_state, _ = _forward(raw_gates, values, initial_state, reset, normalization, kind, keep)
     return states, final_state
