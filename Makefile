@@ -3,7 +3,7 @@
 # make experiments  train everything the claims need, hours: BUDGET=quick (2 cores) or full (a cluster); it resumes
 # make results      draw the figures and tables of the claims again from results/
 # make sanitize     build the kernels with the address and undefined-behaviour sanitizers, and run them all (minutes)
-# make format       let ruff rewrite the sources
+# make format       let ruff and clang-format rewrite the sources
 
 # TORCH pins the version developed with. Where a CPU build is wanted and the default is another, give pip the index of
 # CPU builds as PyTorch's installation page says.
@@ -11,6 +11,7 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := src tests experiments
+KERNELS := $(wildcard csrc/*.h csrc/*.cpp)
 BUDGET ?= quick
 CLAIMS := state_tracking exact structure normalization memory language regular
 
@@ -21,6 +22,7 @@ quickstart: .venv/installed
 test: .venv/installed
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(KERNELS)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
@@ -45,6 +47,7 @@ sanitize: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/clang-format -i $(KERNELS)
 
 clean:
 	rm -rf .venv build

@@ -4,7 +4,7 @@
 
 namespace statemix {
 
-constexpr int kInterface = 7;   // counts the changes of these structs
+constexpr int kInterface = 7;  // counts the changes of these structs
 constexpr int kMaxOrder = 64;  // largest block size or order served
 
 enum Kind : int32_t { kBlock = 0, kCompanion = 1, kObserver = 2 };
@@ -50,7 +50,7 @@ struct Pair {
   Layer mixer;  // length 1, without reset; x and y are those of the pair
   int64_t mlp_size;
   double mixer_epsilon, mlp_epsilon;
-  const void *mixer_norm, *mlp_norm;     // (D,)
+  const void *mixer_norm, *mlp_norm;        // (D,)
   const void *gate_and_input, *mlp_output;  // (2 mlp_size, D), the gates first; (D, mlp_size)
 };
 

@@ -6,7 +6,7 @@
 
 namespace statemix {
 
-extern const Kernels STATEMIX_KERNELS = {STATEMIX_VECTOR_BYTES, scan_forward, scan_backward, layer_forward, layer_backward,
-                                         layer_step,            pair_step,    model_step,    gated};
+extern const Kernels STATEMIX_KERNELS = {
+    STATEMIX_VECTOR_BYTES, scan_forward, scan_backward, layer_forward, layer_backward, layer_step, pair_step, model_step, gated};
 
 }  // namespace statemix

@@ -150,10 +150,9 @@ struct Pass {
   T* sums = nullptr;  // backward: per thread, the gradients of the weights in the inside layout
 
   Pass(const Layer& p, bool is_backward)
-      : p(p), s(p), recur(recurrence<T>(p.kind, p.order, p.normalization)), packed(s, !is_backward || !p.kept, is_backward), is_backward(is_backward), in_place(p.normalization == kSoftmax),
-        chunk(chunk_rows(s)), chunks((s.length + chunk - 1) / chunk),
-        at_once(steps_at_once(s.rows * s.gates)),
-        per_step(s.rows * s.gates) {
+      : p(p), s(p), recur(recurrence<T>(p.kind, p.order, p.normalization)), packed(s, !is_backward || !p.kept, is_backward),
+        is_backward(is_backward), in_place(p.normalization == kSoftmax), chunk(chunk_rows(s)),
+        chunks((s.length + chunk - 1) / chunk), at_once(steps_at_once(s.rows * s.gates)), per_step(s.rows * s.gates) {
     carries = (V<T>*)scratch(kCarry, s.batch * s.tiles * 2 * s.order * sizeof(V<T>));
     progress = (std::atomic<int64_t>*)scratch(kProgress, s.batch * s.tiles * sizeof(std::atomic<int64_t>));
     for (int64_t i = 0; i < s.batch * s.tiles; ++i) new (&progress[i]) std::atomic<int64_t>(0);
@@ -179,8 +178,7 @@ struct Pass {
   void write_state(const V<T>* from, int64_t b, int64_t v, void* to) const {
     for (int64_t i = 0; i < s.order; ++i)
       for (int64_t l = 0; l < width<T>; ++l)
-        if (const int64_t n = v * width<T> + l; n < s.blocks)
-          ((T*)to)[(b * s.order + i) * s.blocks + n] = ((const T*)&from[i])[l];
+        if (const int64_t n = v * width<T> + l; n < s.blocks) ((T*)to)[(b * s.order + i) * s.blocks + n] = ((const T*)&from[i])[l];
   }
 
   Steps<T> steps_of(int64_t b, int64_t t, int64_t count, int64_t v, T* gates, int64_t stride) const {
@@ -195,8 +193,8 @@ struct Pass {
 
   // raw gates and values of steps t0 .. t0 + count - 1
   void project(int64_t b, int64_t t0, int64_t count, T* to, int64_t stride) const {
-    product<T, false>({count, s.columns, s.width, (const T*)p.x + (b * s.length + t0) * s.width, s.width, packed.in,
-                       kPanel<T>, s.width * kPanel<T>, packed.bias, 0, to, stride},
+    product<T, false>({count, s.columns, s.width, (const T*)p.x + (b * s.length + t0) * s.width, s.width, packed.in, kPanel<T>,
+                       s.width * kPanel<T>, packed.bias, 0, to, stride},
                       false);
   }
 
@@ -247,9 +245,9 @@ struct Pass {
     const T* const seen = lags(b, t0, count, lag_buffer, stride);
     T* const y = (T*)p.y + (b * s.length + t0) * s.width;
     T* const to = narrow ? y : lag_buffer + chunk * s.depth;
-    product<T, false>({count, s.padded_width, s.depth, seen, stride, packed.out, kPanel<T>, s.depth * kPanel<T>, nullptr, 0,
-                       to, s.padded_width},
-                      false);
+    product<T, false>(
+        {count, s.padded_width, s.depth, seen, stride, packed.out, kPanel<T>, s.depth * kPanel<T>, nullptr, 0, to, s.padded_width},
+        false);
     if (!narrow)
       for (int64_t r = 0; r < count; ++r) std::copy(to + r * s.padded_width, to + r * s.padded_width + s.width, y + r * s.width);
   }
@@ -259,8 +257,7 @@ struct Pass {
     for (int64_t i = 0; i < 2 * s.order; ++i) carry[i] = V<T>{};
     read_state(p.initial_state, b, v, carry);
     const int64_t at = v * s.shown * s.lanes;
-    for (int64_t i = 0; i < s.order; ++i)
-      store(s.companion ? states(b, -1 - i) + at : states(b, -1) + at + i * s.lanes, carry[i]);
+    for (int64_t i = 0; i < s.order; ++i) store(s.companion ? states(b, -1 - i) + at : states(b, -1) + at + i * s.lanes, carry[i]);
   }
 
   // dL/dy of steps t0 .. t0 + count - 1 as rows of padded_width, with order - 1 more rows for the companion; zero beyond T.
@@ -355,8 +352,8 @@ struct Pass {
       const T* from = (const T*)p.x + (b * s.length + t0 + r) * s.width;
       for (int64_t d = 0; d < s.padded_width; ++d) x[r * s.row_pitch + d] = d < s.width ? from[d] : T(0);
     }
-    product<T, true>({s.columns, s.padded_width, count, gates, s.pitch, x, s.row_pitch, kPanel<T>, grad_in, s.padded_width,
-                      grad_in, s.padded_width},
+    product<T, true>({s.columns, s.padded_width, count, gates, s.pitch, x, s.row_pitch, kPanel<T>, grad_in, s.padded_width, grad_in,
+                      s.padded_width},
                      true);
     constexpr int64_t few = 8;
     for (int64_t r = 0; r < count; r += few)
@@ -367,11 +364,10 @@ struct Pass {
       }
     int64_t stride;
     const T* const seen = lags(b, t0, count, cut_rows, stride);
-    product<T, true>({s.width, s.depth, count, grad_y, s.row_pitch, seen, stride, kPanel<T>, grad_out, s.depth, grad_out,
-                      s.depth},
+    product<T, true>({s.width, s.depth, count, grad_y, s.row_pitch, seen, stride, kPanel<T>, grad_out, s.depth, grad_out, s.depth},
                      true);
-    product<T, false>({count, s.padded_width, s.columns, gates, s.pitch, packed.in_back, kPanel<T>, s.columns * kPanel<T>,
-                       nullptr, 0, narrow ? grad_x : x, narrow ? s.padded_width : s.row_pitch},
+    product<T, false>({count, s.padded_width, s.columns, gates, s.pitch, packed.in_back, kPanel<T>, s.columns * kPanel<T>, nullptr,
+                       0, narrow ? grad_x : x, narrow ? s.padded_width : s.row_pitch},
                       true);
     if (!narrow)
       for (int64_t r = 0; r < count; ++r) std::copy(x + r * s.row_pitch, x + r * s.row_pitch + s.width, grad_x + r * s.width);
@@ -381,8 +377,7 @@ struct Pass {
       through_output(b, -s.order, s.order, grad_y, cut_rows, grad_states);
       for (int64_t v = 0; v < s.tiles; ++v) {
         V<T>* const carry = carries + (b * s.tiles + v) * 2 * s.order;
-        for (int64_t i = 0; i < s.order; ++i)
-          carry[i] += load(grad_states + (s.order - 1 - i) * s.kept + v * s.shown * s.lanes);
+        for (int64_t i = 0; i < s.order; ++i) carry[i] += load(grad_states + (s.order - 1 - i) * s.kept + v * s.shown * s.lanes);
         write_state(carry, b, v, p.grad_initial_state);
       }
     }

@@ -170,8 +170,7 @@ STATEMIX_INLINE void share_row(V<T> sum, int gates, T* q, T* d, T* sign) {
   const V<T> floor = splat(norm == kRelu ? T(kReluFloor) * gates : T(0));
   sum += floor;
   // a row of zeros has weights of 0: tests/test_gates.py
-  const V<T> inverse =
-      norm == kSoftmax ? reciprocal<T>(sum) : T(1) / (sum < std::numeric_limits<T>::min() ? splat(T(1)) : sum);
+  const V<T> inverse = norm == kSoftmax ? reciprocal<T>(sum) : T(1) / (sum < std::numeric_limits<T>::min() ? splat(T(1)) : sum);
   if constexpr (is_convex(norm)) {
     const V<T> half = T(0.5) * sum;
     V<T> others[2] = {floor, {}};
@@ -240,8 +239,7 @@ STATEMIX_NOINLINE void weigh(const Steps<T> steps, int rows, Weights<T> w) {
     sum = sums;
     for (int t = first; t < end; ++t) {
       T *q = w.q + t * w.step, *d = w.d + t * w.step, *sign = w.sign + t * w.step;
-      for (int i = 0; i < rows; ++i, q += row, d += row, sign += row)
-        share_row<T, norm, slopes>(*sum++, gates, q, d, sign);
+      for (int i = 0; i < rows; ++i, q += row, d += row, sign += row) share_row<T, norm, slopes>(*sum++, gates, q, d, sign);
     }
   }
 }
@@ -363,8 +361,8 @@ STATEMIX_NOINLINE void backward(const Steps<T> steps, Weights<T> w, V<T>* carry)
       if constexpr (softmax)
         store(steps.grad_gates(t, g), sp * (ug - mean));
       else
-        store(steps.grad_gates(t, g), si * load(w.d + t * w.step + g * kSlot<T>) *
-                                          (ug - load(w.sign + sign_step * (t * w.step + g * kSlot<T>)) * mean));
+        store(steps.grad_gates(t, g),
+              si * load(w.d + t * w.step + g * kSlot<T>) * (ug - load(w.sign + sign_step * (t * w.step + g * kSlot<T>)) * mean));
     };
     // every weight is read before its gradient is written: they may share their place
     if constexpr (kind == kObserver) {
@@ -431,10 +429,10 @@ struct Recurrence {
 template <class T, int Order>
 Recurrence<T> recurrence_of_order(int kind, int normalization) {
   Recurrence<T> r{};
-#define STATEMIX_CASE(norm, gates)                                  \
-  case norm:                                                        \
-    r.weigh = weigh<T, norm, false, gates>;                         \
-    r.weigh_to_return = weigh<T, norm, norm != kSoftmax, gates>;    \
+#define STATEMIX_CASE(norm, gates)                               \
+  case norm:                                                     \
+    r.weigh = weigh<T, norm, false, gates>;                      \
+    r.weigh_to_return = weigh<T, norm, norm != kSoftmax, gates>; \
     break;
   switch (normalization) {
     STATEMIX_CASE(kSoftmax, Order ? Order + 1 : 0)  // the default: its rows are unrolled
@@ -446,10 +444,10 @@ Recurrence<T> recurrence_of_order(int kind, int normalization) {
     STATEMIX_CASE(kNone, 0)
   }
 #undef STATEMIX_CASE
-#define STATEMIX_CASE(kind)                                                                                         \
-  case kind:                                                                                                        \
-    r.forward = forward<T, Order, kind>;                                                                            \
-    r.backward = normalization == kSoftmax ? backward<T, Order, kind, true> : backward<T, Order, kind, false>;      \
+#define STATEMIX_CASE(kind)                                                                                    \
+  case kind:                                                                                                   \
+    r.forward = forward<T, Order, kind>;                                                                       \
+    r.backward = normalization == kSoftmax ? backward<T, Order, kind, true> : backward<T, Order, kind, false>; \
     break;
   switch (kind) {
     STATEMIX_CASE(kBlock)

@@ -73,7 +73,9 @@ constexpr int64_t kBufferBytes = 16384;  // of one array of weights: half of the
 constexpr int64_t kMaxSteps = 128;
 constexpr int64_t kChunkBytesRead = 65536;  // and written, of all blocks: a part of the second-level cache
 
-inline int64_t steps_at_once(int64_t per_step) { return std::clamp<int64_t>(kBufferBytes / (per_step * STATEMIX_VECTOR_BYTES), 1, kMaxSteps); }
+inline int64_t steps_at_once(int64_t per_step) {
+  return std::clamp<int64_t>(kBufferBytes / (per_step * STATEMIX_VECTOR_BYTES), 1, kMaxSteps);
+}
 
 // Room for the weights of `steps` steps.
 template <class T>
@@ -172,8 +174,8 @@ void scan(const Scan& p) {
             else if (when >= 0)
               copy_in(made(when, companion ? 0 : i), state_like, (T*)&before[i], 1, 1);
             else
-              copy_in((const T*)p.initial_state + in_initial + (companion ? -1 - when : i) * p.blocks, initial,
-                      (T*)&before[i], 1, 1);
+              copy_in((const T*)p.initial_state + in_initial + (companion ? -1 - when : i) * p.blocks, initial, (T*)&before[i], 1,
+                      1);
           }
 
         V<T>* const carry = carries + (b * vectors + n) * 2 * order;

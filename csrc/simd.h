@@ -35,8 +35,7 @@ struct Lanes<float> {
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // Cody and Waite; high has 9 bits
   static constexpr float lowest = -104.f;                                     // exp is 0 below
   // e^r = 1 + r + r^2 (c_0 + c_1 r + ...) for |r| <= ln(2) / 2: minimax, relative error 3e-9
-  static constexpr float series[] = {0.499999934321f, 0.16666520399f, 0.0416683907835f, 0.00836874510894f,
-                                     0.00138145401768f};
+  static constexpr float series[] = {0.499999934321f, 0.16666520399f, 0.0416683907835f, 0.00836874510894f, 0.00138145401768f};
 };
 template <>
 struct Lanes<double> {
@@ -49,8 +48,8 @@ struct Lanes<double> {
   static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
   static constexpr double lowest = -746.;
   // Taylor: relative error 5e-18
-  static constexpr double series[] = {1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,       1. / 5040,
-                                      1. / 40320,  1. / 362880,  1. / 3628800,  1. / 39916800,  1. / 479001600, 1. / 6227020800.};
+  static constexpr double series[] = {1. / 2,     1. / 6,      1. / 24,      1. / 120,      1. / 720,       1. / 5040,
+                                      1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800.};
 };
 
 template <class T>
@@ -127,7 +126,9 @@ struct Mask<float> {
   static STATEMIX_INLINE Mask bits_below(V<float> a, Lanes<float>::I limit) {
     return {_mm512_cmplt_epi32_mask((__m512i)a, (__m512i)limit)};
   }
-  STATEMIX_INLINE V<float> choose(V<float> a, V<float> b) const { return (V<float>)_mm512_mask_mov_ps((__m512)b, lanes, (__m512)a); }
+  STATEMIX_INLINE V<float> choose(V<float> a, V<float> b) const {
+    return (V<float>)_mm512_mask_mov_ps((__m512)b, lanes, (__m512)a);
+  }
   STATEMIX_INLINE V<float> add(V<float> a, V<float> x) const {
     return (V<float>)_mm512_mask_add_ps((__m512)a, lanes, (__m512)a, (__m512)x);
   }
@@ -141,11 +142,15 @@ struct Mask<float> {
 template <>
 struct Mask<double> {
   __mmask8 lanes;
-  static STATEMIX_INLINE Mask not_above(V<double> a, V<double> b) { return {_mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_NGT_UQ)}; }
+  static STATEMIX_INLINE Mask not_above(V<double> a, V<double> b) {
+    return {_mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_NGT_UQ)};
+  }
   static STATEMIX_INLINE Mask bits_below(V<double> a, Lanes<double>::I limit) {
     return {_mm512_cmplt_epi64_mask((__m512i)a, (__m512i)limit)};
   }
-  STATEMIX_INLINE V<double> choose(V<double> a, V<double> b) const { return (V<double>)_mm512_mask_mov_pd((__m512d)b, lanes, (__m512d)a); }
+  STATEMIX_INLINE V<double> choose(V<double> a, V<double> b) const {
+    return (V<double>)_mm512_mask_mov_pd((__m512d)b, lanes, (__m512d)a);
+  }
   STATEMIX_INLINE V<double> add(V<double> a, V<double> x) const {
     return (V<double>)_mm512_mask_add_pd((__m512d)a, lanes, (__m512d)a, (__m512d)x);
   }
