@@ -38,6 +38,16 @@ static const InstructionSet kInstructionSets[] = {
 };
 constexpr int kCount = sizeof kInstructionSets / sizeof *kInstructionSets;
 
+template <class Problem>
+static int64_t run(void (*Kernels::*kernel)(const Problem&), int index, const Problem& problem) {
+  try {
+    (kInstructionSets[index].kernels.*kernel)(problem);
+    return 0;
+  } catch (const NoMemory& wanted) {
+    return -int64_t(wanted.bytes);
+  }
+}
+
 }  // namespace statemix
 
 using namespace statemix;
@@ -49,17 +59,18 @@ STATEMIX_EXPORT const char* statemix_instruction_set(int index) { return index <
 STATEMIX_EXPORT int statemix_supported(int index) { return kInstructionSets[index].supported; }
 STATEMIX_EXPORT int statemix_vector_bytes(int index) { return kInstructionSets[index].kernels.vector_bytes; }
 STATEMIX_EXPORT int statemix_interface() { return kInterface; }
-STATEMIX_EXPORT void statemix_scan_forward(int index, const Scan* p) { kInstructionSets[index].kernels.scan_forward(*p); }
-STATEMIX_EXPORT void statemix_scan_backward(int index, const Scan* p) { kInstructionSets[index].kernels.scan_backward(*p); }
-STATEMIX_EXPORT void statemix_layer_forward(int index, const Layer* p) { kInstructionSets[index].kernels.layer_forward(*p); }
-STATEMIX_EXPORT void statemix_layer_backward(int index, const Layer* p) { kInstructionSets[index].kernels.layer_backward(*p); }
-STATEMIX_EXPORT void statemix_layer_step(int index, const Layer* p) { kInstructionSets[index].kernels.layer_step(*p); }
-STATEMIX_EXPORT void statemix_pair_step(int index, const Pair* p) { kInstructionSets[index].kernels.pair_step(*p); }
-// -1, or a row whose token is outside the vocabulary: then nothing was done.
+
+// Each kernel returns 0, or -n where it found no memory for n bytes: then nothing was done.
+STATEMIX_EXPORT int64_t statemix_scan_forward(int index, const Scan* p) { return run(&Kernels::scan_forward, index, *p); }
+STATEMIX_EXPORT int64_t statemix_scan_backward(int index, const Scan* p) { return run(&Kernels::scan_backward, index, *p); }
+STATEMIX_EXPORT int64_t statemix_layer_forward(int index, const Layer* p) { return run(&Kernels::layer_forward, index, *p); }
+STATEMIX_EXPORT int64_t statemix_layer_backward(int index, const Layer* p) { return run(&Kernels::layer_backward, index, *p); }
+STATEMIX_EXPORT int64_t statemix_layer_step(int index, const Layer* p) { return run(&Kernels::layer_step, index, *p); }
+STATEMIX_EXPORT int64_t statemix_pair_step(int index, const Pair* p) { return run(&Kernels::pair_step, index, *p); }
+STATEMIX_EXPORT int64_t statemix_gated(int index, const Gated* p) { return run(&Kernels::gated, index, *p); }
+// Or b + 1 where the token of row b is outside the vocabulary: then too nothing was done.
 STATEMIX_EXPORT int64_t statemix_model_step(int index, const Model* p) {
   for (int64_t b = 0; b < p->readout.batch; ++b)
-    if (p->tokens[b] < 0 || p->tokens[b] >= p->vocabulary) return b;
-  kInstructionSets[index].kernels.model_step(*p);
-  return -1;
+    if (p->tokens[b] < 0 || p->tokens[b] >= p->vocabulary) return b + 1;
+  return run(&Kernels::model_step, index, *p);
 }
-STATEMIX_EXPORT void statemix_gated(int index, const Gated* p) { kInstructionSets[index].kernels.gated(*p); }

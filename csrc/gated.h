@@ -15,19 +15,6 @@ namespace {
 constexpr int64_t kGatedPerThread = 1 << 14;  // numbers of y: below, waking another thread takes longer than it saves
 
 template <class T>
-STATEMIX_INLINE V<T> load_lanes(const T* p, int lanes) {
-  if (lanes == width<T>) return load(p);
-  V<T> x{};
-  std::memcpy(&x, p, lanes * sizeof(T));
-  return x;
-}
-template <class T>
-STATEMIX_INLINE void store_lanes(T* p, V<T> x, int lanes) {
-  if (lanes == width<T>) return store(p, x);
-  std::memcpy(p, &x, lanes * sizeof(T));
-}
-
-template <class T>
 void gated(const Gated& p) {
   const int64_t size = p.size, threads = std::clamp<int64_t>(p.rows * size / kGatedPerThread, 1, p.threads);
   in_parallel(threads, [&](int64_t thread, int64_t count) {

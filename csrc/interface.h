@@ -1,10 +1,11 @@
 // The calls from Python: plain structs, filled by src/statemix/kernels/library.py. Field order is the contract.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 namespace statemix {
 
-constexpr int kInterface = 7;  // counts the changes of these structs
+constexpr int kInterface = 8;  // counts the changes of these structs and of what the entry points return
 constexpr int kMaxOrder = 64;  // largest block size or order served
 
 enum Kind : int32_t { kBlock = 0, kCompanion = 1, kObserver = 2 };
@@ -80,6 +81,12 @@ struct Gated {
   int32_t storage, threads;  // kFloat or kDouble
   const void *x, *grad_y;
   void *y, *grad_x;  // null: the one that is not wanted
+};
+
+// What a kernel throws where it finds no memory. It does so before its threads start: an exception that leaves one ends the
+// process.
+struct NoMemory {
+  size_t bytes;  // that were wanted
 };
 
 struct Kernels {

@@ -216,15 +216,13 @@ struct Pass {
     return buffer;
   }
 
-  void forward_chunk(int64_t b, int64_t turn) const {
+  void forward_chunk(int64_t b, int64_t turn, T* buffer, Weights<T> buffer_weights) const {
     const int64_t t0 = turn * chunk, count = std::min(chunk, s.length - t0);
     const bool narrow = s.width == s.padded_width;  // then y can be written where it belongs
-    T* const buffer = (T*)scratch(kChunk, chunk * (s.pitch + s.depth + s.padded_width) * sizeof(T));
     T* const lag_buffer = buffer + chunk * s.pitch;
     T* const gates = p.kept ? (T*)p.kept + (b * s.length + t0) * s.columns : buffer;
     const int64_t pitch = p.kept ? s.columns : s.pitch;
     project(b, t0, count, gates, pitch);
-    const Weights<T> buffer_weights = weights_buffer<T>(at_once, per_step, false);
 
     for (int64_t v = 0; v < s.tiles; ++v) {
       V<T>* const carry = carries + (b * s.tiles + v) * 2 * s.order;
@@ -293,18 +291,21 @@ struct Pass {
   // Per thread: columns x padded_width for the input weights, width x depth for the output's, columns for the bias.
   int64_t sums_size() const { return s.columns * s.padded_width + s.width * s.depth + s.columns; }
 
-  void backward_chunk(int64_t b, int64_t turn, T* sum) const {
+  // Numbers of what a chunk works on: as forward_chunk and backward_chunk lay them out.
+  int64_t chunk_size() const {
+    if (!is_backward) return chunk * (s.pitch + s.depth + s.padded_width);
+    const int64_t rows = std::max(chunk, s.margin), window = s.companion ? s.order - 1 : 0;
+    return chunk * s.pitch + rows * s.kept + 2 * (rows + window) * s.row_pitch + rows * std::max(s.depth, s.order * s.padded_width);
+  }
+
+  void backward_chunk(int64_t b, int64_t turn, T* gates, Weights<T> buffer_weights, T* sum) const {
     const int64_t t0 = (chunks - 1 - turn) * chunk, count = std::min(chunk, s.length - t0), window = s.companion ? s.order - 1 : 0;
     const bool narrow = s.width == s.padded_width;
     const int64_t rows = std::max(chunk, s.margin);
-    T* const gates = (T*)scratch(kChunk, (chunk * s.pitch + rows * s.kept + (2 * rows + 2 * window) * s.row_pitch +
-                                          rows * std::max(s.depth, s.order * s.padded_width)) *
-                                             sizeof(T));
     T* const grad_states = gates + chunk * s.pitch;
     T* const grad_y = grad_states + rows * s.kept;
     T* const x = grad_y + (rows + window) * s.row_pitch;
     T* const cut_rows = x + (rows + window) * s.row_pitch;
-    const Weights<T> buffer_weights = weights_buffer<T>(at_once, per_step, true);
     V<T> before[kMaxOrder];
 
     read_grad_y(b, t0, count + window, grad_y);
@@ -406,17 +407,21 @@ struct Pass {
 
   void run() {
     const int64_t items = s.batch * chunks, wanted = std::min<int64_t>(p.threads, items);
+    const Rooms chunk_rooms(kChunk, wanted, chunk_size() * sizeof(T));
+    const Rooms weight_rooms(kWeights, wanted, weights_size<T>(at_once, per_step, is_backward) * sizeof(T));
     if (is_backward) sums = (T*)scratch(kSums, wanted * sums_size() * sizeof(T));
     in_parallel(wanted, [&](int64_t thread, int64_t threads) {
+      T* const room = (T*)chunk_rooms.of(thread);
+      const Weights<T> weights = weights_in<T>(weight_rooms.of(thread), at_once, per_step, is_backward);
       packed.fill(p, s, thread, threads);
       T* const sum = is_backward ? sums + thread * sums_size() : nullptr;
       if (is_backward) std::fill(sum, sum + sums_size(), T(0));
       barrier(threads);
       for (int64_t item = thread; item < items; item += threads)
         if (is_backward)
-          backward_chunk(item % s.batch, item / s.batch, sum);
+          backward_chunk(item % s.batch, item / s.batch, room, weights, sum);
         else
-          forward_chunk(item % s.batch, item / s.batch);
+          forward_chunk(item % s.batch, item / s.batch, room, weights);
       barrier(threads);
       if (is_backward) write_sums(thread, threads);
     });

@@ -77,36 +77,59 @@ inline int64_t steps_at_once(int64_t per_step) {
   return std::clamp<int64_t>(kBufferBytes / (per_step * STATEMIX_VECTOR_BYTES), 1, kMaxSteps);
 }
 
-// Room for the weights of `steps` steps.
+// Numbers that the weights of `steps` steps take, and those weights in a buffer of that size.
 template <class T>
-Weights<T> weights_buffer(int64_t steps, int64_t per_step, bool is_backward) {
+int64_t weights_size(int64_t steps, int64_t per_step, bool is_backward) {
+  return (is_backward ? 3 : 1) * steps * per_step * kSlot<T>;
+}
+template <class T>
+Weights<T> weights_in(void* buffer, int64_t steps, int64_t per_step, bool is_backward) {
   const int64_t step = per_step * kSlot<T>, size = steps * step;
-  T* const q = (T*)scratch(kWeights, (is_backward ? 3 : 1) * size * sizeof(T));
+  T* const q = (T*)buffer;
   return {q, is_backward ? q + size : q, is_backward ? q + 2 * size : q, step};
 }
 
+// A scan: how it is cut up, the memory that takes, and how it runs. Of that memory all threads have the carries and the progress of
+// all vectors, and each its weights, and raw gates, values, states and their gradients where they are copied.
 template <class T, bool is_backward>
-void scan(const Scan& p) {
-  const auto recur = recurrence<T>(p.kind, p.order, p.normalization);
-  const bool companion = p.kind == kCompanion;
-  const int64_t order = p.order, gates = order + 1, rows = p.kind == kBlock ? order : 1;
-  const int64_t shown = companion ? 1 : order, per_step = rows * gates;
-  const int64_t vectors = (p.blocks + width<T> - 1) / width<T>;
-  // a chunk is read vector by vector, so it must still be in the cache when the last vector is
-  const int64_t step_bytes = (per_step + rows + shown) * p.blocks * int64_t(sizeof(T)) * (is_backward ? 2 : 1);
-  const int64_t chunk = std::min(steps_at_once(per_step), std::max<int64_t>(8, kChunkBytesRead / step_bytes));
-  const int64_t chunks = (p.length + chunk - 1) / chunk;
-  const int64_t groups = std::min(vectors, (p.threads + p.batch - 1) / p.batch), units = p.batch * groups;
+struct ScanPass {
+  const Scan& p;
+  bool companion;
+  int64_t order, rows, shown, per_step, vectors, chunk, chunks, groups, units, threads, copied;
+  size_t carry_bytes, progress_bytes, weight_bytes, thread_bytes;
+
+  explicit ScanPass(const Scan& p) : p(p), companion(p.kind == kCompanion), order(p.order) {
+    rows = p.kind == kBlock ? order : 1, shown = companion ? 1 : order, per_step = rows * (order + 1);
+    vectors = (p.blocks + width<T> - 1) / width<T>;
+    // a chunk is read vector by vector, so it must still be in the cache when the last vector is
+    const int64_t step_bytes = (per_step + rows + shown) * p.blocks * int64_t(sizeof(T)) * (is_backward ? 2 : 1);
+    chunk = std::min({steps_at_once(per_step), std::max<int64_t>(8, kChunkBytesRead / step_bytes), p.length});
+    chunks = (p.length + chunk - 1) / chunk;
+    groups = std::min(vectors, (p.threads + p.batch - 1) / p.batch), units = p.batch * groups;
+    threads = std::min<int64_t>(p.threads, units * chunks);
+    copied = chunk * (per_step + rows + shown) * width<T>;
+    carry_bytes = whole_lines(p.batch * vectors * 2 * order * sizeof(V<T>));
+    progress_bytes = whole_lines(p.batch * vectors * sizeof(std::atomic<int64_t>));
+    weight_bytes = whole_lines(weights_size<T>(chunk, per_step, is_backward) * sizeof(T));
+    thread_bytes = weight_bytes + whole_lines((is_backward ? 2 : 1) * copied * sizeof(T));
+  }
+  size_t bytes() const { return carry_bytes + progress_bytes + threads * thread_bytes; }
+  void run(char* room) const;
+};
+
+template <class T, bool is_backward>
+void ScanPass<T, is_backward>::run(char* room) const {
+  const auto recur = recurrence<T>(p.kind, order, p.normalization);
   const size_t element = p.storage == kBfloat16 ? 2 : sizeof(T);
 
-  V<T>* const carries = (V<T>*)scratch(kCarry, p.batch * vectors * 2 * order * sizeof(V<T>));
-  auto* const progress = (std::atomic<int64_t>*)scratch(kProgress, p.batch * vectors * sizeof(std::atomic<int64_t>));
+  V<T>* const carries = (V<T>*)room;
+  auto* const progress = (std::atomic<int64_t>*)(room + carry_bytes);
+  char* const rooms = room + carry_bytes + progress_bytes;
   for (int64_t i = 0; i < p.batch * vectors; ++i) new (&progress[i]) std::atomic<int64_t>(0);
 
-  in_parallel(std::min<int64_t>(p.threads, units * chunks), [&](int64_t thread, int64_t threads) {
-    const Weights<T> w = weights_buffer<T>(chunk, per_step, is_backward);
-    // what is copied: gates, values, states, and their gradients
-    const int64_t sizes = chunk * (per_step + rows + shown) * width<T>;
+  in_parallel(threads, [&](int64_t thread, int64_t threads) {
+    const Weights<T> w = weights_in<T>(rooms + thread * thread_bytes, chunk, per_step, is_backward);
+    T* const copies = (T*)(rooms + thread * thread_bytes + weight_bytes);
     V<T> before[kMaxOrder];
 
     for (int64_t item = thread; item < units * chunks; item += threads) {
@@ -141,15 +164,14 @@ void scan(const Scan& p) {
         steps.reset = p.reset ? p.reset + b * p.length + t0 : nullptr;
         steps.before = before, steps.next = is_backward ? -chunk : chunk;
         if (staged) {
-          T* const stage = (T*)scratch(kStage, 2 * sizes * sizeof(T));
-          steps.gates = {stage, per_step * width<T>, width<T>};
-          steps.values = {stage + chunk * per_step * width<T>, rows * width<T>, width<T>};
-          steps.states = {stage + chunk * (per_step + rows) * width<T>, shown * width<T>, width<T>};
+          steps.gates = {copies, per_step * width<T>, width<T>};
+          steps.values = {copies + chunk * per_step * width<T>, rows * width<T>, width<T>};
+          steps.states = {copies + chunk * (per_step + rows) * width<T>, shown * width<T>, width<T>};
           copy_in(gate_at, gate_like, steps.gates.at, count, per_step);
           copy_in(value_at, value_like, steps.values.at, count, rows);
           if (is_backward) {
             steps.grad_gates = steps.gates, steps.grad_values = steps.values, steps.grad_states = steps.states;
-            steps.grad_gates.at += sizes, steps.grad_values.at += sizes, steps.grad_states.at += sizes;
+            steps.grad_gates.at += copied, steps.grad_values.at += copied, steps.grad_states.at += copied;
             copy_in(state_at, state_like, steps.states.at, count, shown);
             copy_in(grad_state_at, state_like, steps.grad_states.at, count, shown);
           }
@@ -203,6 +225,12 @@ void scan(const Scan& p) {
       }
     }
   });
+}
+
+template <class T, bool is_backward>
+void scan(const Scan& p) {
+  const ScanPass<T, is_backward> pass(p);
+  pass.run((char*)scratch(kScan, pass.bytes()));
 }
 
 size_t bytes(const Scan& p, int64_t per_step) {

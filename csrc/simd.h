@@ -73,6 +73,20 @@ STATEMIX_INLINE void store(T* p, V<T> x) {
   std::memcpy(p, &x, sizeof x);
 }
 
+// The first `lanes` of a vector, zeros behind them.
+template <class T>
+STATEMIX_INLINE V<T> load_lanes(const T* p, int lanes) {
+  if (lanes == width<T>) return load(p);
+  V<T> x{};
+  std::memcpy(&x, p, lanes * sizeof(T));
+  return x;
+}
+template <class T>
+STATEMIX_INLINE void store_lanes(T* p, V<T> x, int lanes) {
+  if (lanes == width<T>) return store(p, x);
+  std::memcpy(p, &x, lanes * sizeof(T));
+}
+
 // Four numbers: what is left of vectors of any size when their lanes are added up.
 template <class T>
 struct Quad {

@@ -1,7 +1,8 @@
-// One token: through a mixer alone, a residual pair of mixer and SwiGLU, or a whole model.
+// One token of each row: through a mixer alone, a residual pair of mixer and SwiGLU, or a whole model.
 //
-// Nearly all of the time goes into reading the weights, once each. So nothing is packed, and threads share out the rows of a
-// weight; each waits for the others before it needs what they made.
+// Most of the time goes into reading the weights: once for all rows, so nothing is packed. Threads share out the rows of a weight,
+// and each waits for the others before it needs what they made. Every number is added up in the same order for any number of rows
+// and threads, so a row is, bit for bit, what it is alone.
 #pragma once
 #include "scans.h"
 
@@ -11,6 +12,12 @@
 namespace statemix {
 namespace {
 
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kStepRows = 6;  // that meet four rows of a weight at a time: with their sums what 32 registers hold
+#else
+constexpr int kStepRows = 3;  // and 16
+#endif
+
 constexpr int64_t kBytesPerThread = 1 << 18;  // of weights: below, waiting for another thread takes longer than it saves
 
 constexpr int64_t kRowsAhead = 8;  // of a weight: read once, it comes as fast as it is asked for
@@ -19,137 +26,246 @@ constexpr int64_t kRowsAhead = 8;  // of a weight: read once, it comes as fast a
 struct Team {
   int64_t thread, threads;
   void wait() const { barrier(threads); }
-  bool first() const { return thread == 0; }
+  int64_t begin(int64_t count) const { return share(count, thread, threads); }
+  int64_t end(int64_t count) const { return share(count, thread + 1, threads); }
 };
 
-// use(r, weight[r] . x + bias[r]) for this thread's share of the rows of weight (count x width).
-template <class T, class Use>
-void times_vector(Team team, const T* weight, const T* bias, const T* x, int64_t count, int64_t width, const Use& use) {
+// Numbers of each row of the batch, `stride` apart.
+template <class T>
+struct Batch {
+  T* at;
+  int64_t stride;
+  T* operator[](int64_t b) const { return at + b * stride; }
+};
+
+// y[b][r] = start[b][r] + weight[r] . x[b]
+template <class T>
+struct Affine {
+  int64_t count, width;  // of the weight
+  const T* weight;
+  Batch<const T> start;  // null: zero
+  Batch<const T> x;
+  Batch<T> y;
+};
+
+// For four rows of a weight, past `end` the last again, and `Rows` rows from b on.
+template <class T, int Rows>
+STATEMIX_INLINE void four_by(const Affine<T>& p, int64_t r, int64_t end, int64_t b) {
   constexpr int lanes = statemix::width<T>;
-  const int64_t end = share(count, team.thread + 1, team.threads);
-  for (int64_t r = share(count, team.thread, team.threads); r < end; r += 4) {
-    const T* row[4];
-    for (int i = 0; i < 4; ++i) row[i] = weight + std::min(r + i, end - 1) * width;  // past the end the last row again
-    V<T> sum[4] = {};
-    int64_t d = 0;
-    for (; d + lanes <= width; d += lanes) {
-      const V<T> at = load(x + d);
+  const T *weight[4], *x[Rows];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        sum[i] += load(row[i] + d) * at;
-        __builtin_prefetch(row[i] + kRowsAhead * width + d, 0, 3);
+  for (int i = 0; i < 4; ++i) weight[i] = p.weight + std::min(r + i, end - 1) * p.width;
+#pragma GCC unroll 6
+  for (int k = 0; k < Rows; ++k) x[k] = p.x[b + k];
+  V<T> sum[Rows][4] = {};
+  const auto add = [&](int64_t d, const auto& load) {
+    V<T> at[Rows];
+#pragma GCC unroll 6
+    for (int k = 0; k < Rows; ++k) at[k] = load(x[k] + d);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const V<T> w = load(weight[i] + d);
+#pragma GCC unroll 6
+      for (int k = 0; k < Rows; ++k) sum[k][i] += w * at[k];
+    }
+  };
+  int64_t d = 0;
+  for (; d + lanes <= p.width; d += lanes) {
+    add(d, [](const T* from) { return load(from); });
+    for (int i = 0; i < 4; ++i) __builtin_prefetch(weight[i] + kRowsAhead * p.width + d, 0, 3);
+  }
+  if (const int left = int(p.width - d)) add(d, [&](const T* from) { return load_lanes(from, left); });
+#pragma GCC unroll 6
+  for (int k = 0; k < Rows; ++k) {
+    const auto total = totals<T>(sum[k]);
+    T* const y = p.y[b + k] + r;
+    const T* const start = p.start.at ? p.start[b + k] + r : nullptr;
+    for (int i = 0; i < 4 && r + i < end; ++i) y[i] = start ? start[i] + total[i] : total[i];
+  }
+}
+
+// This thread's share of the rows of the weight, for all rows of the batch.
+template <class T>
+STATEMIX_NOINLINE void multiply(Team team, int64_t batch, const Affine<T>& p) {
+  const int64_t end = team.end(p.count);
+  for (int64_t r = team.begin(p.count); r < end; r += 4)
+    for (int64_t b = 0; b < batch; b += kStepRows) switch (std::min<int64_t>(batch - b, kStepRows)) {
+        case 1: four_by<T, 1>(p, r, end, b); break;
+        case 2: four_by<T, 2>(p, r, end, b); break;
+#if defined(__AVX512F__) || defined(__aarch64__)
+        case 3: four_by<T, 3>(p, r, end, b); break;
+        case 4: four_by<T, 4>(p, r, end, b); break;
+        case 5: four_by<T, 5>(p, r, end, b); break;
+#endif
+        default: four_by<T, kStepRows>(p, r, end, b);
       }
-    }
-    const auto total = totals<T>(sum);
-    for (int i = 0; i < 4 && r + i < end; ++i) {
-      T rest = bias ? bias[r + i] : T(0);
-      for (int64_t left = d; left < width; ++left) rest += row[i][left] * x[left];
-      use(r + i, total[i] + rest);
-    }
-  }
 }
 
-// Numbers that pass from one thread to another for one token of a mixer: raw gates, values, states.
-inline int64_t mixer_room(const Layer& p) {
-  const int64_t rows = p.kind == kBlock ? p.order : 1;
-  return (rows * (p.order + 2) + p.order) * p.blocks;
-}
-inline int64_t mixer_weights(const Layer& p) { return p.width * mixer_room(p); }
+inline int64_t rows_of(const Layer& p) { return p.kind == kBlock ? p.order : 1; }
+inline int64_t gates_of(const Layer& p) { return rows_of(p) * (p.order + 1) * p.blocks; }
+inline int64_t values_of(const Layer& p) { return rows_of(p) * p.blocks; }
+inline int64_t mixer_weights(const Layer& p) { return p.width * (gates_of(p) + values_of(p) + p.order * p.blocks); }
 
-// y[d] = read-out[d] + (residual ? residual[d] : 0) for token b, whose mixer input is x; also its final state.
+// The scan of one step of `count` rows from b on; where its inputs and states are, mix says.
+inline Scan step_scan(const Layer& p, int64_t b, int64_t count) {
+  Scan scan{};
+  scan.batch = count, scan.length = 1, scan.order = p.order, scan.blocks = p.blocks;
+  scan.kind = p.kind, scan.normalization = p.normalization, scan.storage = p.storage, scan.threads = 1;
+  const int64_t at = b * p.order * p.blocks * (p.storage == kDouble ? 8 : 4);
+  scan.initial_state = (const char*)p.initial_state + at, scan.final_state = (char*)p.final_state + at;
+  return scan;
+}
+
+// Where the numbers of a step are between its products, for a whole team and batch.
 template <class T>
-void mix(Team team, const Layer& p, int64_t b, const T* x, const T* residual, T* room, T* y) {
-  const int64_t rows = p.kind == kBlock ? p.order : 1, gates = rows * (p.order + 1) * p.blocks, values = rows * p.blocks;
-  const int64_t state = p.order * p.blocks;
-  times_vector(team, (const T*)p.gate_weight, (const T*)p.gate_bias, x, gates, p.width, [&](int64_t r, T z) { room[r] = z; });
-  times_vector(team, (const T*)p.value_weight, (const T*)nullptr, x, values, p.width, [&](int64_t r, T v) { room[gates + r] = v; });
+struct StepRoom {
+  int64_t inputs, states, mixed, halves;  // of a row: raw gates and values; states; the mixer's part; gates and input of the SwiGLU
+  size_t scan_bytes;                      // of a row: what the scans of several take is no more
+  int64_t batch;
+
+  explicit StepRoom(const Layer& p, int64_t mlp_size = 0)
+      : inputs(gates_of(p) + values_of(p)), states(p.order * p.blocks), mixed(mlp_size ? p.width : 0), halves(2 * mlp_size),
+        scan_bytes(ScanPass<T, false>(step_scan(p, 0, 1)).bytes()), batch(p.batch) {}
+  size_t numbers_bytes() const { return whole_lines(batch * (inputs + states + mixed + halves) * sizeof(T)); }
+  size_t bytes() const { return numbers_bytes() + batch * scan_bytes; }
+
+  Batch<T> inputs_in(char* room) const { return {(T*)room, inputs}; }
+  Batch<T> states_in(char* room) const { return {inputs_in(room)[batch], states}; }
+  Batch<T> mixed_in(char* room) const { return {states_in(room)[batch], mixed}; }
+  Batch<T> halves_in(char* room) const { return {mixed_in(room)[batch], halves}; }
+  char* scan_in(char* room, int64_t b) const { return room + numbers_bytes() + b * scan_bytes; }
+};
+
+template <class T>
+Batch<const T> read(Batch<T> x) {
+  return {x.at, x.stride};
+}
+
+// y[b] = start[b] + read-out for the mixer's inputs x, and the final states.
+template <class T>
+void mix(Team team, const Layer& p, Batch<const T> x, Batch<const T> start, const StepRoom<T>& room, char* at, Batch<T> y) {
+  const int64_t gates = gates_of(p), state = p.order * p.blocks;
+  const Batch<T> inputs = room.inputs_in(at), values = {inputs.at + gates, inputs.stride};
+  multiply<T>(team, p.batch, {gates, p.width, (const T*)p.gate_weight, {(const T*)p.gate_bias, 0}, x, inputs});
+  multiply<T>(team, p.batch, {values_of(p), p.width, (const T*)p.value_weight, {}, x, values});
   team.wait();
-  if (team.first()) {
-    Scan scan{};
-    scan.batch = scan.length = 1, scan.order = p.order, scan.blocks = p.blocks;
-    scan.kind = p.kind, scan.normalization = p.normalization, scan.storage = p.storage, scan.threads = 1;
-    scan.raw_gates = room, scan.values = room + gates, scan.states = room + gates + values;
-    scan.initial_state = (const T*)p.initial_state + b * state;
-    scan.final_state = (T*)p.final_state + b * state;
-    statemix::scan<T, false>(scan);
+  const int64_t b = team.begin(p.batch), count = team.end(p.batch) - b;
+  if (count > 0) {
+    Scan scan = step_scan(p, b, count);
+    scan.gate_batch_stride = scan.value_batch_stride = inputs.stride;
+    scan.raw_gates = inputs[b], scan.values = values[b], scan.states = room.states_in(at)[b];
+    ScanPass<T, false>(scan).run(room.scan_in(at, b));
   }
   team.wait();
-  times_vector(team, (const T*)p.output_weight, (const T*)nullptr, (const T*)p.final_state + b * state, p.width, state,
-               [&](int64_t d, T value) { y[d] = residual ? residual[d] + value : value; });
+  multiply<T>(team, p.batch, {p.width, state, (const T*)p.output_weight, start, {(const T*)p.final_state, state}, y});
 }
 
-// x weight / sqrt(mean(x^2) + epsilon), in this thread's own memory: all threads need all of it.
+// y[b] = x[b] weight / sqrt(mean(x[b]^2) + epsilon), in this thread's own memory: all threads need all of it.
 template <class T>
-const T* normed(const T* x, const T* weight, double epsilon, int64_t width) {
-  T* const y = (T*)scratch(kNormed, width * sizeof(T));
-  T sum = 0;
-  for (int64_t d = 0; d < width; ++d) sum += x[d] * x[d];
-  const T inverse = T(1) / std::sqrt(sum / T(width) + T(epsilon));
-  for (int64_t d = 0; d < width; ++d) y[d] = x[d] * inverse * weight[d];
-  return y;
+Batch<const T> normed(int64_t batch, int64_t width, Batch<const T> x, const T* weight, double epsilon, char* room) {
+  constexpr int lanes = statemix::width<T>;
+  const Batch<T> y{(T*)room, width};
+  for (int64_t b = 0; b < batch; ++b) {
+    V<T> squares{};
+    for (int64_t d = 0; d < width; d += lanes) {
+      const V<T> at = load_lanes(x[b] + d, int(std::min<int64_t>(width - d, lanes)));
+      squares += at * at;
+    }
+    T sum = 0;
+    for (int l = 0; l < lanes; ++l) sum += squares[l];
+    const T inverse = T(1) / std::sqrt(sum / T(width) + T(epsilon));
+    for (int64_t d = 0; d < width; ++d) y[b][d] = x[b][d] * inverse * weight[d];
+  }
+  return read(y);
 }
 
-inline int64_t team_size(int64_t threads, int64_t weights, size_t size) {
-  return std::clamp<int64_t>(weights * int64_t(size) / kBytesPerThread, 1, threads);
+// silu(gate) * input of this thread's share of the SwiGLU, in the place of the gates.
+template <class T>
+void gate(Team team, int64_t batch, int64_t size, Batch<T> halves) {
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t i = team.begin(size), end = team.end(size); i < end; i += width<T>) {
+      const int lanes = int(std::min<int64_t>(end - i, width<T>));
+      T* const at = halves[b] + i;
+      const V<T> gates = load_lanes(at, lanes);
+      store_lanes<T>(at, gates * Sigmoid<T>(gates).value * load_lanes(at + size, lanes), lanes);
+    }
+}
+
+template <class T>
+void through(Team team, const Pair& p, const StepRoom<T>& room, char* at, char* own) {
+  const Layer& mixer = p.mixer;
+  const int64_t batch = mixer.batch, width = mixer.width, size = p.mlp_size;
+  const Batch<const T> x{(const T*)mixer.x, width};
+  const Batch<T> mixed = room.mixed_in(at), halves = room.halves_in(at);
+  mix<T>(team, mixer, normed(batch, width, x, (const T*)p.mixer_norm, p.mixer_epsilon, own), x, room, at, mixed);
+  team.wait();
+  const Batch<const T> z = normed(batch, width, read(mixed), (const T*)p.mlp_norm, p.mlp_epsilon, own);
+  const T* const gates = (const T*)p.gate_and_input;
+  // the same share of both halves: what a thread wrote it multiplies itself
+  multiply<T>(team, batch, {size, width, gates, {}, z, halves});
+  multiply<T>(team, batch, {size, width, gates + size * width, {}, z, {halves.at + size, halves.stride}});
+  gate(team, batch, size, halves);
+  team.wait();
+  multiply<T>(team, batch, {width, size, (const T*)p.mlp_output, read(mixed), read(halves), {(T*)mixer.y, width}});
+}
+
+template <class T>
+void through(Team team, const Readout& p, char* own) {
+  const Batch<const T> z = normed(p.batch, p.width, {(const T*)p.x, p.width}, (const T*)p.norm, p.epsilon, own);
+  multiply<T>(team, p.batch, {p.count, p.width, (const T*)p.weight, {}, z, {(T*)p.y, p.count}});
+}
+
+inline int64_t pair_weights(const Pair& p) { return mixer_weights(p.mixer) + 3 * p.mixer.width * p.mlp_size; }
+
+// Threads for a part that reads so many weights: arithmetic on one row takes about a quarter of the time of reading them.
+template <class T>
+int64_t team_size(int64_t threads, int64_t weights, int64_t batch) {
+  return std::clamp<int64_t>(weights * int64_t(sizeof(T)) * (batch + 3) / 4 / kBytesPerThread, 1, threads);
+}
+
+template <class Body>
+void in_team(int64_t threads, const Body& body) {
+  in_parallel(threads, [&](int64_t thread, int64_t together) { body(Team{thread, together}); });
 }
 
 template <class T>
 void step(const Layer& p) {
-  T* const room = (T*)scratch(kStep, mixer_room(p) * sizeof(T));
-  in_parallel(team_size(p.threads, mixer_weights(p), sizeof(T)), [&](int64_t thread, int64_t threads) {
-    const Team team{thread, threads};
-    for (int64_t b = 0; b < p.batch; ++b) {
-      mix<T>(team, p, b, (const T*)p.x + b * p.width, nullptr, room, (T*)p.y + b * p.width);
-      team.wait();  // before the next token overwrites the room
-    }
-  });
+  const StepRoom<T> room(p);
+  char* const at = (char*)scratch(kStep, room.bytes());
+  in_team(team_size<T>(p.threads, mixer_weights(p), p.batch),
+          [&](Team team) { mix<T>(team, p, {(const T*)p.x, p.width}, {}, room, at, {(T*)p.y, p.width}); });
 }
 
 template <class T>
 void step(const Pair& p) {
-  const int64_t width = p.mixer.width, weights = mixer_weights(p.mixer) + 3 * width * p.mlp_size;
-  T* const room = (T*)scratch(kStep, (mixer_room(p.mixer) + p.mlp_size + width) * sizeof(T));
-  T *const inner = room + mixer_room(p.mixer), *const mixed = inner + p.mlp_size;
-  const T* const input = (const T*)p.gate_and_input + p.mlp_size * width;
-  in_parallel(team_size(p.mixer.threads, weights, sizeof(T)), [&](int64_t thread, int64_t threads) {
-    const Team team{thread, threads};
-    for (int64_t b = 0; b < p.mixer.batch; ++b) {
-      const T* const x = (const T*)p.mixer.x + b * width;
-      T* const y = (T*)p.mixer.y + b * width;
-      mix<T>(team, p.mixer, b, normed(x, (const T*)p.mixer_norm, p.mixer_epsilon, width), x, room, mixed);
-      team.wait();
-      const T* const z = normed((const T*)mixed, (const T*)p.mlp_norm, p.mlp_epsilon, width);
-      // the same share of both halves: what a thread wrote as a gate it multiplies itself
-      times_vector(team, (const T*)p.gate_and_input, (const T*)nullptr, z, p.mlp_size, width,
-                   [&](int64_t r, T gate) { inner[r] = gate / (T(1) + std::exp(-gate)); });
-      times_vector(team, input, (const T*)nullptr, z, p.mlp_size, width, [&](int64_t r, T value) { inner[r] *= value; });
-      team.wait();
-      times_vector(team, (const T*)p.mlp_output, (const T*)nullptr, (const T*)inner, width, p.mlp_size,
-                   [&](int64_t d, T value) { y[d] = mixed[d] + value; });
-      team.wait();
-    }
-  });
+  const StepRoom<T> room(p.mixer, p.mlp_size);
+  const int64_t threads = team_size<T>(p.mixer.threads, pair_weights(p), p.mixer.batch);
+  char* const at = (char*)scratch(kStep, room.bytes());
+  const Rooms own(kNormed, threads, p.mixer.batch * p.mixer.width * sizeof(T));
+  in_team(threads, [&](Team team) { through<T>(team, p, room, at, own.of(team.thread)); });
 }
 
-template <class T>
-void step(const Readout& p) {
-  in_parallel(team_size(p.threads, p.width * p.count, sizeof(T)), [&](int64_t thread, int64_t threads) {
-    for (int64_t b = 0; b < p.batch; ++b) {
-      T* const y = (T*)p.y + b * p.count;
-      const T* const z = normed((const T*)p.x + b * p.width, (const T*)p.norm, p.epsilon, p.width);
-      times_vector(Team{thread, threads}, (const T*)p.weight, (const T*)nullptr, z, p.count, p.width,
-                   [&](int64_t r, T logit) { y[r] = logit; });
-    }
-  });
-}
-
+// The team stays together from the first layer to the logits.
 template <class T>
 void step(const Model& p) {
-  const int64_t width = p.readout.width;
-  for (int64_t b = 0; b < p.readout.batch; ++b)
-    std::copy_n((const T*)p.embedding + p.tokens[b] * width, width, (T*)p.stream + b * width);
-  for (int64_t i = 0; i < p.layers; ++i) step<T>(p.pairs[i]);
-  step<T>(p.readout);
+  const int64_t batch = p.readout.batch, width = p.readout.width;
+  int64_t weights = width * p.readout.count;
+  size_t bytes = 0;
+  for (int64_t i = 0; i < p.layers; ++i) {
+    weights = std::max(weights, pair_weights(p.pairs[i]));
+    bytes = std::max(bytes, StepRoom<T>(p.pairs[i].mixer, p.pairs[i].mlp_size).bytes());
+  }
+  const int64_t threads = team_size<T>(p.readout.threads, weights, batch);
+  char* const at = (char*)scratch(kStep, bytes);
+  const Rooms own(kNormed, threads, batch * width * sizeof(T));
+  for (int64_t b = 0; b < batch; ++b) std::copy_n((const T*)p.embedding + p.tokens[b] * width, width, (T*)p.stream + b * width);
+  in_team(threads, [&](Team team) {
+    for (int64_t i = 0; i < p.layers; ++i) {
+      through<T>(team, p.pairs[i], StepRoom<T>(p.pairs[i].mixer, p.pairs[i].mlp_size), at, own.of(team.thread));
+      team.wait();
+    }
+    through<T>(team, p.readout, own.of(team.thread));
+  });
 }
 
 void layer_step(const Layer& p) { p.storage == kDouble ? step<double>(p) : step<float>(p); }

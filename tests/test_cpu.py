@@ -228,6 +228,77 @@ def test_an_instruction_set_that_is_not_here_is_refused():
     assert kernels.instruction_set() in kernels.instruction_sets()
 
 
+STARVED = """
+import resource, sys, threading
+import torch
+from statemix import BDLRU, SequenceModel, companion_scan
+from statemix.generate import Decoder
+
+torch.set_num_threads(2)
+layer, wide = BDLRU(128, 32, 4), BDLRU(64, 64, 16)
+model = SequenceModel(11, 64, 2, {"name": "bd_lru", "num_blocks": 64, "block_size": 16})
+x = torch.randn(4, 300, 128, requires_grad=True)
+gates, values = torch.randn(1, 100, 65, 1, requires_grad=True), torch.randn(1, 100, 1, requires_grad=True)
+
+def scan():
+    states = companion_scan(gates, values, backend="cpu")
+    return states, *torch.autograd.grad(states.sum(), (gates, values))
+
+def sequence():
+    y, state = layer(x)
+    return y, state, *torch.autograd.grad(y.sum() + state.sum(), (x, *layer.parameters()))
+
+@torch.no_grad()
+def step():
+    return wide.step(x[0, :8, :64].contiguous())
+
+def decode():
+    return (Decoder(model, batch=8).step(torch.arange(8)),)
+
+call, expected = globals()[sys.argv[1]], []
+first = threading.Thread(target=lambda: expected.extend(call()))
+first.start()
+first.join()  # what the kernels keep between calls, they keep for the thread that called
+with open("/proc/self/statm") as sizes:
+    used = int(sizes.read().split()[0]) * resource.getpagesize()
+_, most = resource.getrlimit(resource.RLIMIT_AS)
+for megabytes in (-16, -12, -8, -6, -4, -2, 0, 1, 2, 4, 6, 8, 16, 32, 256):
+    resource.setrlimit(resource.RLIMIT_AS, (used + int(megabytes * 2**20), most))
+    try:
+        results, outcome = call(), "right"
+    except MemoryError as error:
+        results, outcome = expected, str(error)
+    except RuntimeError as error:  # a tensor's memory is torch's affair
+        assert "can't allocate memory" in str(error)
+        results, outcome = expected, "no tensor"
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    for result, wanted in zip(results, expected, strict=True):
+        assert (result - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+    print(outcome)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit the memory of a process")
+@pytest.mark.parametrize("call", ["scan", "sequence", "step", "decode"])
+def test_without_memory_a_call_raises_or_is_right(call):
+    """The process lives on: also where a thread finds none for its stack, which makes the threads fewer."""
+    # memory that was freed goes back to the system at once, so that the limits mean something
+    environment = os.environ | {
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": "32768",
+        "MALLOC_TRIM_THRESHOLD_": "0",
+    }
+    command = [sys.executable, "-c", STARVED, call]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    outcomes = process.stdout.splitlines()
+    assert len(outcomes) == 15
+    assert outcomes[-1] == "right"
+    refused = re.compile(r"statemix_\w+: the kernel needs [\d,]+ bytes besides its results, and found no memory\.")
+    assert any(map(refused.fullmatch, outcomes)), outcomes
+    assert all(outcome in ("right", "no tensor") or refused.fullmatch(outcome) for outcome in outcomes), outcomes
+
+
 @pytest.fixture
 def spoiled(request, monkeypatch, tmp_path):
     """A process in which the library, not loaded yet, cannot be used, and the pattern of why."""

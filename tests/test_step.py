@@ -53,7 +53,7 @@ def assert_step(pair: Layer, x: Tensor, state: Tensor | None) -> None:
 
 @pytest.mark.parametrize("instruction_set", kernels.instruction_sets(), indirect=True)
 @pytest.mark.parametrize("kind", MIXERS)
-@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("batch", [1, 3, 8, 17, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_step_is_what_the_modules_do(generator, calls, instruction_set, kind, batch, dtype):
     pair = make_pair(MIXERS[kind]).to(dtype)

@@ -18,9 +18,19 @@ MAX_ORDER = 64  # kMaxOrder in csrc/interface.h
 LIBRARY = "statemix_cpu.so"
 INSTRUCTION_SET_VARIABLE = "STATEMIX_INSTRUCTION_SET"
 
-INTERFACE = 7  # kInterface in csrc/interface.h
+INTERFACE = 8  # kInterface in csrc/interface.h
 KINDS = {"block": 0, "companion": 1, "observer": 2}
 NORMALIZATIONS = {name: record.code for name, record in gates.NORMALIZATIONS.items()}
+FUNCTIONS = (
+    "statemix_scan_forward",
+    "statemix_scan_backward",
+    "statemix_layer_forward",
+    "statemix_layer_backward",
+    "statemix_layer_step",
+    "statemix_pair_step",
+    "statemix_model_step",
+    "statemix_gated",
+)
 STORAGES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 
@@ -112,7 +122,8 @@ class Library:
         if getattr(library, "statemix_interface", int)() != INTERFACE:
             raise OSError(f"{path} is from another version of statemix. Install again.")
         library.statemix_instruction_set.restype = ctypes.c_char_p
-        library.statemix_model_step.restype = ctypes.c_int64
+        for function in FUNCTIONS:
+            getattr(library, function).restype = ctypes.c_int64
         names: list[str] = []
         while (name := library.statemix_instruction_set(len(names))) is not None:
             names.append(name.decode())
@@ -126,9 +137,32 @@ class Library:
             )
         self._library = library
 
-    def run(self, function: str, problem: ctypes.Structure) -> Any:
-        """Call a C entry point for the instruction set in use."""
-        return getattr(self._library, function)(self.supported[self.instruction_set], ctypes.byref(problem))
+    def run(self, function: str, problem: ctypes.Structure, instruction_set: str | None = None) -> int:
+        """Call a C entry point.
+
+        Args:
+            function: one of `FUNCTIONS`.
+            problem: the struct that it takes.
+            instruction_set: whose kernel runs. None: the one in use, which another thread may change at any moment. So
+                a call that also makes room by it reads it once and names it here.
+
+        Returns:
+            0, or what the entry point says was wrong with the problem: csrc/dispatch.cpp.
+
+        Raises:
+            MemoryError: there is too little memory for what the kernel needs besides its results. Nothing was done.
+        """
+        index = self.supported[self.instruction_set if instruction_set is None else instruction_set]
+        status: int = getattr(self._library, function)(index, ctypes.byref(problem))
+        if status < 0:
+            raise MemoryError(
+                f"{function}: the kernel needs {-status:,} bytes besides its results, and found no memory."
+            )
+        return status
+
+    def instruction_set_of(self, vector_bytes: int) -> str:
+        """The instruction set whose vectors are of this size, in which what a layer keeps is laid out."""
+        return next(name for name, size in self.vector_bytes.items() if size == vector_bytes)
 
 
 def _load() -> Library | str:

@@ -11,7 +11,7 @@ from statemix.kernels.layers import Weights, layer_problem
 from statemix.kernels.library import STORAGES, Layer, Model, Pair, Readout, library
 from statemix.kernels.memory import address, dense
 
-STEP_ROWS = 64  # above, torch's products of all rows at once are as fast
+STEP_ROWS = 64  # torch's products of more rows at once are as fast where the weights are large
 
 
 def layer_step(x: Tensor, weights: Weights, state: Tensor, *, normalization: str, kind: str) -> tuple[Tensor, Tensor]:
@@ -118,8 +118,8 @@ class ModelStep:
             self._use_threads(threads)
         logits = self._logits.new_empty(problem.readout.batch, problem.readout.count)
         problem.tokens, problem.readout.y = address(tokens), address(logits)
-        if (row := library().run("statemix_model_step", problem)) >= 0:
-            raise IndexError(f"step: `tokens` must be in [0, {problem.vocabulary}), got {tokens[row]}.")
+        if row := library().run("statemix_model_step", problem):  # counted from 1
+            raise IndexError(f"step: `tokens` must be in [0, {problem.vocabulary}), got {tokens[row - 1]}.")
         return logits
 
 
