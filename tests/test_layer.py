@@ -5,6 +5,8 @@ import functools
 import itertools
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -343,9 +345,9 @@ def test_memory_that_no_kernel_wrote_is_nan(generator, monkeypatch, kind):
 def test_more_bytes_than_kept_bytes_are_recomputed(generator, monkeypatch, kind):
     kept, run = [], library.Library.run
 
-    def spy(self, function, problem):
+    def spy(self, function, problem, *rest):
         kept.append(problem.kept is not None)
-        run(self, function, problem)
+        run(self, function, problem, *rest)
 
     monkeypatch.setattr(library.Library, "run", spy)
     problem = make_problem(generator, kind, 3, 17, 5, 31, 2, dtype=torch.float32)
@@ -366,20 +368,67 @@ def test_more_bytes_than_kept_bytes_are_recomputed(generator, monkeypatch, kind)
     assert kept == [False]
 
 
-@pytest.mark.skipif(len(kernels.instruction_sets()) < 2, reason="this processor has one instruction set only")
+@each_instruction_set
+@each_kind
 @pytest.mark.parametrize("recompute", [False, True])
-def test_another_instruction_set_in_the_backward_is_refused(generator, recompute):
-    """What the forward leaves for it lies in vectors of its own instruction set."""
-    problem, before = make_problem(generator, "block", 3, 16, 5, 9, 2), kernels.instruction_set()
+def test_a_call_reads_the_instruction_set_once(generator, monkeypatch, instruction_set, kind, recompute):
+    """As if another thread chose each of the others whenever a kernel is about to run, also before the backward."""
+    problem, run = make_problem(generator, kind, 3, 17, 5, 31, 2), library.Library.run
+    expected = problem.results(problem.fused, recompute)
+    others = itertools.cycle(kernels.instruction_sets())
+
+    def disturbed(self, *arguments):
+        kernels.use_instruction_set(next(others))
+        return run(self, *arguments)
+
+    monkeypatch.setattr(library.Library, "run", disturbed)
+    for _ in kernels.instruction_sets():
+        kernels.use_instruction_set(instruction_set)
+        for what, actual in problem.results(problem.fused, recompute).items():
+            assert torch.equal(actual, expected[what]), what
+
+
+@each_instruction_set
+def test_threads_may_choose_the_instruction_set_at_any_moment(generator, instruction_set):
+    problem, over = make_problem(generator, "block", 3, 17, 5, 31, 2), threading.Event()
+    expected = problem.expected()
+
+    def choose() -> None:
+        while not over.is_set():
+            for name in kernels.instruction_sets():
+                kernels.use_instruction_set(name)
+
+    interval = sys.getswitchinterval()
+    choosers = [threading.Thread(target=choose) for _ in range(2)]
     try:
-        x = problem.inputs["x"].clone().requires_grad_()
-        kernels.use_instruction_set(kernels.instruction_sets()[0])
-        y, _ = dataclasses.replace(problem, inputs=problem.inputs | {"x": x}).fused(recompute=recompute)
-        kernels.use_instruction_set(kernels.instruction_sets()[-1])
-        with pytest.raises(RuntimeError, match=r"^layer: the backward must run with the instruction set of"):
-            y.sum().backward()
+        sys.setswitchinterval(1e-5)
+        for chooser in choosers:
+            chooser.start()
+        for i in range(50):
+            assert_results(problem.results(problem.fused, i % 2 == 0), expected)
     finally:
-        kernels.use_instruction_set(before)
+        over.set()
+        for chooser in choosers:
+            chooser.join()
+        sys.setswitchinterval(interval)
+
+
+@each_instruction_set
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_of_a_step_is_what_it_is_alone(generator, threads, instruction_set, kind, dtype):
+    """Bit for bit: rows meet the weights a few at a time, and threads share them out."""
+    problem = make_problem(generator, kind, 3, 170, 53, 1, kernels.STEP_ROWS, dtype=dtype)
+    x, weights, state = problem.split(problem.inputs)
+    options = {"normalization": "softmax", "kind": kind}
+    threads(1)
+    alone = [kernels.layer_step(x[b], weights, state[b : b + 1], **options) for b in range(len(x))]
+    for batch, count in itertools.product((2, 3, 5, 7, len(x)), (1, 2, 3)):
+        threads(count)
+        y, final_state = kernels.layer_step(x[:batch, 0].contiguous(), weights, state[:batch].contiguous(), **options)
+        for b in range(batch):
+            assert torch.equal(y[b], alone[b][0][0]), (batch, count, b)
+            assert torch.equal(final_state[b], alone[b][1][0]), (batch, count, b)
 
 
 # ---- as a module

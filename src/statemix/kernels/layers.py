@@ -64,16 +64,17 @@ def _layer_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, initial_state, reset = dense(x), dense(initial_state), _dense(reset)
     weights = dense(gate_weight), dense(gate_bias), dense(value_weight), dense(output_weight)
-    results = _layer_results(x, initial_state, kind, keep)
+    used = instruction_set()  # once: another thread may choose another while this one makes room
+    results = _layer_results(x, initial_state, kind, keep, used)
     problem = layer_problem(x, weights, initial_state, reset, normalization, kind)
     problem.y, problem.final_state, problem.states, problem.kept = map(address, results)
-    library().run("statemix_layer_forward", problem)
+    library().run("statemix_layer_forward", problem, used)
     return results
 
 
 def _layer_forward_fake(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     initial_state, (kind, keep) = others[4], others[-2:]
-    return _layer_results(x, initial_state, kind, keep)
+    return _layer_results(x, initial_state, kind, keep, instruction_set())
 
 
 def _layer_backward(
@@ -91,11 +92,6 @@ def _layer_backward(
     normalization: str,
     kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if states.shape != _layer_shapes(x, initial_state, kind)[0]:
-        raise RuntimeError(
-            "layer: the backward must run with the instruction set of its forward, but "
-            f"{instruction_set()!r} was chosen in between."
-        )
     x, initial_state, reset = dense(x), dense(initial_state), _dense(reset)
     weights = dense(gate_weight), dense(gate_bias), dense(value_weight), dense(output_weight)
     grad_y, grad_final_state = dense(grad_y), _dense(grad_final_state)
@@ -111,7 +107,8 @@ def _layer_backward(
         problem.grad_output_weight,
         problem.grad_initial_state,
     ) = map(address, grads)
-    library().run("statemix_layer_backward", problem)
+    used = library().instruction_set_of(states.shape[-1] * states.element_size())  # that of the forward
+    library().run("statemix_layer_backward", problem, used)
     return grads
 
 
@@ -144,13 +141,13 @@ _differentiate_layer = Operator(
 )
 
 
-def _layer_shapes(x: Tensor, state: Tensor, kind: str) -> tuple[torch.Size, torch.Size]:
+def _layer_shapes(x: Tensor, state: Tensor, kind: str, used: str) -> tuple[torch.Size, torch.Size]:
     """Shapes of the states and of the kept raw gates and values: `Shape` of csrc/layer.h.
 
-    Blocks lie in vectors of the instruction set in use, the last axis; the third last is how many hold all of them.
+    Blocks lie in vectors of the instruction set used, the last axis; the third last is how many hold all of them.
     """
     batch, length, order, blocks = x.shape[0], x.shape[1], state.shape[1], state.shape[2]
-    lanes = library().vector_bytes[instruction_set()] // x.element_size()
+    lanes = library().vector_bytes[used] // x.element_size()
     tiles, rows = -(-blocks // lanes), order if kind == "block" else 1
     margin, shown = (order, 1) if kind == "companion" else (1, order)
     return (
@@ -159,8 +156,8 @@ def _layer_shapes(x: Tensor, state: Tensor, kind: str) -> tuple[torch.Size, torc
     )
 
 
-def _layer_results(x: Tensor, state: Tensor, kind: str, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    states, kept = _layer_shapes(x, state, kind)
+def _layer_results(x: Tensor, state: Tensor, kind: str, keep: bool, used: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    states, kept = _layer_shapes(x, state, kind, used)
     return x.new_empty(x.shape), state.new_empty(state.shape), x.new_empty(states), x.new_empty(kept if keep else (0,))
 
 
