@@ -86,13 +86,14 @@ def run_pairs() -> None:
         kernels.use_instruction_set(instruction_set)
         for dtype in (torch.float32, torch.float64):
             pair = test_step.make_pair(mixer, width, mlp_size).to(dtype)
-            test_step.assert_step(pair, torch.randn(2, width, dtype=dtype), None)
+            for batch in (1, 2, 7):  # rows meet a weight three or six at a time
+                test_step.assert_step(pair, torch.randn(batch, width, dtype=dtype), None)
 
 
 def run_readouts() -> None:
     """The logits of a model; the last are enough for two threads."""
     for instruction_set, dtype, (batch, width, count) in itertools.product(
-        kernels.instruction_sets(), (torch.float32, torch.float64), [*test_step.READOUTS, (2, 512, 1001)]
+        kernels.instruction_sets(), (torch.float32, torch.float64), [*test_step.READOUTS, (7, 33, 65), (2, 512, 1001)]
     ):
         kernels.use_instruction_set(instruction_set)
         test_step.assert_readout(torch.randn(batch, width, dtype=dtype), *test_step.make_readout(width, count, dtype))
