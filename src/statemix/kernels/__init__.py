@@ -8,7 +8,6 @@ from statemix.kernels.layers import Weights, layer
 from statemix.kernels.library import (
     INSTRUCTION_SET_VARIABLE,
     MAX_ORDER,
-    STEP_ROWS,
     instruction_set,
     instruction_sets,
     load_problem,
