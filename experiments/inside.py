@@ -33,9 +33,9 @@ from statemix.analysis import (
 from statemix.files import write_whole
 from statemix.mixers.linear_recurrence import LinearRecurrence
 from statemix.model import Layer, TokenModel
-from statemix.report.html import render
 from statemix.report.inside import Block, Group, figures, read_blocks
 from statemix.report.tables import align
+from statemix.style import render
 from statemix.tasks import build_task
 from statemix.tasks.base import Task
 from statemix.tasks.permutation import PermutationComposition, group_table
@@ -159,7 +159,7 @@ def number_rows(transition: Tensor, input_gate: Tensor, blocks: Sequence[Block])
     The singular values are those of products of 64 uniform tokens between the components that represent something, or
     between all: the largest and the smallest, geometric means over blocks and words.
     """
-    rows = [["compose as", "blocks", "distance", "leak", "entropy", "half-life", "after 64 steps: largest", "smallest"]]
+    rows = [["act as", "blocks", "distance", "leak", "entropy", "half-life", "after 64 steps: largest", "smallest"]]
     distance = distance_to_permutation(transition, signed=True)
     entropy = gate_entropy(torch.cat([transition, input_gate[..., None]], dim=-1))
     drawn = torch.randint(len(transition), (64, 16), generator=torch.Generator().manual_seed(0))

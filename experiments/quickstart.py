@@ -60,7 +60,7 @@ def main() -> None:
             results[label].append(result.summary)
             curves.setdefault(label, result.metrics)
     picture = arguments.out / "quickstart.png"
-    title = f"S3, length {LENGTHS[0]}: thin while training, thick on the validation split"
+    title = f"Composing permutations of three things (S3), length {LENGTHS[0]}, on the validation split"
     plot_curves(curves, picture, title=title, chance=1 / 6)
     print(f"\n{results_table(results, markdown=arguments.markdown)}\n")
     seeds = ", ".join(map(str, arguments.seeds))

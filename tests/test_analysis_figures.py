@@ -1,4 +1,4 @@
-"""analysis_figures.py and experiments/inside.py: on transitions whose group is planted, so that the truth is known."""
+"""report/inside.py and experiments/inside.py: on transitions whose group is planted, so that the truth is known."""
 
 import itertools
 import math
@@ -15,11 +15,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
 from statemix import SequenceModel, TrainConfig, train
-from statemix.report.figures import INK
-from statemix.report.html import render
 from statemix.report.inside import (
     FAITHFUL,
     NONE,
+    OTHER,
     QUOTIENT,
     TRIVIAL,
     Group,
@@ -30,6 +29,7 @@ from statemix.report.inside import (
     spectra,
     trajectories,
 )
+from statemix.style import INK, render
 from statemix.tasks.base import Batch
 from statemix.tasks.permutation import group_table
 from statemix.training.checkpoint import RunFolder
@@ -70,7 +70,7 @@ def test_blocks_are_read():
     blocks = read_blocks(planted(), symmetric(3))
     assert [block.number for block in blocks] == [2, 1, 3, 0]
     assert [block.verdict for block in blocks] == ["S3", "its sign", TRIVIAL, NONE]
-    assert [block.color for block in blocks] == [FAITHFUL, QUOTIENT, INK, INK]
+    assert [block.color for block in blocks] == [FAITHFUL, QUOTIENT, OTHER, OTHER]
     assert blocks[0].components == (2, 0, 1)
     assert blocks[1].components == (0, 2, 1)
     assert [all(block.right) for block in blocks] == [True, True, False, False]
@@ -123,26 +123,33 @@ def test_the_picture_of_the_group():
     figure = group_picture(planted(), group, read_blocks(planted(), group))
     figure.draw_without_rendering()
     [axes] = figure.axes
-    title = "S3 in 4 blocks: 1 compose as S3, 1 as its sign, 1 as identity, 1 as nothing"
+    title = "S3 in 4 blocks: 1 act as S3, 1 as its sign, 1 as identity, 1 as no group"
     assert axes.get_title(loc="left").replace("\n", " ") == title
     assert frames(axes) == {FAITHFUL: 6, QUOTIENT: 6}
     texts = {text.get_text(): text for text in axes.texts}
-    assert {*LABELS, "block 2\nS3", "block 1\nits sign", "block 3\nidentity", "block 0\nnothing"} <= texts.keys()
+    assert {*LABELS, "block 2\nS3", "block 1\nits sign", "block 3\nidentity", "block 0\n0 of 6"} <= texts.keys()
     heights = [texts[label].get_position()[1] for label in ("e", "(1 2)", "(0 1)", "(0 2)", "(0 1 2)", "(0 2 1)")]
     assert heights == sorted(heights)  # by class
     # the block in the order of the points looks like the group: its large weights are where those of the group are
-    maps = [c for c in axes.collections if len(c.get_paths())]
     drawn = []
-    for each in maps:
+    for each in axes.collections:
         boxes = np.array([path.get_extents().p0 for path in each.get_paths()])
-        large = each.get_facecolor()[:, 3] > 0.9
-        drawn.append((to_hex(each.get_facecolor()[0, :3]), boxes[large]))
-    wanted = [boxes for color, boxes in drawn if color == INK]
-    assert len(wanted) == 6
+        drawn.append(boxes[each.get_facecolor()[:, 3] > 0.9] if len(boxes) else boxes)
     left = 3 * 1.3  # of the first block
+    wanted = [boxes for boxes in drawn if len(boxes) and boxes[:, 0].max() < left]
+    assert len(wanted) == 6
     for boxes in wanted:
         shifted = boxes + np.array([left, 0])
-        assert any(len(b) == 3 and np.allclose(np.sort(b, axis=0), np.sort(shifted, axis=0)) for _, b in drawn)
+        assert any(len(b) == 3 and np.allclose(np.sort(b, axis=0), np.sort(shifted, axis=0)) for b in drawn)
+
+
+def test_a_block_that_acts_as_no_group_shows_for_how_many_tokens_it_is_right():
+    group, transition = symmetric(3), planted()[:, 2:3]
+    transition[4, 0, 1] = 0
+    figure = group_picture(transition, group, read_blocks(transition, group))
+    [axes] = figure.axes
+    assert "block 0\n5 of 6" in {text.get_text() for text in axes.texts}
+    assert frames(axes) == {OTHER: 5}
 
 
 def test_a_large_group_is_shown_by_some_of_each_class():
@@ -154,7 +161,7 @@ def test_a_large_group_is_shown_by_some_of_each_class():
     assert len(rows) == 1 + 4 * 3
     assert figure.get_figheight() < 9
     assert sum(text.get_text().startswith("block") for text in axes.texts) == 8
-    assert any(text.get_text().startswith("13 of 24 tokens; framed") for text in axes.texts)
+    assert any(text.get_text().startswith("13 of 24 tokens. Framed") for text in axes.texts)
     assert frames(axes) == {FAITHFUL: 13 * 8}
 
 
@@ -203,7 +210,7 @@ def test_states_of_an_exact_tracker_are_one_point_per_product():
     figure = trajectories(words, group, read_blocks(transition, group))
     figure.draw_without_rendering()
     panels = [axes for axes in figure.axes if axes.get_visible()]
-    assert [axes.get_title() for axes in panels] == [
+    assert [axes.get_title(loc="left") for axes in panels] == [
         f"{view}, {length} tokens: 100%" for view in ("block 0", "all blocks") for length in (2, 8, 64)
     ]
     for axes in panels:
@@ -213,7 +220,7 @@ def test_states_of_an_exact_tracker_are_one_point_per_product():
         assert len(np.unique(np.round(points / spread, 6), axis=0)) == 6
     words[64] = words[64][0], words[64][1].roll(1)  # states that say nothing of the product
     figure = trajectories(words, group, read_blocks(transition, group))
-    last = [axes for axes in figure.axes if axes.get_visible()][-1].get_title()
+    last = [axes for axes in figure.axes if axes.get_visible()][-1].get_title(loc="left")
     assert int(last.rpartition(": ")[2].rstrip("%")) < 35
 
 
@@ -262,7 +269,9 @@ def run(tmp_path_factory) -> Path:
     config = TrainConfig(
         task={"name": "permutation", "group": "S3", "seq_len": 8},
         mixer={"name": "bd_lru", "num_blocks": 2, "block_size": 3},
-        **{"steps": 1, "batch_size": 8, "eval_sequences": 8},
+        steps=1,
+        batch_size=8,
+        eval_sequences=8,
     )
     folder = tmp_path_factory.mktemp("inside") / "run"
     train(config, folder, progress=False)

@@ -47,7 +47,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(contender, "import_module", not_there)
     monkeypatch.setattr(layers, "DECODED", 3)
-    monkeypatch.setattr(commands, "plot", lambda *_: b"a picture")
+    monkeypatch.setattr(commands, "plot", lambda _: b"a picture")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -84,11 +84,14 @@ def test_every_command_end_to_end(capsys, monkeypatch, name):
     monkeypatch.setattr(commands, "plot", results.plot)
     status, text, errors = call(capsys, f"{arguments} --seconds 0.01 --out there/it.json")
     assert (status, errors) == (0, "")
-    assert {path.name for path in Path("there").iterdir()} == {"it.json", "it.png"}
-    with Image.open("there/it.png") as picture:
-        assert picture.size[0] == 1200
-        assert len(set(picture.convert("L").tobytes())) > 20  # more than a blank page
+    pictured = name != "scaling"
+    assert {path.name for path in Path("there").iterdir()} == ({"it.json", "it.png"} if pictured else {"it.json"})
     kept = json.loads(Path("there/it.json").read_text())
+    if pictured:
+        with Image.open("there/it.png") as picture:
+            assert picture.size[0] == 960
+            assert len(set(picture.convert("L").tobytes())) > 20  # more than a blank page
+        assert results.plot(kept) == Path("there/it.png").read_bytes()  # it can be drawn again without measuring
     assert kept["what"] == arguments.split()[0]
     assert kept["machine"]["threads"] == 1
     assert kept["options"]["seconds"] == 0.01
@@ -96,10 +99,11 @@ def test_every_command_end_to_end(capsys, monkeypatch, name):
     facts = kept["machine"]
     line = f"instruction set {facts['instruction_set']}, threads 1, torch {torch.__version__}, {facts['date']}"
     assert f"{facts['processor']}, {facts['processors']} processors; {line}" in text
-    assert text.endswith("The results are in there/it.json, with all samples, and there/it.png.\n")
+    assert text.endswith(f"in there/it.json, with all samples{', and there/it.png' if pictured else ''}.\n")
     for group in kept["groups"]:
         rows = {row["name"]: row for row in group["contenders"]}
         assert contenders is None or list(rows) == contenders
+        assert contenders is None or rows.keys() <= results.LABELS.keys()
         assert set(group["baselines"]) <= rows.keys()
         for row in rows.values():
             assert re.search(rf"│ {row['name']} ", text)
@@ -478,3 +482,23 @@ def test_names_of_contenders_differ():
             assert not any(a == b for a, b in itertools.combinations(names, 2))
             assert not any("," in name for name in names)  # --only is split at commas
             assert set(group.baselines) <= set(names)
+
+
+def test_a_picture_has_no_more_lines_than_colours(monkeypatch):
+    """Of a layer all contenders are there; the baseline has no colour, and the choice stands for its two modes."""
+    drawn = []
+    monkeypatch.setattr(results, "label_ends", lambda axes, lines, width: drawn.append(list(lines)))
+    contenders = [{"name": name, "ratios": {"products": [1.0, 0.5, 2.0]}} for name in LAYERS]
+    layer = {"panel": "", "size": "2x3", "ratio": "time", "baselines": ["products"]}
+    kept = {
+        "what": "layer",
+        "options": {},
+        "machine": {"threads": 1} | dict.fromkeys(("processor", "instruction_set", "date"), ""),
+    }
+    for left in (9, 5):
+        results.plot(kept | {"groups": [layer | {"contenders": contenders[-left:]}]})
+    modes = ["BD-LRU, raw gates kept", "BD-LRU, raw gates computed again"]
+    assert drawn[0] == [
+        results.LABELS[name] for name in LAYERS if results.LABELS[name] not in modes and name != "products"
+    ] + ["the bare matrix products"]
+    assert len(drawn[1]) == 5

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "statemix"
 SCAN, BENCH, KERNELS, TEXT, TRAINING = (
     f"statemix.{room}" for room in ("scan", "benchmark", "kernels", "text", "training")
 )
-FOR_TRAINING = tuple(f"statemix.{name}" for name in ("model", "mixers", "tasks", "text", "files", "specs"))
+FOR_TRAINING = tuple(f"statemix.{name}" for name in ("model", "mixers", "tasks", "text", "files", "specs", "style"))
 
 # What a module may import of statemix: an entry stands for itself and all below it.
 # A module goes by its longest prefix here; what has none may import anything but ONLY_BY.
@@ -23,6 +23,7 @@ ALLOWED = {
     "statemix.gates": (),
     "statemix.specs": (),
     "statemix.files": (),
+    "statemix.style": (),
     KERNELS: (KERNELS, "statemix.gates"),
     "statemix.fused": (KERNELS,),
     SCAN: (f"{SCAN}.problem", *(f"{SCAN}.{backend}" for backend in ("reference", "associative", "cpu", "gpu"))),
@@ -58,10 +59,11 @@ ALLOWED = {
         "statemix",
         "statemix.analysis",
         "statemix.files",
+        "statemix.style",
         "statemix.tasks",
     ),
     f"{BENCH}.contender": (),
-    f"{BENCH}.results": (),
+    f"{BENCH}.results": ("statemix.style",),
     f"{BENCH}.measure": (f"{BENCH}.contender", KERNELS),
     f"{BENCH}.scans": (f"{BENCH}.contender", "statemix.gates", SCAN, KERNELS),
     f"{BENCH}.layers": (f"{BENCH}.contender", "statemix.mixers", "statemix.model", "statemix.generate"),
@@ -191,6 +193,7 @@ PLANTED = [  # (module, source, the names that are wrong)
     ("statemix.analysis", "from statemix.gates import normalize\nimport scipy", ["scipy"]),
     ("statemix.analysis", "from statemix.mixers import BDLRU", ["statemix.mixers.BDLRU"]),
     ("statemix.report.inside", "from statemix.analysis import leak\nimport matplotlib", []),
+    ("statemix.style", "from statemix.report import figures", ["statemix.report.figures"]),
     ("statemix.report.inside", "from statemix.model import load_model", ["statemix.model.load_model"]),
     ("statemix.model", "from statemix.mixers import build_mixer\nimport safetensors", []),
     ("statemix.model", "from statemix import tasks", ["statemix.tasks"]),

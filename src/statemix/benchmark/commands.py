@@ -53,7 +53,7 @@ class Benchmark:
     what: ClassVar[str]
     of: ClassVar[str] = "time"  # ratios are number / baseline's; of "speed", the inverse
     unit: ClassVar[str] = "s"
-    over_contenders: ClassVar[bool] = False  # what the plot is over; sizes otherwise
+    pictured: ClassVar[bool] = True  # whether there is a picture of the ratios over the sizes
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
 
     def groups(self) -> list[Group]:
@@ -122,7 +122,7 @@ class Benchmark:
         return [group.only(only) for group in groups] if only else groups
 
 
-def run(benchmark: Benchmark, show: Callable[[Any], object]) -> Path:
+def run(benchmark: Benchmark, show: Callable[[Any], object]) -> list[Path]:
     """Check, measure, and write the results.
 
     Args:
@@ -130,7 +130,7 @@ def run(benchmark: Benchmark, show: Callable[[Any], object]) -> Path:
         show: is given every table when it is there, and a line on the machine at the end.
 
     Returns:
-        The path of the results, without its endings .json (with all samples) and .png.
+        The files of the results: .json with all samples, and the .png of their picture if there is one.
 
     Raises:
         TypeError, ValueError: an option is wrong; nothing was measured.
@@ -152,12 +152,15 @@ def run(benchmark: Benchmark, show: Callable[[Any], object]) -> Path:
             show(benchmark.table(group, results[-1]))
     show(benchmark.conditions(facts))
     kept = {"what": benchmark.what, "machine": facts, "options": dataclasses.asdict(benchmark), "groups": results}
+    files = {out.with_name(f"{out.name}.json"): (json.dumps(kept, indent=1) + "\n").encode()}
+    if benchmark.pictured:
+        files[out.with_name(f"{out.name}.png")] = plot(kept)
     try:
-        write_whole(out.with_name(f"{out.name}.json"), (json.dumps(kept, indent=1) + "\n").encode())
-        write_whole(out.with_name(f"{out.name}.png"), plot(results, benchmark.over_contenders))
+        for file, content in files.items():
+            write_whole(file, content)
     except OSError as error:
         raise RuntimeError(f"bench: cannot write to '{out}': {error}.") from error
-    return out
+    return list(files)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +294,7 @@ class Scaling(Benchmark):
     d_model: int = 128
     lengths: str = ",".join(str(2**n) for n in range(8, 18))
 
-    what, of, over_contenders = "scaling", "speed", True
+    what, of, pictured = "scaling", "speed", False
 
     def groups(self) -> list[Group]:
         """Per size a table over lengths, and one over threads for the scan and the layer at B and at B 1."""

@@ -1,34 +1,66 @@
-"""Tables and the plot of what `measure.measured` returns."""
+"""Tables of what `measure.measured` returns, and the picture of what `commands.run` keeps."""
 
-import re
 from collections.abc import Mapping, Sequence
-from io import BytesIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from statemix.style import COLORS, INK, SMALL, canvas, label_ends, render, series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 Result = Mapping[str, Any]
+
+LABELS = {  # what a reader of a picture understands of the names of contenders
+    "bdlru": "BD-LRU",
+    "bdlru float32": "BD-LRU in float32",
+    "bdlru keep": "BD-LRU, raw gates kept",
+    "bdlru recompute": "BD-LRU, raw gates computed again",
+    "hlru": "H-LRU",
+    "products": "the bare matrix products",
+    "lstm": "LSTM (torch)",
+    "gru": "GRU (torch)",
+    "mamba2": "Mamba-2 (transformers)",
+    "lstm cell": "LSTMCell (torch), as large a state",
+    "model of 4 layers": "model of 4 layers, by step",
+    "Decoder of 4 layers": "model of 4 layers, by a Decoder",
+    "cpu": "compiled kernel",
+    "associative": "torch's associative scan",
+    "loop": "plain loop",
+    "copy": "a copy of its bytes",
+    "softmax": "softmax of the gates alone",
+    "mambapy": "mambapy (M = 1)",
+    "assoc-scan": "assoc-scan (M = 1)",
+}
+CHOICES = ("bdlru keep", "bdlru recompute")  # "bdlru" takes one of them, by the size
 
 
 def table(title: str, result: Result) -> Table:
     """A row per contender: median, spread, rounds, ratios to every baseline with their range, and the note."""
     drawn = Table(title=title, title_justify="left")
     drawn.add_column("contender", no_wrap=True)
-    for header in ("median", "spread", "rounds", *(f"{result['ratio']} / {name}" for name in result["baselines"])):
+    ratios = [f"{result['ratio']} / {name}" for name in result["baselines"]]
+    for header in ["median", "spread", "rounds", *ratios]:
         drawn.add_column(header, justify="right", no_wrap=True)
     drawn.add_column("note")
     for row in result["contenders"]:
-        cells = [row["name"], *[""] * (3 + len(result["baselines"])), row.get("unavailable", "")]
+        cells, note = [""] * (3 + len(ratios)), row.get("unavailable", "")
         if "samples" in row:
-            cells[1:4] = amount(row["median"], result["unit"]), f"{row['spread']:.1%}", str(len(row["samples"]))
-            for i, name in enumerate(result["baselines"]):
-                if name in row["ratios"] and name != row["name"]:
-                    cells[4 + i] = "{:.3g} ({:.3g}-{:.3g})".format(*row["ratios"][name])
-            cells[-1] = row["note"]
-        drawn.add_row(*map(escape, cells))
+            cells = [amount(row["median"], result["unit"]), f"{row['spread']:.1%}", str(len(row["samples"]))]
+            cells += [_ratio(row, name) for name in result["baselines"]]
+            note = row["note"]
+        drawn.add_row(*map(escape, [row["name"], *cells, note]))
     return drawn
+
+
+def _ratio(row: Mapping[str, Any], baseline: str) -> str:
+    """Of a contender to a baseline, with its quartiles; nothing of a baseline to itself."""
+    if baseline not in row["ratios"] or baseline == row["name"]:
+        return ""
+    return "{:.3g} ({:.3g}-{:.3g})".format(*row["ratios"][baseline])
 
 
 def amount(number: float, unit: str) -> str:
@@ -40,43 +72,64 @@ def amount(number: float, unit: str) -> str:
     return f"{number / size:.3g} {name}" if number < 999 * size else f"{number / size:,.0f} {name}"
 
 
-def plot(results: Sequence[Result], over_contenders: bool) -> bytes:
-    """A PNG of the ratios to the first baseline, with their interquartile range; a panel for each part.
+def plot(kept: Mapping[str, Any]) -> bytes:
+    """A PNG of the ratios to the first baseline over the sizes, with their interquartile range; a panel for each part.
 
     Args:
-        results: of all tables.
-        over_contenders: True: over the numbers in the names of the contenders, a line per size. False: over the
-            sizes, a line per contender.
+        kept: the contents of the JSON file that `commands.run` writes, so that it can be drawn again at any time.
     """
-    from matplotlib.figure import Figure
+    panels: dict[str, list[Result]] = {}
+    for result in kept["groups"]:
+        panels.setdefault(result["panel"], []).append(result)
+    with canvas(8, 0.4 + 3.1 * len(panels)) as figure:
+        figure.suptitle(_conditions(kept), x=0.01, ha="left", fontsize=SMALL)
+        for axes, (panel, results) in zip(
+            figure.subplots(len(panels), squeeze=False).flat, panels.items(), strict=True
+        ):
+            axes.set_title(panel)
+            _draw(axes, results)
+    return render(figure, "png", dpi=120)
 
-    panels = list(dict.fromkeys(result["panel"] for result in results))
-    figure = Figure(figsize=(10, 3.5 * len(panels)), layout="constrained")
-    for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
-        groups = [result for result in results if result["panel"] == panel]
-        sizes, baseline = [group["size"] for group in groups], groups[0]["baselines"][0]
-        series: dict[str, dict[int, list[float]]] = {}  # label -> x -> ratio and its quartiles
-        for i, group in enumerate(groups):
-            for row in group["contenders"]:
-                if baseline in row.get("ratios", {}):
-                    number = int(re.sub(r"\D", "", row["name"]) or 0)
-                    label, x = (group["size"], number) if over_contenders else (row["name"], i)
-                    series.setdefault(label, {})[x] = row["ratios"][baseline]
-        for label, points in series.items():
-            ratio, low, high = np.array(list(points.values())).T
-            whiskers = np.maximum([ratio - low, high - ratio], 0)  # a median of ratios is not a ratio of medians
-            axes.errorbar(list(points), ratio, whiskers, marker="o", capsize=3, label=label)
-        if over_contenders:
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(list(points), list(points), rotation=30)
-            axes.set_ylim(bottom=0)
-        else:
-            axes.set_yscale("log")
-            axes.set_xticks(range(len(sizes)), sizes)
-        axes.axhline(1, color="black", linewidth=0.8)
-        axes.grid(alpha=0.3)
-        axes.set(title=panel, ylabel=f"{groups[0]['ratio']} / {baseline}")
-        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    return picture.getvalue()
+
+def _draw(axes: "Axes", results: Sequence[Result]) -> None:
+    """The panel of these tables: a line per contender, and the baseline at 1."""
+    baseline, lines = results[0]["baselines"][0], {}
+    for number, (name, ratios) in enumerate(_ratios(results, baseline).items()):
+        ratio, low, high = np.array(list(ratios.values())).T
+        whiskers = np.maximum([ratio - low, high - ratio], 0)  # a median of ratios is not a ratio of medians
+        (line,) = axes.plot(list(ratios), ratio, **series(number))
+        axes.errorbar(list(ratios), ratio, whiskers, fmt="none", capsize=3, ecolor=line.get_color(), linewidth=1)
+        lines[LABELS.get(name, name)] = line
+    ends = [-0.3, len(results) - 0.7]
+    (lines[LABELS.get(baseline, baseline)],) = axes.plot(ends, [1, 1], color=INK, linewidth=1)
+    axes.set(xlim=ends, xlabel="block size M x number of blocks N (of an H-LRU: order x channels)", yscale="log")
+    axes.set_ylabel(f"{results[0]['ratio']} over that of\n{LABELS.get(baseline, baseline)}")
+    axes.set_xticks(range(len(results)), [result["size"].replace("x", " x ") for result in results])
+    label_ends(axes, lines, width=26)
+
+
+def _ratios(results: Sequence[Result], baseline: str) -> dict[str, dict[int, list[float]]]:
+    """Contender -> number of the table -> ratio to the baseline and its quartiles.
+
+    If there are more than colours, the layer that chooses stands for the two that it chooses between.
+    """
+    ratios: dict[str, dict[int, list[float]]] = {}
+    for number, result in enumerate(results):
+        for row in result["contenders"]:
+            if row["name"] != baseline and baseline in row.get("ratios", {}):
+                ratios.setdefault(row["name"], {})[number] = row["ratios"][baseline]
+    if len(ratios) > len(COLORS) and "bdlru" in ratios:
+        return {name: own for name, own in ratios.items() if name not in CHOICES}
+    return ratios
+
+
+def _conditions(kept: Mapping[str, Any]) -> str:
+    """What all numbers of a picture hold for."""
+    options, machine = kept["options"], kept["machine"]
+    words = {"batch": "batch", "length": "length", "d_model": "width"}
+    shape = [f"{word} {options[name]:,}" for name, word in words.items() if name in options]
+    if "dtype" in options:
+        shape.append(options["dtype"])
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    processor = f"{machine['processor']} ({machine['instruction_set']}), {machine['date']}"
+    return f"bench {kept['what']}: {', '.join(shape)}; {threads} of {processor}"

@@ -12,5 +12,5 @@ def run(arguments: list[str]) -> None:
     """Measure, and print the tables."""
     chosen = tyro.extras.subcommand_cli_from_dict(benchmark.BENCHMARKS, args=arguments, prog="statemix bench")
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    out = benchmark.run(chosen, console.print)
-    print(f"The results are in {out}.json, with all samples, and {out}.png.")
+    samples, *pictures = benchmark.run(chosen, console.print)
+    print(f"The results are in {samples}, with all samples{''.join(f', and {picture}' for picture in pictures)}.")

@@ -4,19 +4,15 @@ import html
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import statemix
 from statemix.files import write_whole
-from statemix.report.figures import INK, figures
+from statemix.report.figures import figures
 from statemix.report.tables import Groups, align, group_rows
 from statemix.runs.read import Run, row_of, write_table
 from statemix.runs.select import group_over_seeds
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from statemix.style import INK, render
 
 PAGE_FILE, TABLE_FILE, TABLE_NAME = "report.html", "report.md", "runs"
 
@@ -64,7 +60,9 @@ def write_report(runs: Sequence[Run], out: str | Path, notes: Sequence[str] = ()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     versions = sorted({run.summary["version"] for run in runs})
-    notes = [*notes, *([f"The runs are of several versions of statemix: {', '.join(versions)}."] * (len(versions) > 1))]
+    notes = list(notes)
+    if len(versions) > 1:
+        notes.append(f"The runs are of several versions of statemix: {', '.join(versions)}.")
     files = write_table([row_of(run) for run in runs], out, TABLE_NAME)
     sections, text = [], []
     for task, groups in sections_of(runs).items():
@@ -124,17 +122,6 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def _tagged(rows: Sequence[Sequence[str]]) -> list[tuple[Sequence[str], str]]:
     return [(row, "td" if number else "th") for number, row in enumerate(rows)]
-
-
-def render(figure: "Figure", kind: str) -> bytes:
-    """A picture as the content of a file; an SVG's text stays text."""
-    import matplotlib
-
-    content = BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "statemix"}):
-        metadata = {"Date": None} if kind == "svg" else None  # the same figures, the same bytes
-        figure.savefig(content, format=kind, dpi=160, transparent=kind == "svg", metadata=metadata)
-    return content.getvalue()
 
 
 def inline(svg: bytes, name: str) -> str:

@@ -1,14 +1,13 @@
 """Pictures of what a layer does with each token of a group: the group in its blocks, spectra, sharpness, states.
 
-They are drawn from the transitions (X, N, M, M) of X tokens in N blocks; a `Group` says what the tokens stand for. Text
-and axes are drawn in INK, which a page replaces by the colour of its own text, and weights are transparent at zero.
+They are drawn from the transitions (X, N, M, M) of X tokens in N blocks; a `Group` says what the tokens stand for.
+Weights are transparent at zero, so that a page shows its own colour there.
 """
 
 import math
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,18 +26,21 @@ from statemix.analysis import (
     relabel,
     representation,
 )
-from statemix.report.figures import COLORS, INK, SIZE, _canvas
+from statemix.report.figures import WIDTH
+from statemix.style import BLUE, COLORS, INK, PURPLE, SMALL, VERMILION, canvas, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-POSITIVE, QUOTIENT, FAITHFUL, NEGATIVE = COLORS[:4]
+FAITHFUL, QUOTIENT, OTHER = BLUE, VERMILION, INK  # blocks that act as the group, as a quotient of it, as neither
+MARKERS, HATCHES = {FAITHFUL: "o", QUOTIENT: "s", OTHER: "."}, {FAITHFUL: "", QUOTIENT: "////", OTHER: ""}
+POSITIVE, NEGATIVE = INK, PURPLE  # weights
 MAX_ROWS, MAX_COLUMNS = 15, 8  # tokens and blocks in the picture of the group
 PITCH = 1.3  # from one small map to the next, in their own size
 FAINT = 0.02  # weights below are not drawn
 NEAR = 0.5  # how near a token's rows must be to a permutation to be taken for it: another one is 2 away
-NONE, TRIVIAL = "nothing", "identity"
+NONE, TRIVIAL = "no group", "identity"
 
 
 class Group(NamedTuple):
@@ -63,7 +65,7 @@ class Group(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What a block represents, and how it is drawn.
+    """What a block acts as, and how it is drawn.
 
     found: what it represents, if anything. verdict: that in a word or two. components: in the order of the points that
     they play. right: (X,) whether the token's rows are near the permutation that is the token's own, or that stands for
@@ -78,11 +80,17 @@ class Block(NamedTuple):
 
     @property
     def color(self) -> str:
-        """FAITHFUL, QUOTIENT, or INK where the block represents nothing."""
+        """FAITHFUL, QUOTIENT, or OTHER where the block represents nothing."""
         if self.verdict in (NONE, TRIVIAL):
-            return INK
+            return OTHER
         assert self.found is not None
         return FAITHFUL if self.found.composition.faithful else QUOTIENT
+
+    @property
+    def head(self) -> str:
+        """Its number, and what it acts as; of no group, for how many of the tokens it is right."""
+        tokens = f"{sum(self.right)} of {len(self.right)}" if self.verdict == NONE else self.verdict
+        return f"block {self.number}\n{tokens}"
 
 
 def figures(
@@ -161,51 +169,71 @@ def group_picture(transition: Tensor, group: Group, blocks: Sequence[Block]) -> 
     The components are in the order of the points that they play. A frame is around the maps that are right.
     """
     order, drawn = transition.shape[-1], _choice(blocks)
-    pitch, gap = order * PITCH, order * 0.5
-    classes = group.classes
-    share = max(1, MAX_ROWS // len(classes)) if len(group.labels) > MAX_ROWS else MAX_ROWS
-    rows, depth = [], -gap if len(classes) < len(group.labels) else 0.0
-    for members in classes[:MAX_ROWS]:
-        depth += gap if len(classes) < len(group.labels) else 0.0
-        for token in members[:share]:
-            rows.append((token, depth))
-            depth += pitch
+    pitch = order * PITCH
+    rows, depth = _rows(group, pitch, order * 0.5)
     first = 0 if group.action is None else 1  # the column of what the maps should be
     width = (len(drawn) + first) * pitch
     margin = 0.15 + 0.07 * max(len(group.labels[token]) for token, _ in rows)  # inches, for the labels
-    scale = min((SIZE[0] - margin - 0.1) / width, 0.5 / order)  # inches of a component
-    head, foot = 0.38 / scale, 0.25 / scale
-    verdicts = [block.verdict for block in blocks]
-    counts = [f"{verdicts.count(name)} as {name}" for name in dict.fromkeys(verdicts)]
-    title = f"{group.name} in {len(blocks)} blocks: {', '.join(counts).replace(' as', ' compose as', 1)}"
-    title = textwrap.fill(title, 62)
-    with _canvas(title, 0.35 + 0.16 * title.count("\n") + scale * (depth + head + foot)) as (figure, axes):
+    scale = min((WIDTH - margin - 0.1) / width, 0.5 / order)  # inches of a component
+    title, note = textwrap.fill(_title(group, blocks), 62), textwrap.fill(_note(group, drawn, len(rows)), 84)
+    head, foot = 0.38 / scale, (0.13 + 0.12 * (1 + note.count("\n"))) / scale
+    with canvas(WIDTH, 0.35 + 0.16 * title.count("\n") + scale * (depth + head + foot)) as figure:
+        axes = figure.subplots()
+        axes.set_title(title)
         axes.set(xlim=(-margin / scale, width), ylim=(depth + foot, -head), aspect="equal", anchor="W")
         for token, y in rows:
-            axes.text(-0.08 / scale, y + order / 2, group.labels[token], ha="right", va="center", fontsize=8)
+            axes.text(-0.08 / scale, y + order / 2, group.labels[token], ha="right", va="center", fontsize=SMALL)
         if group.action is not None:
             points = group.action.shape[1]
-            _head(axes, points / 2, "the\ngroup", INK)
+            _write_head(axes, points / 2, "the\ngroup", INK)
             for token, y in rows:
-                _map(axes, 0, y, torch.eye(points)[list(group.action[token])], INK)
+                _map(axes, 0, y, torch.eye(points)[list(group.action[token])])
                 _frame(axes, 0, y, points, None)
         for column, block in enumerate(drawn, start=first):
             x, chosen = column * pitch, list(block.components)
-            _head(axes, x + order / 2, f"block {block.number}\n{block.verdict}", block.color)
+            _write_head(axes, x + order / 2, block.head, block.color)
             size = len(block.found.components) if block.found else order
             for token, y in rows:
-                _map(axes, x, y, transition[token, block.number][chosen][:, chosen], POSITIVE)
+                _map(axes, x, y, transition[token, block.number][chosen][:, chosen])
                 _frame(axes, x, y, order, None)
                 if block.right[token]:
-                    _frame(axes, x, y, size, QUOTIENT if block.color == QUOTIENT else FAITHFUL)
-        note = "framed: near the permutation that its token must have in the block"
-        if len(rows) < len(group.labels):
-            note = f"{len(rows)} of {len(group.labels)} tokens; {note}"
+                    _frame(axes, x, y, size, block.color)
         axes.text(-margin / scale, depth + 0.05 / scale, note, va="top", fontsize=7)
         axes.set_axis_off()
         for text in axes.texts:
             text.set_in_layout(False)  # the limits have room for them
     return figure
+
+
+def _rows(group: Group, pitch: float, gap: float) -> tuple[list[tuple[int, float]], float]:
+    """The tokens to be drawn with the place of each, by class with a gap between classes; and where they end."""
+    classes = group.classes
+    apart = gap if len(classes) < len(group.labels) else 0.0
+    share = max(1, MAX_ROWS // len(classes)) if len(group.labels) > MAX_ROWS else MAX_ROWS
+    rows, depth = [], -apart
+    for members in classes[:MAX_ROWS]:
+        depth += apart
+        for token in members[:share]:
+            rows.append((token, depth))
+            depth += pitch
+    return rows, depth
+
+
+def _title(group: Group, blocks: Sequence[Block]) -> str:
+    """How many blocks act as what: "S3 in 4 blocks: 1 act as S3, 3 as no group"."""
+    verdicts = [block.verdict for block in blocks]
+    counts = [f"{verdicts.count(name)} as {name}" for name in dict.fromkeys(verdicts)]
+    return f"{group.name} in {len(blocks)} blocks: {', '.join(counts).replace(' as', ' act as', 1)}"
+
+
+def _note(group: Group, drawn: Sequence[Block], rows: int) -> str:
+    """What the frames mean, and the numbers over blocks that act as no group."""
+    note = "Framed: near the permutation that its token must have in the block."
+    if rows < len(group.labels):
+        note = f"{rows} of {len(group.labels)} tokens. {note}"
+    if any(block.verdict == NONE for block in drawn):
+        note += " Where a number is over a block, it acts as no group, and is near for so many tokens."
+    return note
 
 
 def _choice(blocks: Sequence[Block]) -> list[Block]:
@@ -216,13 +244,12 @@ def _choice(blocks: Sequence[Block]) -> list[Block]:
     return [blocks[place] for place in sorted(chosen)]
 
 
-def _head(axes: "Axes", x: float, text: str, color: str) -> None:
-    axes.annotate(
-        *(text, (x, 0), (0, 3)), textcoords="offset points", color=color, ha="center", va="bottom", fontsize=7
-    )
+def _write_head(axes: "Axes", x: float, text: str, color: str) -> None:
+    offset: dict[str, Any] = {"xytext": (0, 3), "textcoords": "offset points"}
+    axes.annotate(text, (x, 0), color=color, ha="center", va="bottom", fontsize=7, **offset)
 
 
-def _map(axes: "Axes", x: float, y: float, matrix: Tensor, color: str) -> None:
+def _map(axes: "Axes", x: float, y: float, matrix: Tensor) -> None:
     """The weights of a matrix as squares, the more opaque the larger; negative ones in another colour."""
     from matplotlib.collections import PatchCollection
     from matplotlib.colors import to_rgba
@@ -233,7 +260,7 @@ def _map(axes: "Axes", x: float, y: float, matrix: Tensor, color: str) -> None:
         for j, weight in enumerate(row):
             if abs(weight) >= FAINT:
                 cells.append(Rectangle((x + j, y + i), 1, 1))
-                colors.append(to_rgba(color if weight > 0 else NEGATIVE, min(abs(weight), 1)))
+                colors.append(to_rgba(POSITIVE if weight > 0 else NEGATIVE, min(abs(weight), 1)))
     axes.add_collection(PatchCollection(cells, facecolor=colors, linewidth=0), autolim=False)
 
 
@@ -248,22 +275,32 @@ def _frame(axes: "Axes", x: float, y: float, size: int, color: str | None) -> No
 
 def spectra(transition: Tensor, group: Group, blocks: Sequence[Block]) -> "Figure":
     """Eigenvalues of all blocks in the complex plane, a unit circle for each conjugacy class of tokens."""
+    from matplotlib.lines import Line2D
+
     classes = group.classes
     columns = min(len(classes), 4)
     lines, width = math.ceil(len(classes) / columns), 2.5 * max(columns, 3)
-    with _canvas("eigenvalues of A, by class of token", 0.65 + 2.8 * lines * SIZE[0] / width) as (figure, axes):
+    with canvas(WIDTH, 0.65 + 2.8 * lines * WIDTH / width) as figure:
+        axes = figure.subplots()
+        axes.set_title("eigenvalues of A, by class of token")
         for number, members in enumerate(classes):
             x, y = 2.5 * (number % columns), -2.8 * (number // columns)
             _circle(axes, x, y)
             more = f" and {len(members) - 1} like it" if len(members) > 1 else ""
-            axes.text(x, y - 1.1, group.labels[members[0]] + more, ha="center", va="top", fontsize=8)
+            axes.text(x, y - 1.1, group.labels[members[0]] + more, ha="center", va="top", fontsize=SMALL)
             for block in reversed(blocks):
                 values = eigenvalues(transition[members, block.number]).flatten()
-                size, alpha = (7, 0.3) if block.color == INK else (18, 0.8)
-                axes.scatter(values.real + x, values.imag + y, size, block.color, alpha=alpha, linewidths=0)
+                style: dict[str, Any] = {"marker": MARKERS[block.color], "alpha": 0.3 if block.color == OTHER else 0.8}
+                axes.scatter(values.real + x, values.imag + y, s=20, color=block.color, linewidths=0, **style)
         axes.set(xlim=(-1.15, width - 1.35), ylim=(-2.8 * lines + 1.35, 1.1), aspect="equal")
         axes.set_axis_off()
-        _add_legend(figure, group, blocks)
+        _add_legend(
+            figure,
+            [
+                Line2D([], [], color=color, marker=MARKERS[color], linestyle="", label=name)
+                for color, name in _names(group, blocks).items()
+            ],
+        )
     return figure
 
 
@@ -276,13 +313,15 @@ def _circle(axes: "Axes", x: float, y: float) -> None:
     axes.plot([x, x], [y - 1, y + 1], color=INK, linewidth=0.4, alpha=0.4)
 
 
-def _add_legend(figure: "Figure", group: Group, blocks: Sequence[Block]) -> None:
+def _names(group: Group, blocks: Sequence[Block]) -> dict[str, str]:
     """What the colours of blocks mean, of those that there are."""
-    from matplotlib.patches import Patch
+    names = {FAITHFUL: f"blocks that act as {group.name}", QUOTIENT: "as a quotient of it", OTHER: "other blocks"}
+    there = {block.color for block in blocks}
+    return {color: name for color, name in names.items() if color in there}
 
-    names = {FAITHFUL: f"blocks that compose as {group.name}", QUOTIENT: "as a quotient of it", INK: "other blocks"}
-    handles = [Patch(color=color, label=name) for color, name in names.items() if color in {b.color for b in blocks}]
-    figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=8)
+
+def _add_legend(figure: "Figure", handles: Sequence[Any]) -> None:
+    figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=SMALL)
 
 
 def sharpness(transition: Tensor, input_gate: Tensor, group: Group, blocks: Sequence[Block]) -> "Figure":
@@ -290,6 +329,8 @@ def sharpness(transition: Tensor, input_gate: Tensor, group: Group, blocks: Sequ
 
     The distance of a block that represents something is that of the components which do.
     """
+    from matplotlib.patches import Patch
+
     distance = distance_to_permutation(transition, signed=True)
     for block in blocks:
         if block.found is not None:
@@ -297,22 +338,40 @@ def sharpness(transition: Tensor, input_gate: Tensor, group: Group, blocks: Sequ
     panels = {
         "distance to a permutation": (distance, None),
         "entropy of a row (nats)": (gate_entropy(torch.cat([transition, input_gate[..., None]], dim=-1)), None),
-        "leak of a row (at least $10^{-6}$)": (leak(transition).clamp_min(1e-6), (-6, 0)),
-        "half-life (steps, at most $10^6$)": (half_life(transition).clamp(1e-1, 1e6), (-1, 6)),
+        "leak of a row (at least 0.000001)": (leak(transition).clamp_min(1e-6), (-6, 0, 3)),
+        "half-life (steps, at most a million)": (half_life(transition).clamp(1e-1, 1e6), (-1, 6, 2)),
     }
-    numbers = {color: [b.number for b in blocks if b.color == color] for color in (FAITHFUL, QUOTIENT, INK)}
-    with _panels(f"{transition.shape[0]} tokens in {transition.shape[1]} blocks", 3.6, 2, 2) as (figure, grid):
-        for (name, (values, decades)), panel in zip(panels.items(), grid, strict=True):
-            edges = torch.linspace(0, max(float(values.max()), 1e-9), 25, dtype=torch.float64)
-            if decades is not None:
-                edges = torch.logspace(*decades, 25, dtype=torch.float64)
+    names = _names(group, blocks)
+    numbers = {color: [b.number for b in blocks if b.color == color] for color in names}
+    with canvas(WIDTH, 3.6) as figure:
+        figure.suptitle(f"{transition.shape[0]} tokens in {transition.shape[1]} blocks", x=0.01, ha="left", fontsize=10)
+        for (name, (values, decades)), panel in zip(panels.items(), figure.subplots(2, 2).flat, strict=True):
+            if decades is None:
+                edges = torch.linspace(0, max(float(values.max()), 1e-9), 25, dtype=torch.float64)
+                panel.locator_params(axis="x", nbins=3)
+            else:
+                first, last, step = decades
+                edges = torch.logspace(first, last, 25, dtype=torch.float64)
                 panel.set_xscale("log")
+                marks = [10.0**decade for decade in range(first, last + 1, step)]
+                panel.set_xticks(marks, map(plain, marks))
+                panel.minorticks_off()
             parts = [values[:, chosen].flatten().tolist() for chosen in numbers.values()]
-            panel.hist(parts, edges.tolist(), stacked=True, color=list(numbers), alpha=0.85)
-            panel.set_xlabel(name)
-            panel.set_yticks([])
-            panel.spines[["top", "right", "left"]].set_visible(False)
-        _add_legend(figure, group, blocks)
+            _, _, bars = panel.hist(
+                parts, edges.tolist(), stacked=True, color=list(numbers), edgecolor="white", linewidth=0
+            )
+            for drawn, color in zip(bars if len(parts) > 1 else [bars], numbers, strict=True):
+                for bar in drawn:
+                    bar.set_hatch(HATCHES[color])
+            panel.set(xlabel=name, yticks=[])
+            panel.spines["left"].set_visible(False)
+        _add_legend(
+            figure,
+            [
+                Patch(facecolor=color, edgecolor="white", linewidth=0, hatch=HATCHES[color], label=name)
+                for color, name in names.items()
+            ],
+        )
     return figure
 
 
@@ -325,9 +384,9 @@ def trajectories(states: Mapping[int, tuple[Tensor, Tensor]], group: Group, bloc
     """
     lengths = list(states)
     views = {f"block {blocks[0].number}": [blocks[0].number], "all blocks": [block.number for block in blocks]}
-    title = "states, a colour for each product of the tokens read"
-    with _panels(title, 3.9, len(views), len(lengths)) as (figure, grid):
-        panels = iter(grid)
+    with canvas(WIDTH, 3.9) as figure:
+        figure.suptitle("states, a colour for each product of the tokens read", x=0.01, ha="left", fontsize=10)
+        panels = iter(figure.subplots(len(views), len(lengths), squeeze=False).flat)
         for view, numbers in views.items():
             flat = {length: state[:, :, numbers].flatten(1).double() for length, (state, _) in states.items()}
             middle = lengths[len(lengths) // 2]
@@ -340,7 +399,7 @@ def trajectories(states: Mapping[int, tuple[Tensor, Tensor]], group: Group, bloc
                 points = torch.nn.functional.pad(seen, (0, max(0, 2 - seen.shape[1])))[half : half + 400]
                 colors = [COLORS[int(product) % len(COLORS)] for product in products[half : half + 400]]
                 panel.scatter(points[:, 0], points[:, 1], s=7, c=colors, linewidths=0, alpha=0.7)
-                panel.set_title(f"{view}, {length} tokens: {share:.0%}", fontsize=8)
+                panel.set_title(f"{view}, {length} tokens: {share:.0%}", fontsize=SMALL)
                 panel.set_xticks([])
                 panel.set_yticks([])
     return figure
@@ -351,12 +410,3 @@ def _nearest(points: Tensor, labels: Tensor, half: int) -> float:
     kinds, index = labels[:half].unique(return_inverse=True)
     means = torch.stack([points[:half][index == kind].mean(0) for kind in range(len(kinds))])
     return float((kinds[torch.cdist(points[half:], means).argmin(1)] == labels[half:]).double().mean())
-
-
-@contextmanager
-def _panels(title: str, height: float, rows: int, columns: int) -> Iterator[tuple["Figure", list["Axes"]]]:
-    """A figure of several panels in the common style."""
-    with _canvas("", height) as (figure, axes):
-        axes.set_visible(False)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-        yield figure, list(figure.subplots(rows, columns, squeeze=False).flat)
