@@ -117,8 +117,10 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     short = TASKS["S2"]["seq_len"]
     accuracies = {
         f"M {LARGE}, {short}": "large",
-        **{f"that M, {short}": "that", f"that M, {LONGER}": "that, longer"},
-        **{f"one less, {short}": "one less", f"one less, {LONGER}": "one less, longer"},
+        f"that M, {short}": "that",
+        f"that M, {LONGER}": "that, longer",
+        f"one less, {short}": "one less",
+        f"one less, {LONGER}": "one less, longer",
     }
     lines = [["", "states", "says M, by seed", *accuracies]]
     for task in TASKS:

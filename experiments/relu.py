@@ -56,7 +56,10 @@ def run(normalization: str, bias: float, seed: int) -> Row:
         elements = model.layers[0].mixer_norm(model.embedding.weight)[None, :-1]  # type: ignore[operator]
         zero = normalize(layer.raw_gates(elements), normalization, dim=-2) == 0
     return {
-        **{"normalization": normalization, "added to the biases": bias, "seed": seed, "token accuracy": right},
+        "normalization": normalization,
+        "added to the biases": bias,
+        "seed": seed,
+        "token accuracy": right,
         "gates at zero": zero.float().mean().item(),
         "rows that remember nothing": zero[..., :-1, :].all(-2).float().mean().item(),
     }

@@ -192,8 +192,11 @@ CLAIMS: dict[str, tuple[Any, Any]] = {  # picture, or None where the table says 
 }
 # tables of scripts of their own, without a picture
 PLAIN: dict[str, Callable[[Sequence[Row]], list[list[str]]]] = {
-    **{"relu": relu.table, "endless": endless.table, "choose_m": choose_m.table},
-    **{"shakespeare": shakespeare.table, "generation": generation.table},
+    "relu": relu.table,
+    "endless": endless.table,
+    "choose_m": choose_m.table,
+    "shakespeare": shakespeare.table,
+    "generation": generation.table,
 }
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def test_the_default_path_names_what_ran(capsys):
 
 
 def test_scaling_is_over_lengths_and_over_threads():
-    groups = commands.Scaling(threads=2, lengths="64,16", length=7).groups()
+    groups = commands.ScalingBenchmark(threads=2, lengths="64,16", length=7).groups()
     over = [(group.panel, [c.name for c in group.contenders], group.baselines, group.shape.batch) for group in groups]
     lengths, threads = ["T 16", "T 64", "T 1024"], ["1 thread", "2 threads"]
     assert over == [
@@ -258,8 +258,14 @@ def test_summarize_against_numbers_by_hand():
 @pytest.mark.parametrize(
     ("number", "unit", "text"),
     [
-        *((1.5e-6, "s", "1.5 µs"), (2e-7, "s", "200 ns"), (0.0123456, "s", "12.3 ms"), (1234.0, "s", "1,234 s")),
-        *((2.28e9, "B", "2.28 GB"), (4096, "B", "4.1 kB"), (12, "B", "12 B"), (0.9996, "s", "1,000 ms")),
+        (1.5e-6, "s", "1.5 µs"),
+        (2e-7, "s", "200 ns"),
+        (0.0123456, "s", "12.3 ms"),
+        (1234.0, "s", "1,234 s"),
+        (0.9996, "s", "1,000 ms"),
+        (2.28e9, "B", "2.28 GB"),
+        (4096, "B", "4.1 kB"),
+        (12, "B", "12 B"),
     ],
 )
 def test_amounts(number, unit, text):
@@ -294,8 +300,15 @@ def test_the_products_are_those_of_the_layer():
     results = layers.products(shape).call()
     time, inner = (2, 5), 6
     assert [tuple(x.shape) for x in results] == [
-        *((*time, inner * 4), (*time, inner), (*time, 4)),
-        *((*time, 4), (inner * 4, 4), (*time, 4), (inner, 4), (*time, inner), (4, inner)),
+        (*time, inner * 4),
+        (*time, inner),
+        (*time, 4),
+        (*time, 4),
+        (inner * 4, 4),
+        (*time, 4),
+        (inner, 4),
+        (*time, inner),
+        (4, inner),
     ]
     x, weight, cotangent, bias = contender.inputs(shape, (*time, 4), (24, 4), (*time, 24), (24,))
     assert torch.equal(results[0], torch.nn.functional.linear(x, weight, bias))
@@ -360,7 +373,7 @@ def test_memory_is_extrapolated_where_it_does_not_fit(monkeypatch):
     monkeypatch.setattr(
         memory, "peak_bytes", lambda name, shape: asked.append((name, shape.length)) or 7 + 5 * shape.length
     )
-    peaks = {c.name: c for c in commands.Memory(length=100_000).groups()[0].contenders}
+    peaks = {c.name: c for c in commands.MemoryBenchmark(length=100_000).groups()[0].contenders}
     shape = Shape(2, 3, length=100_000)
     assert peaks["bdlru"].make(shape).call() == 7 + 5 * 100_000
     work = peaks["associative"].make(shape)
@@ -450,7 +463,7 @@ def test_threads_and_instruction_set_are_as_before_also_after_an_error():
 
     options = {"sizes": "1x2", "d_model": 4, "seconds": 0.01, "threads": 2, "instruction_set": slowest}
     with pytest.raises(KeyboardInterrupt):
-        commands.run(commands.Decode(**options), fail)
+        commands.run(commands.DecodeBenchmark(**options), fail)
     assert seen == [(2, slowest)]
     assert (torch.get_num_threads(), kernels.instruction_set()) == (1, own)
 
@@ -476,7 +489,13 @@ def test_an_interrupted_run_says_so(capsys, monkeypatch):
 
 
 def test_names_of_contenders_differ():
-    for kind in (commands.Scan, commands.Layer, commands.TrainStep, commands.Decode, commands.Scaling):
+    for kind in (
+        commands.ScanBenchmark,
+        commands.LayerBenchmark,
+        commands.TrainStepBenchmark,
+        commands.DecodeBenchmark,
+        commands.ScalingBenchmark,
+    ):
         for group in kind(sizes="1x2").groups():
             names = [c.name for c in group.contenders]
             assert not any(a == b for a, b in itertools.combinations(names, 2))

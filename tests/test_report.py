@@ -198,8 +198,19 @@ def test_rows_of_groups():
     [groups] = sections_of(made_runs()).values()
     head, mixed, diagonal, lstm = group_rows(groups)
     assert head == [
-        *("", "seeds", "parameters", "state", "valid token", "test 16 token", "test 16 sequence", "test 16 macro"),
-        *("test 64 token", "test 64 sequence", "test 64 macro", "steps", "tokens/s"),
+        "",
+        "seeds",
+        "parameters",
+        "state",
+        "valid token",
+        "test 16 token",
+        "test 16 sequence",
+        "test 16 macro",
+        "test 64 token",
+        "test 64 sequence",
+        "test 64 macro",
+        "steps",
+        "tokens/s",
     ]
     assert mixed[:6] == ["bd_lru, num_blocks=16, block_size=3", "3", "12,345", "48", "0.910 ± 0.025", "0.910 ± 0.025"]
     assert mixed[6:9] == ["0.455 ± 0.012", "0.303 ± 0.008", "0.228 ± 0.006"]

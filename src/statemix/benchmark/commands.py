@@ -19,7 +19,7 @@ from statemix import kernels
 from statemix.benchmark import gpu
 from statemix.benchmark.contender import BACKWARD, BOTH, FORWARD, PARTS, Contender, Shape, Work
 from statemix.benchmark.layers import DECODE_CONTENDERS, LAYER_CONTENDERS, TRAIN_CONTENDERS
-from statemix.benchmark.measure import Group, Samples, interleave, machine, measured, settings
+from statemix.benchmark.measure import Comparison, Samples, interleave, machine, measured, settings
 from statemix.benchmark.memory import LAYERS, MEMORY_CONTENDERS
 from statemix.benchmark.results import plot, table
 from statemix.benchmark.scans import SCAN_CONTENDERS, SCANS, own_scan
@@ -56,7 +56,7 @@ class Benchmark:
     pictured: ClassVar[bool] = True  # whether there is a picture of the ratios over the sizes
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[Comparison]:
         """The tables, in order."""
         raise NotImplementedError
 
@@ -64,11 +64,11 @@ class Benchmark:
         """The raw numbers of every contender, in `unit`."""
         return interleave(works, self.seconds)
 
-    def result(self, group: Group) -> dict[str, Any]:
+    def result(self, group: Comparison) -> dict[str, Any]:
         """A table as it is kept in the JSON file."""
         return measured(group, self.samples, self.unit, self.of)
 
-    def table(self, group: Group, result: Mapping[str, Any]) -> Table:
+    def table(self, group: Comparison, result: Mapping[str, Any]) -> Table:
         """The table as it is shown."""
         return table(self.title(group), result)
 
@@ -97,14 +97,14 @@ class Benchmark:
         sizes = (map(int, pair.split("x")) for pair in pairs)
         return [Shape(order, blocks, **self.given("batch", "length", "d_model", "dtype")) for order, blocks in sizes]
 
-    def title(self, group: Group) -> str:
+    def title(self, group: Comparison) -> str:
         """Of a table: what its numbers hold for."""
         facts = [f"M {group.shape.order}, N {group.shape.blocks}"]
         letters = {"batch": "B ", "length": "T ", "d_model": "D ", "dtype": ""}
         facts += [f"{letters[name]}{getattr(group.shape, name)}" for name in self.given(*letters)]
         return f"{self.what}, {group.panel}: {', '.join(facts)}"
 
-    def check(self) -> list[Group]:
+    def check(self) -> list[Comparison]:
         """The tables, of the chosen contenders; raises ValueError or TypeError if an option is wrong."""
         check_sizes("bench", **self.given("threads", "batch", "length", "d_model"))
         processors = os.cpu_count() or 1
@@ -164,7 +164,7 @@ def run(benchmark: Benchmark, show: Callable[[Any], object]) -> list[Path]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scan(Benchmark):
+class ScanBenchmark(Benchmark):
     """The bare scan against a copy of its bytes, the softmax of its gates, the published scan, the loop, and peers.
 
     Args:
@@ -182,13 +182,13 @@ class Scan(Benchmark):
     what, of = "scan", "speed"
     dtypes = ("float32", "float64")
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[Comparison]:
         """A table per kind, size and part."""
         kinds = self.kinds.split(",")
         for kind in kinds:
             check_choice("bench", "kinds", kind, tuple(SCANS))
         return [
-            Group(
+            Comparison(
                 f"{kind} scan, {part}", replace(shape, kind=kind, part=part), SCAN_CONTENDERS, ("copy", "associative")
             )
             for kind, shape, part in itertools.product(kinds, self.shapes(), PARTS)
@@ -196,7 +196,7 @@ class Scan(Benchmark):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer(Benchmark):
+class LayerBenchmark(Benchmark):
     """Forward and backward of a layer against the matrix products that it cannot avoid, and other layers.
 
     Args:
@@ -213,29 +213,29 @@ class Layer(Benchmark):
 
     what = "layer"
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[Comparison]:
         """A table per size."""
         contenders: tuple[Contender, ...] = LAYER_CONTENDERS
         if self.dtype == "bfloat16":
             own = LAYER_CONTENDERS[0]
             full = Contender("bdlru float32", lambda shape: own.make(replace(shape, dtype="float32")), own.reference)
             contenders = (*contenders, full)
-        return [Group(BOTH, shape, contenders, ("products",)) for shape in self.shapes()]
+        return [Comparison(BOTH, shape, contenders, ("products",)) for shape in self.shapes()]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainStep(Layer):
+class TrainStepBenchmark(LayerBenchmark):
     """A training step of a one-layer model, with mixers of equally many parameters: against LSTM and Mamba-2."""
 
     what = "train-step"
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[Comparison]:
         """A table per size."""
-        return [Group("training step", shape, TRAIN_CONTENDERS, ("lstm",)) for shape in self.shapes()]
+        return [Comparison("training step", shape, TRAIN_CONTENDERS, ("lstm",)) for shape in self.shapes()]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decode(Benchmark):
+class DecodeBenchmark(Benchmark):
     """One token at batch 1, by `step` and by a Decoder: against an LSTMCell with as large a state.
 
     Args:
@@ -246,13 +246,13 @@ class Decode(Benchmark):
 
     what = "decode"
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[Comparison]:
         """A table per size."""
-        return [Group("one step", shape, DECODE_CONTENDERS, ("lstm cell",)) for shape in self.shapes()]
+        return [Comparison("one step", shape, DECODE_CONTENDERS, ("lstm cell",)) for shape in self.shapes()]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory(Layer):
+class MemoryBenchmark(LayerBenchmark):
     """Peak memory of a layer's training step beyond parameters and inputs: against the published log-depth scan."""
 
     sizes: str = "16x16"
@@ -261,12 +261,12 @@ class Memory(Layer):
 
     what, of, unit = "memory", "memory", "B"
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[Comparison]:
         """A table per size."""
         if not Path("/proc/self/status").exists():
             raise RuntimeError("bench: memory is read from /proc/self/status, which this system does not have.")
         return [
-            Group("peak of a training step", shape, MEMORY_CONTENDERS, ("associative",), LAYERS)
+            Comparison("peak of a training step", shape, MEMORY_CONTENDERS, ("associative",), LAYERS)
             for shape in self.shapes()
         ]
 
@@ -276,7 +276,7 @@ class Memory(Layer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scaling(Benchmark):
+class ScalingBenchmark(Benchmark):
     """Speed per token over lengths, on one thread at B 1; speed over threads, at B and at B 1.
 
     Args:
@@ -296,7 +296,7 @@ class Scaling(Benchmark):
 
     what, of, pictured = "scaling", "speed", False
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[Comparison]:
         """Per size a table over lengths, and one over threads for the scan and the layer at B and at B 1."""
         if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.lengths):
             raise ValueError(
@@ -308,11 +308,11 @@ class Scaling(Benchmark):
         for shape in self.shapes():
             one = replace(shape, batch=1)
             over_lengths = tuple(_at_length(scan, length) for length in lengths)
-            groups.append(Group("scan over T, B 1", one, over_lengths, (f"T {SCALING_LENGTH}",), (scan,)))
+            groups.append(Comparison("scan over T, B 1", one, over_lengths, (f"T {SCALING_LENGTH}",), (scan,)))
             for own, at in itertools.product((scan, layer), dict.fromkeys((shape, one))):
                 over_threads = tuple(_on_threads(own, threads) for threads in range(1, self.threads + 1))
                 name = "scan" if own is scan else "layer"
-                groups.append(Group(f"{name} over threads, B {at.batch}", at, over_threads, ("1 thread",), (own,)))
+                groups.append(Comparison(f"{name} over threads, B {at.batch}", at, over_threads, ("1 thread",), (own,)))
         return groups
 
 
@@ -342,7 +342,7 @@ def _on_threads(contender: Contender, threads: int) -> Contender:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gpu(Layer):
+class GpuBenchmark(LayerBenchmark):
     """The GPU kernels beside their prediction: scan, layer and training step against torch, cuDNN's LSTM and peers.
 
     Args:
@@ -361,7 +361,7 @@ class Gpu(Layer):
 
     what = "gpu"
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[Comparison]:
         """A table per kind, size and part, and where it is measured one for the layer and one for the training step."""
         kinds = self.kinds.split(",")
         for kind in kinds:
@@ -374,21 +374,21 @@ class Gpu(Layer):
             )
         contenders = () if self.plan else gpu.scan_contenders(card_of(torch.cuda.get_device_properties()))
         groups = [
-            Group(f"{kind} scan, {part}", replace(shape, kind=kind, part=part), contenders, (gpu.LEAST,))
+            Comparison(f"{kind} scan, {part}", replace(shape, kind=kind, part=part), contenders, (gpu.LEAST,))
             for kind, shape, part in itertools.product(kinds, self.shapes(), (FORWARD, BACKWARD))
         ]
         if self.plan:
             return groups
         modules = itertools.product((gpu.LAYER, gpu.STEP), self.shapes())
         return groups + [
-            Group(part, replace(shape, part=part), gpu.MODULE_CONTENDERS, ("lstm",)) for part, shape in modules
+            Comparison(part, replace(shape, part=part), gpu.MODULE_CONTENDERS, ("lstm",)) for part, shape in modules
         ]
 
-    def result(self, group: Group) -> dict[str, Any]:
+    def result(self, group: Comparison) -> dict[str, Any]:
         """Measured, or predicted."""
         return gpu.plan(group.panel, group.shape, CARDS[self.gpu]) if self.plan else super().result(group)
 
-    def table(self, group: Group, result: Mapping[str, Any]) -> Table:
+    def table(self, group: Comparison, result: Mapping[str, Any]) -> Table:
         """The table as it is shown."""
         return gpu.plan_table(self.title(group), result) if self.plan else super().table(group, result)
 
@@ -404,5 +404,14 @@ class Gpu(Layer):
 
 
 BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
-    b.what: b for b in (Scan, Layer, TrainStep, Decode, Memory, Scaling, Gpu)
+    benchmark.what: benchmark
+    for benchmark in (
+        ScanBenchmark,
+        LayerBenchmark,
+        TrainStepBenchmark,
+        DecodeBenchmark,
+        MemoryBenchmark,
+        ScalingBenchmark,
+        GpuBenchmark,
+    )
 }

@@ -134,8 +134,14 @@ def _mamba2(shape: Shape) -> Work:
         raise UnavailableError("D a multiple of 16 only")
     name = "transformers.models.mamba2"
     config = imported(name, "Mamba2Config")(
-        **{"hidden_size": shape.d_model, "expand": 2, "head_dim": 32, "num_heads": shape.d_model // 16},
-        **{"state_size": 64, "n_groups": 1, "conv_kernel": 4, "chunk_size": 64},
+        hidden_size=shape.d_model,
+        expand=2,
+        head_dim=32,
+        num_heads=shape.d_model // 16,
+        state_size=64,
+        n_groups=1,
+        conv_kernel=4,
+        chunk_size=64,
     )
     return layer_work(shape, partial(imported(f"{name}.modeling_mamba2", "Mamba2Mixer"), config, layer_idx=0))
 

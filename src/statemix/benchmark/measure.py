@@ -29,7 +29,7 @@ Samples = dict[str, list[float]]  # contender -> a number a round, from round 0 
 
 
 @dataclass(frozen=True)
-class Group:
+class Comparison:
     """A table: contenders on one shape, and those that ratios are to.
 
     panel: its part of the plot. checked: held to their reference first; None: the contenders.
@@ -41,12 +41,12 @@ class Group:
     baselines: tuple[str, ...]
     checked: tuple[Contender, ...] | None = None
 
-    def only(self, names: Sequence[str]) -> "Group":
+    def only(self, names: Sequence[str]) -> "Comparison":
         """The table with these contenders and the baselines."""
         return replace(self, contenders=tuple(c for c in self.contenders if c.name in (*names, *self.baselines)))
 
 
-def measured(group: Group, sample: Callable[[Mapping[str, Work]], Samples], unit: str, of: str) -> dict[str, Any]:
+def measured(group: Comparison, sample: Callable[[Mapping[str, Work]], Samples], unit: str, of: str) -> dict[str, Any]:
     """Check and measure a table, and return it as it is kept in the JSON file.
 
     Args:
@@ -77,8 +77,13 @@ def measured(group: Group, sample: Callable[[Mapping[str, Work]], Samples], unit
             note = "; ".join(filter(None, (works[name].note, slow)))
             rows.append({"name": name, **summary[name], "note": note, "samples": samples[name]})
     return {
-        **{"panel": group.panel, "size": group.shape.size, "shape": dataclasses.asdict(group.shape)},
-        **{"unit": unit, "ratio": of, "baselines": group.baselines, "contenders": rows},
+        "panel": group.panel,
+        "size": group.shape.size,
+        "shape": dataclasses.asdict(group.shape),
+        "unit": unit,
+        "ratio": of,
+        "baselines": group.baselines,
+        "contenders": rows,
     }
 
 
