@@ -454,7 +454,7 @@ def test_replicas_of_data_parallel_run(name):
         assert relative_error(got.detach(), right.detach().double()) <= TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("name", sorted(MIXERS.keys() - {"mlstm"}))  # that one reads a weight itself, which is then a method
+@pytest.mark.parametrize("name", sorted(MIXERS.keys() - {"mlstm"}))  # which reads a weight itself, then a method
 @pytest.mark.filterwarnings("ignore")
 def test_quantised_mixers_run(name):
     mixer = build_mixer({"name": name, **SIZES.get(name, {"head_dim": 4})}, WIDTH).eval()
