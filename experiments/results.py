@@ -1,4 +1,4 @@
-"""The tables and figures of the claims: results/NAME.csv and .png, and the tables in docs/results.md.
+"""The tables and figures of the claims: results/NAME.csv and .png, and the tables in docs/claims/.
 
 The pictures of `statemix bench` in results/bench are drawn again from their samples, too.
 
@@ -36,7 +36,7 @@ from statemix.runs.statistics import interval
 from statemix.scan import backend_problem
 from statemix.style import render
 
-RESULTS, RUNS, PAGE = Path("results"), Path("runs"), Path("docs/results.md")
+RESULTS, RUNS, PAGES = Path("results"), Path("runs"), Path("docs/claims")
 
 Row = dict[str, Any]
 
@@ -48,24 +48,22 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in arguments.collect:
         collect(name)
-    page = PAGE.read_text()
     for name, (draw, table) in CLAIMS.items():
         if not (file := RESULTS / f"{name}.csv").exists():
             continue
         rows = read(file)
         if draw is not None:
             save(draw(rows), name)
-        page = fill(page, name, f"{align(table(rows), markdown=True)}\n\n{provenance(rows)}")
+        show(name, f"{align(table(rows), markdown=True)}\n\n{provenance(rows)}")
         print(f"{name}: {len(rows)} runs")
     for name, plain in PLAIN.items():
         if (file := RESULTS / f"{name}.csv").exists():
-            page = fill(page, name, align(plain(read(file)), markdown=True))
+            show(name, align(plain(read(file)), markdown=True))
     if (file := RESULTS / "shakespeare.csv").exists():
         save(figures.shakespeare(read(file)), "shakespeare")
     for picture in sorted((RESULTS / "bench").glob("*.png")):
         write_whole(picture, plot(json.loads(picture.with_suffix(".json").read_text())))
-    page = fill(page, "efficiency", align(efficiency(), markdown=True))
-    write_whole(PAGE, page.encode())
+    show("efficiency", align(efficiency(), markdown=True))
 
 
 def save(figure: Figure, name: str) -> None:
@@ -158,12 +156,26 @@ def provenance(rows: Sequence[Row]) -> str:
     )
 
 
-def fill(page: str, name: str, text: str) -> str:
-    """The page with the text between the marks of a table. Raises ValueError if there are none."""
+def show(name: str, text: str) -> None:
+    """Write a table between its marks, into the page of PAGES that has them."""
+    page, content = fill(name, text)
+    write_whole(page, content.encode())
+
+
+def fill(name: str, text: str) -> tuple[Path, str]:
+    """The page that has the marks of a table, and its content with the text between them.
+
+    Raises:
+        ValueError: no page has them, or more than one, or one has a mark twice.
+    """
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    if page.count(begin) != 1 or page.count(end) != 1:
-        raise ValueError(f"results: {PAGE} must have {begin!r} and {end!r} once each.")
-    return page[: page.index(begin) + len(begin)] + f"\n{text}\n" + page[page.index(end) :]
+    pages = {page: page.read_text() for page in sorted(PAGES.glob("*.md"))}
+    found = [page for page, content in pages.items() if begin in content or end in content]
+    if len(found) != 1 or pages[found[0]].count(begin) != 1 or pages[found[0]].count(end) != 1:
+        where = ", ".join(map(str, found)) or "no page"
+        raise ValueError(f"results: one page of {PAGES} must have {begin!r} and {end!r} once each, got {where}.")
+    content = pages[found[0]]
+    return found[0], content[: content.index(begin) + len(begin)] + f"\n{text}\n" + content[content.index(end) :]
 
 
 def accuracies(*lengths: int, kinds: Sequence[str] = ("token", "sequence")) -> dict[str, str]:

@@ -4,7 +4,7 @@
     python experiments/results.py --collect state_tracking
 
 One layer, every mixer with as many parameters in a group's table; a start token before each sequence (why:
-docs/results.md, claim 7). Trained at length 16, in S5 and other groups of its size at shorter ones first; tested at 16,
+docs/claims/exact.md). Trained at length 16, in S5 and other groups of its size at shorter ones first; tested at 16,
 32 and 64; a run ends at a validation accuracy of 0.9999. quick: S2, S3, S4, S5 with every mixer, 3 seeds. full: A5 and
 Z60 too, five seeds, longer.
 """

@@ -1,4 +1,4 @@
-"""The experiments: their sweeps are made of valid configs, and what docs/results.md shows is what the tables say."""
+"""The experiments: their sweeps are made of valid configs, and what docs/claims/ shows is what the tables say."""
 
 import csv
 import runpy
@@ -55,13 +55,13 @@ def test_a_table_holds_whole_runs(name):
 
 
 def test_the_page_shows_what_the_tables_say(results):
-    page = (ROOT / "docs" / "results.md").read_text()
     for name, (draw, table) in results["CLAIMS"].items():
         if name not in TABLES:
             continue
         rows = results["read"](ROOT / "results" / f"{name}.csv")
         text = f"{results['align'](table(rows), markdown=True)}\n\n{results['provenance'](rows)}"
-        assert results["fill"](page, name, text) == page, f"run `make results`: {name}"
+        page, content = results["fill"](name, text)
+        assert content == page.read_text(), f"run `make results`: {name}"
         assert (draw is not None) == (ROOT / "results" / f"{name}.png").exists()
         assert draw is None or isinstance(draw(rows), Figure)
         changed = [row | {"test_16_token_accuracy": 0.123} for row in rows]
@@ -70,21 +70,18 @@ def test_the_page_shows_what_the_tables_say(results):
 
 
 def test_the_page_shows_the_plain_tables_too(results):
-    page = (ROOT / "docs" / "results.md").read_text()
     shown_at_all = [name for name in results["PLAIN"] if name in TABLES]
     assert shown_at_all
     for name in shown_at_all:
         table = results["PLAIN"][name]
         lines = table(results["read"](ROOT / "results" / f"{name}.csv"))
-        assert results["fill"](page, name, results["align"](lines, markdown=True)) == page, (
-            f"run `make results`: {name}"
-        )
+        page, content = results["fill"](name, results["align"](lines, markdown=True))
+        assert content == page.read_text(), f"run `make results`: {name}"
 
 
 def test_the_page_shows_the_measured_speeds(results):
-    page = (ROOT / "docs" / "results.md").read_text()
-    shown = results["fill"](page, "efficiency", results["align"](results["efficiency"](), markdown=True))
-    assert shown == page, "run `make results`"
+    page, content = results["fill"]("efficiency", results["align"](results["efficiency"](), markdown=True))
+    assert content == page.read_text(), "run `make results`"
 
 
 def test_every_measured_picture_has_the_samples_it_is_drawn_from():
@@ -93,6 +90,19 @@ def test_every_measured_picture_has_the_samples_it_is_drawn_from():
     assert all(picture.with_suffix(".json").exists() for picture in pictures)
 
 
-def test_a_page_without_the_marks_of_a_table_is_refused(results):
-    with pytest.raises(ValueError, match=r"must have '<!-- memory -->' and '<!-- end of memory -->' once each"):
-        results["fill"]("a page", "memory", "text")
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("a page", "another"),
+        ("<!-- memory -->", "<!-- end of memory -->"),
+        ("<!-- memory --><!-- end of memory -->", "<!-- memory --><!-- end of memory -->"),
+        ("<!-- memory --><!-- memory --><!-- end of memory -->", ""),
+    ],
+    ids=["no page", "one mark each", "two pages", "a mark twice"],
+)
+def test_pages_without_the_marks_of_one_table_are_refused(results, tmp_path, monkeypatch, first, second):
+    (tmp_path / "first.md").write_text(first)
+    (tmp_path / "second.md").write_text(second)
+    monkeypatch.setitem(results["fill"].__globals__, "PAGES", tmp_path)
+    with pytest.raises(ValueError, match=r"must have '<!-- memory -->' and '<!-- end of memory -->' once each, got"):
+        results["fill"]("memory", "text")

@@ -1,5 +1,8 @@
-"""What the README shows runs as it is written, and the quickstart compares what it says it compares."""
+"""What the README and the pages of docs/ show runs as it is written, and the front page is short."""
 
+import contextlib
+import importlib
+import io
 import re
 import runpy
 import shlex
@@ -13,64 +16,137 @@ from statemix.tasks import build_task
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
 
 
-def shell_commands() -> list[list[str]]:
-    """The indented lines of the README, continuation lines joined, without their comments."""
-    text = README.replace("\\\n", " ")
-    lines = re.findall(r"^    (\S.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
-    return [shlex.split(line, comments=True) for line in lines]
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
 
 
-def test_python_of_the_readme_runs():
-    [code] = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    names = {}
-    exec(compile(code, "README.md", "exec"), names)
-    assert names["y"].shape == (8, 1000, 64)
-    assert names["state"].shape == (8, 4, 16)
-    assert names["states"].shape == (8, 1000, 4, 16)
+def shell_commands(page: str) -> list[list[str]]:
+    """The commands of a page, continuation lines joined, without their comments."""
+    lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
 
-def test_statemix_commands_of_the_readme_run(tmp_path, capsys, monkeypatch):
-    commands = [command[1:] for command in shell_commands() if command[0] == "statemix"]
-    names = [command[0] for command in commands]
-    assert names == [*("train", "train", "info", "bench", "train", "sweep", "report", "info", "train", "generate")]
-    shown = (ROOT / "experiments" / "recall.py").read_text()
+def test_the_front_page_is_short():
+    prose = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
+    assert len(README.split()) <= 600
+    for paragraph in prose.split("\n\n"):
+        figures = re.findall(
+            r"(?<![\w./])\d[\d,.]*(?!\w*[/.]\w)", re.sub(r"\(http\S*\)|\[arXiv [^\]]*\]", "", paragraph)
+        )
+        assert len(figures) <= 3, f"{figures} in {paragraph!r}"
+
+
+def test_there_are_no_other_blocks():
+    """A block without a language, or an indented one, would be run by no test."""
+    for name, path in PAGES.items():
+        languages = re.findall(r"^```(\w*)$", path.read_text(), flags=re.MULTILINE)[::2]
+        assert set(languages) <= {"python", "sh", "text"}, name
+        assert not re.search(
+            r"^    \S", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE), re.M
+        )
+
+
+@pytest.mark.parametrize("name", [name for name, path in PAGES.items() if blocks(path.read_text(), "python")])
+def test_python_runs_and_prints_what_is_shown(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page, names, printed = PAGES[name].read_text(), {}, io.StringIO()
+    for code in blocks(page, "python"):
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, name, "exec"), names)
+    assert printed.getvalue() == "".join(blocks(page, "text"))
+
+
+EXPERIMENTS = ROOT / "experiments"
+
+
+@pytest.mark.parametrize("name", [name for name, path in PAGES.items() if shell_commands(path.read_text())])
+def test_statemix_commands_run(name, tmp_path, capsys, monkeypatch):
+    commands = shell_commands(PAGES[name].read_text())
     monkeypatch.chdir(tmp_path)  # as written but shorter, and not into the reader's folder
     Path("experiments").mkdir()
+    shown = (EXPERIMENTS / "recall.py").read_text()
     Path("experiments/recall.py").write_text(
         f"{shown}\nfrom dataclasses import replace\n"
         "configs = [replace(configs[m], steps=2, batch_size=2, eval_sequences=2) for m in ('LRU', 'Mamba-2')]\n"
     )
     Path("book.txt").write_text("Once upon a time there was a sequence that never ended. " * 400)
     monkeypatch.setenv("STATEMIX_CACHE", str(tmp_path / "cache"))
-    for command in commands:
-        short = []
-        if command[0] == "train" and "--out" in command:
-            short = ["--steps", "2", "--eval-sequences", "8"]
-        if command[0] == "generate":
-            short = ["--max-new-tokens", "3"]
-        if command[0] == "bench":
-            short = ["--sizes", "1x4", "--length", "16", "--seconds", "0.01", "--out", str(tmp_path / "bench")]
-        assert main(command + short) == 0, capsys.readouterr().err
-    assert Path("runs/recall-report/report.html").exists()
+    for program, *command in commands:
+        if program == "statemix" and command[:1] != ["sweep"] and "gpu" not in command:
+            short = []
+            if command[0] == "train" and "--out" in command:
+                short = ["--steps", "2", "--eval-sequences", "8"]
+            if command[0] == "generate":
+                short = ["--max-new-tokens", "3"]
+            if command[0] == "bench":
+                short = ["--sizes", "1x4", "--length", "16", "--seconds", "0.01", "--out", str(tmp_path / "bench")]
+            assert main(command + short) == 0, capsys.readouterr().err
+        elif program == "statemix" and command[1] == "experiments/recall.py":
+            assert main(command) == 0, capsys.readouterr().err
 
 
-def test_make_commands_of_the_readme_exist():
-    targets = {command[1] for command in shell_commands() if command[0] == "make"}
-    assert targets == {"quickstart", "test", "results", "experiments"}
-    for target in targets:
-        assert re.search(rf"^{target}: ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+def test_other_commands_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set()
+    for path in PAGES.values():
+        for program, *arguments in shell_commands(path.read_text()):
+            assert program in ("make", "python", "statemix", "accelerate"), program
+            if program == "make":
+                targets.add(arguments[0])
+                assert re.search(rf"^{arguments[0]}: ", makefile, flags=re.MULTILINE), arguments
+            if program == "python" and arguments[0] != "-m":
+                assert (ROOT / arguments[0]).exists(), arguments
+    assert {"quickstart", "test", "results", "experiments"} <= targets
 
 
-def test_pictures_and_links_of_the_readme_exist():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_pictures_and_links_exist():
+    for name, path in {**PAGES, "CONTRIBUTING.md": ROOT / "CONTRIBUTING.md"}.items():
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{name}: {target}"
+
+
+def named(path: str) -> object:
+    """What a dotted path names: a module, and then attributes."""
+    parts = path.split(".")
+    for number in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:number]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[number:]:
+            found = getattr(found, part)
+        return found
+    raise ModuleNotFoundError(path)
+
+
+def test_the_walks_of_contributing_name_functions_that_exist():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    walks = re.findall(r"^### (From .*?)\n\n((?:\d+\. .*\n)+)", page, flags=re.MULTILINE)
+    assert len(walks) == 3
+    for title, walk in walks:
+        lines = walk.splitlines()
+        assert len(lines) <= 8, title
+        for line in lines:
+            places = re.findall(r"`(statemix\.[\w.]+)`", line)
+            assert places, line
+            assert all(callable(named(place)) for place in places), line
+
+
+def test_the_map_of_contributing_names_every_room():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    package = ROOT / "src" / "statemix"
+    rooms = [path.stem for path in package.glob("*.py") if not path.stem.startswith("__")]
+    rooms += [path.parent.name for path in package.glob("*/__init__.py")]
+    assert [room for room in sorted(rooms) if not re.search(rf"`[^`\n]*\b{room}(\.py|/)`", page)] == []
 
 
 @pytest.fixture(scope="module")
 def quickstart():
-    return runpy.run_path(str(ROOT / "experiments" / "quickstart.py"), run_name="quickstart")
+    return runpy.run_path(str(EXPERIMENTS / "quickstart.py"), run_name="quickstart")
 
 
 def test_quickstart_models_are_matched_as_their_labels_say(quickstart):

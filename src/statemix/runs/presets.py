@@ -20,7 +20,7 @@ which has fewer than 50,280 tokens of a short one, and how often it validates, o
 
 "exact-s3", "exact-s4" and "exact-s5" are runs too: state tracking that stays exact far beyond the trained length, by a
 start token, short lengths first, and a penalty on rows of gates that are not one-hot; S5 also by hiding half of the
-blocks from the read-out in the first half of training (docs/results.md, claim 7).
+blocks from the read-out in the first half of training (docs/claims/exact.md).
 """
 
 import dataclasses
