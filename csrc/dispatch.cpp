@@ -61,15 +61,15 @@ STATEMIX_EXPORT int statemix_vector_bytes(int index) { return kInstructionSets[i
 STATEMIX_EXPORT int statemix_interface() { return kInterface; }
 
 // Each kernel returns 0, or -n where it found no memory for n bytes: then nothing was done.
-STATEMIX_EXPORT int64_t statemix_scan_forward(int index, const Scan* p) { return run(&Kernels::scan_forward, index, *p); }
-STATEMIX_EXPORT int64_t statemix_scan_backward(int index, const Scan* p) { return run(&Kernels::scan_backward, index, *p); }
-STATEMIX_EXPORT int64_t statemix_layer_forward(int index, const Layer* p) { return run(&Kernels::layer_forward, index, *p); }
-STATEMIX_EXPORT int64_t statemix_layer_backward(int index, const Layer* p) { return run(&Kernels::layer_backward, index, *p); }
-STATEMIX_EXPORT int64_t statemix_layer_step(int index, const Layer* p) { return run(&Kernels::layer_step, index, *p); }
-STATEMIX_EXPORT int64_t statemix_pair_step(int index, const Pair* p) { return run(&Kernels::pair_step, index, *p); }
-STATEMIX_EXPORT int64_t statemix_gated(int index, const Gated* p) { return run(&Kernels::gated, index, *p); }
+STATEMIX_EXPORT int64_t statemix_scan_forward(int index, const ScanCall* p) { return run(&Kernels::scan_forward, index, *p); }
+STATEMIX_EXPORT int64_t statemix_scan_backward(int index, const ScanCall* p) { return run(&Kernels::scan_backward, index, *p); }
+STATEMIX_EXPORT int64_t statemix_layer_forward(int index, const LayerCall* p) { return run(&Kernels::layer_forward, index, *p); }
+STATEMIX_EXPORT int64_t statemix_layer_backward(int index, const LayerCall* p) { return run(&Kernels::layer_backward, index, *p); }
+STATEMIX_EXPORT int64_t statemix_layer_step(int index, const LayerCall* p) { return run(&Kernels::layer_step, index, *p); }
+STATEMIX_EXPORT int64_t statemix_pair_step(int index, const PairCall* p) { return run(&Kernels::pair_step, index, *p); }
+STATEMIX_EXPORT int64_t statemix_gated(int index, const GatedCall* p) { return run(&Kernels::gated, index, *p); }
 // Or b + 1 where the token of row b is outside the vocabulary: then too nothing was done.
-STATEMIX_EXPORT int64_t statemix_model_step(int index, const Model* p) {
+STATEMIX_EXPORT int64_t statemix_model_step(int index, const ModelCall* p) {
   for (int64_t b = 0; b < p->readout.batch; ++b)
     if (p->tokens[b] < 0 || p->tokens[b] >= p->vocabulary) return b + 1;
   return run(&Kernels::model_step, index, *p);

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kGatedPerThread = 1 << 14;  // numbers of y: below, waking another thread takes longer than it saves
 
 template <class T>
-void gated(const Gated& p) {
+void gated(const GatedCall& p) {
   const int64_t size = p.size, threads = std::clamp<int64_t>(p.rows * size / kGatedPerThread, 1, p.threads);
   in_parallel(threads, [&](int64_t thread, int64_t count) {
     const int64_t end = share(p.rows, thread + 1, count);
@@ -39,7 +39,7 @@ void gated(const Gated& p) {
   });
 }
 
-void gated(const Gated& p) { p.storage == kDouble ? gated<double>(p) : gated<float>(p); }
+void gated(const GatedCall& p) { p.storage == kDouble ? gated<double>(p) : gated<float>(p); }
 
 }  // namespace
 }  // namespace statemix

@@ -14,7 +14,7 @@ enum Storage : int32_t { kFloat = 0, kDouble, kBfloat16 };  // of raw gates, val
 
 // A scan. Raw gates are (B, T, rows, M+1, N) with M rows for a block scan and one row otherwise; values (B, T, rows, N).
 // Everything below a time step is contiguous; strides are in elements and may be 0. All else is contiguous.
-struct Scan {
+struct ScanCall {
   int64_t batch, length, order, blocks;
   int64_t gate_batch_stride, gate_time_stride, value_batch_stride, value_time_stride;
   int32_t kind, normalization, storage, threads;
@@ -32,9 +32,9 @@ struct Scan {
 };
 
 // A whole layer: raw gates and values from x, the scan, and the read-out. All tensors are contiguous.
-// gate_weight (rows (M+1) N, D), gate_bias, value_weight (rows N, D), output_weight (D, M N): the rows and columns as in Scan.
+// gate_weight (rows (M+1) N, D), gate_bias, value_weight (rows N, D), output_weight (D, M N): the rows and columns as in ScanCall.
 // The states and the kept raw gates have a layout of their own, see layer.h.
-struct Layer {
+struct LayerCall {
   int64_t batch, length, width, order, blocks;
   int32_t kind, normalization, storage, threads;
   const void *x, *gate_weight, *gate_bias, *value_weight, *output_weight, *initial_state;
@@ -47,8 +47,8 @@ struct Layer {
 
 // One token through a residual pair: x + mixer(norm(x)), then that + SwiGLU(norm(that)), norm(x) = x weight / rms(x).
 // y may be where x is, and the final state where the initial one is.
-struct Pair {
-  Layer mixer;  // length 1, without reset; x and y are those of the pair
+struct PairCall {
+  LayerCall mixer;  // length 1, without reset; x and y are those of the pair
   int64_t mlp_size;
   double mixer_epsilon, mlp_epsilon;
   const void *mixer_norm, *mlp_norm;        // (D,)
@@ -56,7 +56,7 @@ struct Pair {
 };
 
 // y = weight (x norm / sqrt(mean(x^2) + epsilon)) for rows of x: the end of a model, from the last layer to its logits.
-struct Readout {
+struct ReadoutCall {
   int64_t batch, width, count;
   int32_t storage, threads;  // kFloat or kDouble
   double epsilon;
@@ -66,17 +66,17 @@ struct Readout {
 
 // One token through a whole model: rows of the embedding through residual pairs, each of which changes its state and the residual
 // stream where they are, and then logits of the stream.
-struct Model {
+struct ModelCall {
   int64_t vocabulary, layers;
   const int64_t* tokens;  // (batch,)
   const void* embedding;  // (vocabulary, width)
   void* stream;           // (batch, width): x and y of every pair and x of the readout
-  const Pair* pairs;
-  Readout readout;
+  const PairCall* pairs;
+  ReadoutCall readout;
 };
 
 // y = silu(gate) * inner for rows of x (2 size), the gates first; with grad_x its gradient instead. All contiguous.
-struct Gated {
+struct GatedCall {
   int64_t rows, size;
   int32_t storage, threads;  // kFloat or kDouble
   const void *x, *grad_y;
@@ -91,14 +91,14 @@ struct NoMemory {
 
 struct Kernels {
   int vector_bytes;  // of a tile of blocks in the states and the raw gates that a layer keeps
-  void (*scan_forward)(const Scan&);
-  void (*scan_backward)(const Scan&);
-  void (*layer_forward)(const Layer&);
-  void (*layer_backward)(const Layer&);
-  void (*layer_step)(const Layer&);  // length 1, without reset: y and final_state, nothing kept
-  void (*pair_step)(const Pair&);
-  void (*model_step)(const Model&);
-  void (*gated)(const Gated&);
+  void (*scan_forward)(const ScanCall&);
+  void (*scan_backward)(const ScanCall&);
+  void (*layer_forward)(const LayerCall&);
+  void (*layer_backward)(const LayerCall&);
+  void (*layer_step)(const LayerCall&);  // length 1, without reset: y and final_state, nothing kept
+  void (*pair_step)(const PairCall&);
+  void (*model_step)(const ModelCall&);
+  void (*gated)(const GatedCall&);
 };
 
 }  // namespace statemix

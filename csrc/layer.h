@@ -32,7 +32,7 @@ struct Shape {
   int64_t pitch, row_pitch;  // between rows of a chunk in scratch: an odd number of cache lines, so that a column meets all sets
   bool companion;
 
-  explicit Shape(const Layer& p)
+  explicit Shape(const LayerCall& p)
       : batch(p.batch), length(p.length), width(p.width), order(p.order), blocks(p.blocks), companion(p.kind == kCompanion) {
     rows = p.kind == kBlock ? order : 1, gates = order + 1, shown = companion ? 1 : order;
     slots = rows * gates + rows;
@@ -93,7 +93,7 @@ struct Packed {
   }
   static int64_t back_depth(const Shape<T>& s) { return s.companion ? s.order * s.padded_width : s.width; }
 
-  void fill(const Layer& p, const Shape<T>& s, int64_t thread, int64_t threads) {
+  void fill(const LayerCall& p, const Shape<T>& s, int64_t thread, int64_t threads) {
     const T *gate = (const T*)p.gate_weight, *value = (const T*)p.value_weight, *output = (const T*)p.output_weight;
     const auto row = [&](int64_t column) -> const T* {
       const int64_t source = s.source(column);
@@ -138,7 +138,7 @@ int64_t chunk_rows(const Shape<T>& s) {
 // What the threads of a call share, and how one chunk is done.
 template <class T>
 struct Pass {
-  const Layer& p;
+  const LayerCall& p;
   const Shape<T> s;
   const Recurrence<T> recur;
   Packed<T> packed;
@@ -149,7 +149,7 @@ struct Pass {
   std::atomic<int64_t>* progress;
   T* sums = nullptr;  // backward: per thread, the gradients of the weights in the inside layout
 
-  Pass(const Layer& p, bool is_backward)
+  Pass(const LayerCall& p, bool is_backward)
       : p(p), s(p), recur(recurrence<T>(p.kind, p.order, p.normalization)), packed(s, !is_backward || !p.kept, is_backward),
         is_backward(is_backward), in_place(p.normalization == kSoftmax), chunk(chunk_rows(s)),
         chunks((s.length + chunk - 1) / chunk), at_once(steps_at_once(s.rows * s.gates)), per_step(s.rows * s.gates) {
@@ -429,7 +429,7 @@ struct Pass {
 };
 
 template <class T>
-void advise(const Layer& p, bool is_backward) {
+void advise(const LayerCall& p, bool is_backward) {
   const Shape<T> s(p);
   const size_t x_bytes = size_t(s.batch * s.length * s.width) * sizeof(T);
   if (is_backward) return use_large_pages(p.grad_x, x_bytes);
@@ -438,11 +438,11 @@ void advise(const Layer& p, bool is_backward) {
   use_large_pages(p.kept, size_t(s.batch * s.length * s.columns) * sizeof(T));
 }
 
-void layer_forward(const Layer& p) {
+void layer_forward(const LayerCall& p) {
   p.storage == kDouble ? advise<double>(p, false) : advise<float>(p, false);
   p.storage == kDouble ? Pass<double>(p, false).run() : Pass<float>(p, false).run();
 }
-void layer_backward(const Layer& p) {
+void layer_backward(const LayerCall& p) {
   p.storage == kDouble ? advise<double>(p, true) : advise<float>(p, true);
   p.storage == kDouble ? Pass<double>(p, true).run() : Pass<float>(p, true).run();
 }

@@ -93,12 +93,12 @@ Weights<T> weights_in(void* buffer, int64_t steps, int64_t per_step, bool is_bac
 // all vectors, and each its weights, and raw gates, values, states and their gradients where they are copied.
 template <class T, bool is_backward>
 struct ScanPass {
-  const Scan& p;
+  const ScanCall& p;
   bool companion;
   int64_t order, rows, shown, per_step, vectors, chunk, chunks, groups, units, threads, copied;
   size_t carry_bytes, progress_bytes, weight_bytes, thread_bytes;
 
-  explicit ScanPass(const Scan& p) : p(p), companion(p.kind == kCompanion), order(p.order) {
+  explicit ScanPass(const ScanCall& p) : p(p), companion(p.kind == kCompanion), order(p.order) {
     rows = p.kind == kBlock ? order : 1, shown = companion ? 1 : order, per_step = rows * (order + 1);
     vectors = (p.blocks + width<T> - 1) / width<T>;
     // a chunk is read vector by vector, so it must still be in the cache when the last vector is
@@ -228,22 +228,22 @@ void ScanPass<T, is_backward>::run(char* room) const {
 }
 
 template <class T, bool is_backward>
-void scan(const Scan& p) {
+void scan(const ScanCall& p) {
   const ScanPass<T, is_backward> pass(p);
   pass.run((char*)scratch(kScan, pass.bytes()));
 }
 
-size_t bytes(const Scan& p, int64_t per_step) {
+size_t bytes(const ScanCall& p, int64_t per_step) {
   constexpr size_t sizes[] = {4, 8, 2};
   return size_t(p.batch * p.length * per_step * p.blocks) * sizes[p.storage];
 }
-int64_t rows(const Scan& p) { return p.kind == kBlock ? p.order : 1; }
+int64_t rows(const ScanCall& p) { return p.kind == kBlock ? p.order : 1; }
 
-void scan_forward(const Scan& p) {
+void scan_forward(const ScanCall& p) {
   use_large_pages(p.states, bytes(p, p.kind == kCompanion ? 1 : p.order) * (p.storage == kBfloat16 ? 2 : 1));
   p.storage == kDouble ? scan<double, false>(p) : scan<float, false>(p);
 }
-void scan_backward(const Scan& p) {
+void scan_backward(const ScanCall& p) {
   use_large_pages(p.grad_raw_gates, bytes(p, rows(p) * (p.order + 1)));
   use_large_pages(p.grad_values, bytes(p, rows(p)));
   p.storage == kDouble ? scan<double, true>(p) : scan<float, true>(p);

@@ -101,14 +101,14 @@ STATEMIX_NOINLINE void multiply(Team team, int64_t batch, const Affine<T>& p) {
       }
 }
 
-inline int64_t rows_of(const Layer& p) { return p.kind == kBlock ? p.order : 1; }
-inline int64_t gates_of(const Layer& p) { return rows_of(p) * (p.order + 1) * p.blocks; }
-inline int64_t values_of(const Layer& p) { return rows_of(p) * p.blocks; }
-inline int64_t mixer_weights(const Layer& p) { return p.width * (gates_of(p) + values_of(p) + p.order * p.blocks); }
+inline int64_t rows_of(const LayerCall& p) { return p.kind == kBlock ? p.order : 1; }
+inline int64_t gates_of(const LayerCall& p) { return rows_of(p) * (p.order + 1) * p.blocks; }
+inline int64_t values_of(const LayerCall& p) { return rows_of(p) * p.blocks; }
+inline int64_t mixer_weights(const LayerCall& p) { return p.width * (gates_of(p) + values_of(p) + p.order * p.blocks); }
 
 // The scan of one step of `count` rows from b on; where its inputs and states are, mix says.
-inline Scan step_scan(const Layer& p, int64_t b, int64_t count) {
-  Scan scan{};
+inline ScanCall step_scan(const LayerCall& p, int64_t b, int64_t count) {
+  ScanCall scan{};
   scan.batch = count, scan.length = 1, scan.order = p.order, scan.blocks = p.blocks;
   scan.kind = p.kind, scan.normalization = p.normalization, scan.storage = p.storage, scan.threads = 1;
   const int64_t at = b * p.order * p.blocks * (p.storage == kDouble ? 8 : 4);
@@ -123,7 +123,7 @@ struct StepRoom {
   size_t scan_bytes;                      // of a row: what the scans of several take is no more
   int64_t batch;
 
-  explicit StepRoom(const Layer& p, int64_t mlp_size = 0)
+  explicit StepRoom(const LayerCall& p, int64_t mlp_size = 0)
       : inputs(gates_of(p) + values_of(p)), states(p.order * p.blocks), mixed(mlp_size ? p.width : 0), halves(2 * mlp_size),
         scan_bytes(ScanPass<T, false>(step_scan(p, 0, 1)).bytes()), batch(p.batch) {}
   size_t numbers_bytes() const { return whole_lines(batch * (inputs + states + mixed + halves) * sizeof(T)); }
@@ -143,7 +143,7 @@ Batch<const T> read(Batch<T> x) {
 
 // y[b] = start[b] + read-out for the mixer's inputs x, and the final states.
 template <class T>
-void mix(Team team, const Layer& p, Batch<const T> x, Batch<const T> start, const StepRoom<T>& room, char* at, Batch<T> y) {
+void mix(Team team, const LayerCall& p, Batch<const T> x, Batch<const T> start, const StepRoom<T>& room, char* at, Batch<T> y) {
   const int64_t gates = gates_of(p), state = p.order * p.blocks;
   const Batch<T> inputs = room.inputs_in(at), values = {inputs.at + gates, inputs.stride};
   multiply<T>(team, p.batch, {gates, p.width, (const T*)p.gate_weight, {(const T*)p.gate_bias, 0}, x, inputs});
@@ -151,7 +151,7 @@ void mix(Team team, const Layer& p, Batch<const T> x, Batch<const T> start, cons
   team.wait();
   const int64_t b = team.begin(p.batch), count = team.end(p.batch) - b;
   if (count > 0) {
-    Scan scan = step_scan(p, b, count);
+    ScanCall scan = step_scan(p, b, count);
     scan.gate_batch_stride = scan.value_batch_stride = inputs.stride;
     scan.raw_gates = inputs[b], scan.values = values[b], scan.states = room.states_in(at)[b];
     ScanPass<T, false>(scan).run(room.scan_in(at, b));
@@ -192,8 +192,8 @@ void gate(Team team, int64_t batch, int64_t size, Batch<T> halves) {
 }
 
 template <class T>
-void through(Team team, const Pair& p, const StepRoom<T>& room, char* at, char* own) {
-  const Layer& mixer = p.mixer;
+void through(Team team, const PairCall& p, const StepRoom<T>& room, char* at, char* own) {
+  const LayerCall& mixer = p.mixer;
   const int64_t batch = mixer.batch, width = mixer.width, size = p.mlp_size;
   const Batch<const T> x{(const T*)mixer.x, width};
   const Batch<T> mixed = room.mixed_in(at), halves = room.halves_in(at);
@@ -210,12 +210,12 @@ void through(Team team, const Pair& p, const StepRoom<T>& room, char* at, char* 
 }
 
 template <class T>
-void through(Team team, const Readout& p, char* own) {
+void through(Team team, const ReadoutCall& p, char* own) {
   const Batch<const T> z = normed(p.batch, p.width, {(const T*)p.x, p.width}, (const T*)p.norm, p.epsilon, own);
   multiply<T>(team, p.batch, {p.count, p.width, (const T*)p.weight, {}, z, {(T*)p.y, p.count}});
 }
 
-inline int64_t pair_weights(const Pair& p) { return mixer_weights(p.mixer) + 3 * p.mixer.width * p.mlp_size; }
+inline int64_t pair_weights(const PairCall& p) { return mixer_weights(p.mixer) + 3 * p.mixer.width * p.mlp_size; }
 
 // Threads for a part that reads so many weights: arithmetic on one row takes about a quarter of the time of reading them.
 template <class T>
@@ -229,7 +229,7 @@ void in_team(int64_t threads, const Body& body) {
 }
 
 template <class T>
-void step(const Layer& p) {
+void step(const LayerCall& p) {
   const StepRoom<T> room(p);
   char* const at = (char*)scratch(kStep, room.bytes());
   in_team(team_size<T>(p.threads, mixer_weights(p), p.batch),
@@ -237,7 +237,7 @@ void step(const Layer& p) {
 }
 
 template <class T>
-void step(const Pair& p) {
+void step(const PairCall& p) {
   const StepRoom<T> room(p.mixer, p.mlp_size);
   const int64_t threads = team_size<T>(p.mixer.threads, pair_weights(p), p.mixer.batch);
   char* const at = (char*)scratch(kStep, room.bytes());
@@ -247,7 +247,7 @@ void step(const Pair& p) {
 
 // The team stays together from the first layer to the logits.
 template <class T>
-void step(const Model& p) {
+void step(const ModelCall& p) {
   const int64_t batch = p.readout.batch, width = p.readout.width;
   int64_t weights = width * p.readout.count;
   size_t bytes = 0;
@@ -268,9 +268,9 @@ void step(const Model& p) {
   });
 }
 
-void layer_step(const Layer& p) { p.storage == kDouble ? step<double>(p) : step<float>(p); }
-void pair_step(const Pair& p) { p.mixer.storage == kDouble ? step<double>(p) : step<float>(p); }
-void model_step(const Model& p) { p.readout.storage == kDouble ? step<double>(p) : step<float>(p); }
+void layer_step(const LayerCall& p) { p.storage == kDouble ? step<double>(p) : step<float>(p); }
+void pair_step(const PairCall& p) { p.mixer.storage == kDouble ? step<double>(p) : step<float>(p); }
+void model_step(const ModelCall& p) { p.readout.storage == kDouble ? step<double>(p) : step<float>(p); }
 
 }  // namespace
 }  // namespace statemix

@@ -352,7 +352,8 @@ assert (kernels.instruction_set() if "cpu" in available_backends() else None) ==
     assert process.returncode == 0, process.stderr
 
 
-STRUCTS = {"Scan": 23, "Layer": 28, "Pair": 8, "Readout": 10, "Model": 7, "Gated": 8}  # how many fields
+# struct -> how many fields it has
+STRUCTS = {"ScanCall": 23, "LayerCall": 28, "PairCall": 8, "ReadoutCall": 10, "ModelCall": 7, "GatedCall": 8}
 
 
 @pytest.mark.parametrize(("struct", "count"), STRUCTS.items())
@@ -365,7 +366,7 @@ def test_the_problem_of_python_is_the_struct_of_the_header(struct, count):
         for name in names.split(","):
             fields.append((name.strip(" *\n"), "pointer" if "*" in name else ctype))
     ctypes_of = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "pointer": ctypes.c_void_p}
-    ctypes_of |= {"double": ctypes.c_double, "Layer": library.Layer, "Readout": library.Readout}
+    ctypes_of |= {"double": ctypes.c_double, "LayerCall": library.LayerCall, "ReadoutCall": library.ReadoutCall}
     assert [(name, ctypes_of[ctype]) for name, ctype in fields] == getattr(library, struct)._fields_
     assert len(fields) == count
 

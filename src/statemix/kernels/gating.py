@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from statemix.kernels.library import STORAGES, Gated, library
+from statemix.kernels.library import STORAGES, GatedCall, library
 from statemix.kernels.memory import address, dense
 
 
@@ -41,9 +41,9 @@ class _Gated(torch.autograd.Function):
         return grad_x
 
 
-def _problem(x: Tensor) -> Gated:
+def _problem(x: Tensor) -> GatedCall:
     size = x.shape[-1] // 2
-    return Gated(
+    return GatedCall(
         rows=x.numel() // (2 * size),
         size=size,
         storage=STORAGES[x.dtype],

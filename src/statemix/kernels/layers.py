@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statemix.kernels.library import KINDS, NORMALIZATIONS, STORAGES, Layer, instruction_set, library
+from statemix.kernels.library import KINDS, NORMALIZATIONS, STORAGES, LayerCall, instruction_set, library
 from statemix.kernels.memory import address, dense
 from statemix.kernels.operators import Operator, no_second_derivative, save_nothing
 
@@ -167,11 +167,11 @@ def _layer_grads(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
 
 def layer_problem(
     x: Tensor, weights: Weights, state: Tensor, reset: Tensor | None, normalization: str, kind: str
-) -> Layer:
+) -> LayerCall:
     """The struct of a layer for x (B, T, D), or (B, D) for one step, with its inputs, all dense."""
     gate_weight, gate_bias, value_weight, output_weight = weights
     batch, order, blocks = state.shape
-    return Layer(
+    return LayerCall(
         batch=batch,
         length=x.shape[1] if x.ndim == 3 else 1,
         width=x.shape[-1],

@@ -38,8 +38,8 @@ def _pointers(*names: str) -> list[tuple[str, Any]]:
     return [(name, ctypes.c_void_p) for name in names]
 
 
-class Scan(ctypes.Structure):
-    """`Scan` of csrc/interface.h, field by field."""
+class ScanCall(ctypes.Structure):
+    """`ScanCall` of csrc/interface.h, field by field."""
 
     _fields_ = (
         [(name, ctypes.c_int64) for name in ("batch", "length", "order", "blocks")]
@@ -50,8 +50,8 @@ class Scan(ctypes.Structure):
     )
 
 
-class Layer(ctypes.Structure):
-    """`Layer` of csrc/interface.h, field by field."""
+class LayerCall(ctypes.Structure):
+    """`LayerCall` of csrc/interface.h, field by field."""
 
     _fields_ = (
         [(name, ctypes.c_int64) for name in ("batch", "length", "width", "order", "blocks")]
@@ -62,18 +62,18 @@ class Layer(ctypes.Structure):
     )
 
 
-class Pair(ctypes.Structure):
-    """`Pair` of csrc/interface.h, field by field."""
+class PairCall(ctypes.Structure):
+    """`PairCall` of csrc/interface.h, field by field."""
 
     _fields_ = (
-        [("mixer", Layer), ("mlp_size", ctypes.c_int64)]
+        [("mixer", LayerCall), ("mlp_size", ctypes.c_int64)]
         + [(name, ctypes.c_double) for name in ("mixer_epsilon", "mlp_epsilon")]
         + _pointers("mixer_norm", "mlp_norm", "gate_and_input", "mlp_output")
     )
 
 
-class Readout(ctypes.Structure):
-    """`Readout` of csrc/interface.h, field by field."""
+class ReadoutCall(ctypes.Structure):
+    """`ReadoutCall` of csrc/interface.h, field by field."""
 
     _fields_ = (
         [(name, ctypes.c_int64) for name in ("batch", "width", "count")]
@@ -83,18 +83,18 @@ class Readout(ctypes.Structure):
     )
 
 
-class Model(ctypes.Structure):
-    """`Model` of csrc/interface.h, field by field."""
+class ModelCall(ctypes.Structure):
+    """`ModelCall` of csrc/interface.h, field by field."""
 
     _fields_ = (
         [(name, ctypes.c_int64) for name in ("vocabulary", "layers")]
         + _pointers("tokens", "embedding", "stream", "pairs")
-        + [("readout", Readout)]
+        + [("readout", ReadoutCall)]
     )
 
 
-class Gated(ctypes.Structure):
-    """`Gated` of csrc/interface.h, field by field."""
+class GatedCall(ctypes.Structure):
+    """`GatedCall` of csrc/interface.h, field by field."""
 
     _fields_ = (
         [(name, ctypes.c_int64) for name in ("rows", "size")]

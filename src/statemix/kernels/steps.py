@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from statemix.kernels.layers import Weights, layer_problem
-from statemix.kernels.library import STORAGES, Layer, Model, Pair, Readout, library
+from statemix.kernels.library import STORAGES, LayerCall, ModelCall, PairCall, ReadoutCall, library
 from statemix.kernels.memory import address, dense
 
 STEP_ROWS = 64  # torch's products of more rows at once are as fast where the weights are large
@@ -81,8 +81,8 @@ class ModelStep:
     ) -> None:
         stream = embedding.new_empty(batch, embedding.shape[1])
         problems = [_pair_problem(stream, inputs, state, stream, state) for inputs, state in pairs]
-        self._pairs = (Pair * len(pairs))(*problems)
-        readout = Readout(
+        self._pairs = (PairCall * len(pairs))(*problems)
+        readout = ReadoutCall(
             batch=batch,
             width=embedding.shape[1],
             count=head.shape[0],
@@ -92,7 +92,7 @@ class ModelStep:
             norm=address(norm),
             weight=address(head),
         )
-        self._problem = Model(
+        self._problem = ModelCall(
             vocabulary=embedding.shape[0],
             layers=len(pairs),
             embedding=address(embedding),
@@ -123,8 +123,8 @@ class ModelStep:
         return logits
 
 
-def _pair_problem(x: Tensor, inputs: PairInputs, state: Tensor, y: Tensor, final_state: Tensor) -> Pair:
-    return Pair(
+def _pair_problem(x: Tensor, inputs: PairInputs, state: Tensor, y: Tensor, final_state: Tensor) -> PairCall:
+    return PairCall(
         mixer=_step_problem(x, inputs.mixer, state, y, final_state, inputs.normalization, inputs.kind),
         mlp_size=inputs.mlp_output.shape[1],
         mixer_epsilon=inputs.mixer_epsilon,
@@ -138,7 +138,7 @@ def _pair_problem(x: Tensor, inputs: PairInputs, state: Tensor, y: Tensor, final
 
 def _step_problem(
     x: Tensor, weights: Weights, state: Tensor, y: Tensor, final_state: Tensor, normalization: str, kind: str
-) -> Layer:
+) -> LayerCall:
     problem = layer_problem(x, weights, state, None, normalization, kind)
     problem.y, problem.final_state = address(y), address(final_state)
     return problem

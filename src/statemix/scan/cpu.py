@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statemix.kernels.library import KINDS, MAX_ORDER, NORMALIZATIONS, STORAGES, Scan, library, load_problem
+from statemix.kernels.library import KINDS, MAX_ORDER, NORMALIZATIONS, STORAGES, ScanCall, library, load_problem
 from statemix.kernels.memory import address, dense
 from statemix.kernels.operators import Operator, no_second_derivative, save_nothing
 from statemix.scan.problem import Problem
@@ -144,10 +144,10 @@ def _strided(x: Tensor) -> Tensor:
     return x if x[0, 0].is_contiguous() else x.contiguous()
 
 
-def _call(problem: Problem, states: Tensor) -> Scan:
+def _call(problem: Problem, states: Tensor) -> ScanCall:
     """The struct of the kernels, without what only one direction has."""
     raw_gates, values = problem.raw_gates, problem.values
-    return Scan(
+    return ScanCall(
         batch=values.shape[0],
         length=values.shape[1],
         order=problem.initial_state.shape[1],
