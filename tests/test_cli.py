@@ -16,7 +16,7 @@ import statemix
 from statemix import TrainConfig, cli
 from statemix.mixers import MIXERS
 from statemix.runs.presets import preset_config
-from statemix.runs.sweep import Sweep
+from statemix.runs.sweep import SweepResult
 from statemix.tasks import PRESETS, TASKS, PermutationComposition
 from statemix.training.config import ModelConfig, OptimizerConfig
 
@@ -372,7 +372,7 @@ def test_sweep_prints_its_results_and_where_they_are(capsys):
     Path("two.py").write_text(f"configs = [{{**{json.loads(SMALL_CONFIG.to_json())!r}, 'seed': s}} for s in (0, 1)]")
     row = {"label": "0", "status": "done", "error": None, "folder": "there/a"}
     assert call(capsys, "train", *SMALL, "--out", "there/a")[0] == 0
-    done = mock.Mock(return_value=Sweep([row], [Path("there/results.csv")]))
+    done = mock.Mock(return_value=SweepResult([row], [Path("there/results.csv")]))
     with mock.patch("statemix.cli.sweep.sweep", done):
         arguments = ["--out", "there", "--jobs", "3", "--executor", "ray", "--address", "auto"]
         status, text, _ = call(capsys, "sweep", "two.py", *arguments)

@@ -38,7 +38,7 @@ POLL_SECONDS = 0.2
 Entries = Mapping[str, object]  # label -> TrainConfig, or its JSON form as a mapping
 
 
-class Sweep(NamedTuple):
+class SweepResult(NamedTuple):
     """What a sweep ends with: a row per run, also of one that failed, which has an "error", and the tables' files."""
 
     rows: list[Row]
@@ -106,7 +106,7 @@ def sweep(
     executor: str = "local",
     address: str | None = None,
     progress: bool = True,
-) -> Sweep:
+) -> SweepResult:
     """Train every config that has no result yet, each in a process of one thread, and write the table of all.
 
     A run that fails, or whose process is killed, leaves the others as they are and is told with its error; started
@@ -149,7 +149,7 @@ def sweep(
             rows = _rows(folder, configs, labels, errors)
             rows.sort(key=lambda row: list(entries).index(row["label"]))
             tables = write_table(rows, folder, TABLE_NAME)
-    return Sweep(rows, tables)
+    return SweepResult(rows, tables)
 
 
 def _check_version(folder: Path) -> None:
