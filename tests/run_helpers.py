@@ -30,7 +30,11 @@ def small_config(**changes) -> TrainConfig:
         "mixer": {"name": "bd_lru", "num_blocks": 2, "block_size": 3},
         "model": ModelConfig(d_model=8),
         "optimizer": OptimizerConfig(lr=0.1, final_lr=0.1, warmup=0.0),
-        **{"steps": 3, "batch_size": 8, "eval_every": 1, "eval_sequences": 16, "log_every": 1},
+        "steps": 3,
+        "batch_size": 8,
+        "eval_every": 1,
+        "eval_sequences": 16,
+        "log_every": 1,
     }
     return TrainConfig(**(small | changes))
 

@@ -20,15 +20,19 @@ from statemix.runs.sweep import SweepResult
 from statemix.tasks import PRESETS, TASKS, PermutationComposition
 from statemix.training.config import ModelConfig, OptimizerConfig
 
-SMALL = [
-    *("--task.seq-len", "5", "--mixer.num-blocks", "2", "--mixer.block-size", "3", "--model.d-model", "8"),
-    *("--steps", "4", "--batch-size", "8", "--eval-every", "2", "--eval-sequences", "16", "--log-every", "1"),
-]
+SMALL_FLAGS = """
+    --task.seq-len 5 --mixer.num-blocks 2 --mixer.block-size 3 --model.d-model 8
+    --steps 4 --batch-size 8 --eval-every 2 --eval-sequences 16 --log-every 1"""
+SMALL = SMALL_FLAGS.split()
 SMALL_CONFIG = TrainConfig(
     task={"name": "permutation", "seq_len": 5},
     mixer={"name": "bd_lru", "num_blocks": 2, "block_size": 3},
     model=ModelConfig(d_model=8),
-    **{"steps": 4, "batch_size": 8, "eval_every": 2, "eval_sequences": 16, "log_every": 1},
+    steps=4,
+    batch_size=8,
+    eval_every=2,
+    eval_sequences=16,
+    log_every=1,
 )
 PROGRAM = Path(sys.executable).with_name("statemix")
 
@@ -220,15 +224,30 @@ def test_every_flag_sets_its_field(capsys):
         TrainConfig(
             task={"name": "permutation", "group": "A4xZ5", "seq_len": 6},
             mixer={
-                **{"name": "h_lru", "num_channels": 5, "order": 2, "normalization": "tanh", "selective": False},
-                **{"form": "observer", "backend": "reference"},
+                "name": "h_lru",
+                "num_channels": 5,
+                "order": 2,
+                "normalization": "tanh",
+                "selective": False,
+                "form": "observer",
+                "backend": "reference",
             },
             model=ModelConfig(4, 2, 5, True, 0.5, 0.25),
             optimizer=OptimizerConfig(0.5, 0.25, 0.5, (0.5, 0.75), 0.0, 2.0, 0.125, "linear"),
-            **{"steps": 7, "batch_size": 6, "seed": 5, "eval_every": 4, "eval_sequences": 3, "log_every": 9},
-            **{"test_lengths": (2, 1), "mixed_precision": "bf16"},
-            **{"train_sequences": 8, "patience": 2, "stop_accuracy": 0.75, "accumulate": 3},
-            **{"row_entropy": 0.5, "block_dropout": 0.25},
+            steps=7,
+            batch_size=6,
+            seed=5,
+            eval_every=4,
+            eval_sequences=3,
+            log_every=9,
+            test_lengths=(2, 1),
+            mixed_precision="bf16",
+            train_sequences=8,
+            patience=2,
+            stop_accuracy=0.75,
+            accumulate=3,
+            row_entropy=0.5,
+            block_dropout=0.25,
         ),
         "there",
     )
@@ -397,9 +416,8 @@ def test_the_installed_command_trains():
     assert [line.split()[1] for line in done.stderr.splitlines()] == ["2", "4"]
     assert config_of("run") == SMALL_CONFIG
     assert json.loads(Path("run/result.json").read_text())["threads"] == 1
-    assert {path.name for path in Path("run").iterdir() if path.is_file()} == {
-        *("config.json", "metrics.jsonl", "checkpoints.json", "result.json", "curves.png"),
-    }
+    files = {path.name for path in Path("run").iterdir() if path.is_file()}
+    assert files == {"config.json", "metrics.jsonl", "checkpoints.json", "result.json", "curves.png"}
 
 
 def test_the_installed_command_tells_why_a_backend_is_missing():

@@ -516,7 +516,11 @@ def test_the_operators_pass_opcheck(generator, kind):
             torch.ones_like(y),
             torch.ones_like(final_state) if keep else None,
             *(x.detach() for x in inputs),
-            *(reset, states, kept, "softmax", kind),
+            reset,
+            states,
+            kept,
+            "softmax",
+            kind,
         )
         checks = torch.library.opcheck(torch.ops.statemix.layer_backward, arguments)
         assert set(checks.values()) == {"SUCCESS"}

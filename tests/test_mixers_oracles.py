@@ -335,8 +335,15 @@ def test_mamba2_is_the_one_of_transformers(generator, groups):
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
     config = Mamba2Config(
-        **{"hidden_size": 32, "num_heads": 8, "head_dim": 8, "state_size": 16, "expand": 2, "n_groups": groups},
-        **{"conv_kernel": 4, "chunk_size": 16, "num_hidden_layers": 1},
+        hidden_size=32,
+        num_heads=8,
+        head_dim=8,
+        state_size=16,
+        expand=2,
+        n_groups=groups,
+        conv_kernel=4,
+        chunk_size=16,
+        num_hidden_layers=1,
     )
     theirs = Mamba2Mixer(config, layer_idx=0).eval()
     ours = Mamba2(32, 8, num_heads=8, state_dim=16, num_groups=groups)
@@ -396,7 +403,12 @@ def test_delta_scan_is_the_one_of_flash_linear_attention(generator, name):
     y, final = delta_scan(q * 4**-0.5, k, v, beta, logarithms, state, 8)
     k, v, beta = (part.transpose(2, 3).flatten(1, 2) for part in (k, v, beta))  # (B, T R, H, ...)
     expected = theirs.naive_recurrent_gated_delta_product(
-        *(q, k, v, logarithms, beta, 4**-0.5),
+        q,
+        k,
+        v,
+        logarithms,
+        beta,
+        4**-0.5,
         initial_state=state.float(),
         output_final_state=True,
         num_householder=rank,

@@ -20,12 +20,22 @@ def test_mad_is_the_protocol_of_its_authors():
         "task": {"name": "in-context-recall", "vocab_size": 16, "seq_len": 128, "compat": "none"} | config.task,
         "mixer": TrainConfig(mixer=MIXER).mixer,
         "model": {
-            **{"d_model": 128, "num_layers": 2, "mlp_size": 352, "tied_embedding": False, "init_std": 0.02},
+            "d_model": 128,
+            "num_layers": 2,
+            "mlp_size": 352,
+            "tied_embedding": False,
+            "init_std": 0.02,
             "dropout": 0.0,
         },
         "optimizer": {
-            **{"lr": 5e-4, "final_lr": 1e-6, "warmup": 0.0, "betas": (0.9, 0.999), "weight_decay": 0.0, "clip": None},
-            **{"muon_lr": None, "schedule": "cosine"},
+            "lr": 5e-4,
+            "final_lr": 1e-6,
+            "warmup": 0.0,
+            "betas": (0.9, 0.999),
+            "weight_decay": 0.0,
+            "clip": None,
+            "muon_lr": None,
+            "schedule": "cosine",
         },
         "train_sequences": 12_800,
         "eval_sequences": 1_280,
@@ -143,12 +153,22 @@ def test_the_language_models_are_trained_as_in_the_paper(preset):
     named = {key: config.task[key] for key in ("name", "tokenizer", "bpe_vocab_size", "seq_len")}
     assert named == {"name": "text", "tokenizer": "bpe", "bpe_vocab_size": 50_280, "seq_len": 2048}
     assert dataclasses.asdict(config.model) == {
-        **{"d_model": 768, "num_layers": 12, "mlp_size": 2048, "tied_embedding": False, "init_std": 0.02},
+        "d_model": 768,
+        "num_layers": 12,
+        "mlp_size": 2048,
+        "tied_embedding": False,
+        "init_std": 0.02,
         "dropout": 0.0,
     }
     assert dataclasses.asdict(config.optimizer) == {
-        **{"lr": 6e-3, "final_lr": 1e-5, "warmup": 0.1, "betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0},
-        **{"muon_lr": None, "schedule": "cosine"},
+        "lr": 6e-3,
+        "final_lr": 1e-5,
+        "warmup": 0.1,
+        "betas": (0.9, 0.95),
+        "weight_decay": 0.1,
+        "clip": 1.0,
+        "muon_lr": None,
+        "schedule": "cosine",
     }
     assert (config.steps, config.batch_size) == (18_850, 256)
     assert preset_steps(preset, None, 256) == (18_850, config.eval_every)

@@ -121,7 +121,10 @@ def test_a_run_that_fails_is_told_with_its_error_and_equal_configs_run_once(tmp_
     entries = {"no test": NO_TEST, "a": tiny(1), "same": tiny(1), "no config": 3, "typo": {"stepz": 1}}
     done = sweep(entries, tmp_path, jobs=2, progress=False)
     assert [(row["label"], row["status"]) for row in done.rows] == [
-        *(("no test", "failed"), ("a", "done"), ("no config", "failed"), ("typo", "failed")),
+        ("no test", "failed"),
+        ("a", "done"),
+        ("no config", "failed"),
+        ("typo", "failed"),
     ]
     errors = {row["label"]: row["error"] for row in done.failed}
     log = rf"\(its log: {tmp_path}/{run_name(NO_TEST)}/log\.txt\)"
@@ -335,8 +338,11 @@ def test_a_sweep_on_a_ray_of_two_workers(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 3]
     assert [row[:3] for row in rows] == [
-        *(["a", "done", "1"], ["no test", "failed", "None"], ["long", "failed", "None"]),
-        *(["b", "done", "1"], ["c", "done", "1"]),
+        ["a", "done", "1"],
+        ["no test", "failed", "None"],
+        ["long", "failed", "None"],
+        ["b", "done", "1"],
+        ["c", "done", "1"],
     ]
     assert "no sequence of length 2 belongs to split 'test'" in rows[1][3]
     assert rows[2][3].startswith("its Ray worker was lost: ")

@@ -55,14 +55,20 @@ COUNTS = [  # mixer, its sizes from d_model on, options, state shape, parameters
     # 2 D I + (conv_size + 1) I + 12 I + 2 H (3 I + 1) + 2 I + I D, I = H P; the state is H (P (P + 1) + 1) + (K - 1) I
     (MLSTM, (5, 3), {}, (1, 4 * 13 + 3 * 12), 120 + 5 * 12 + 12 * 12 + 8 * 37 + 24 + 60),
     (
-        *(MLSTM, (5, 6), {"num_heads": 2, "conv_size": 2}),
-        *((1, 2 * 43 + 12), 120 + 3 * 12 + 12 * 12 + 4 * 37 + 24 + 60),
+        MLSTM,
+        (5, 6),
+        {"num_heads": 2, "conv_size": 2},
+        (1, 2 * 43 + 12),
+        120 + 3 * 12 + 12 * 12 + 4 * 37 + 24 + 60,
     ),
     # D (I + J + H) + (K + 1) J + 3 H + I + I D, I = H P, J = I + 2 G N; the state is H P N + (K - 1) J
     (Mamba2, (5, 3), {}, (1, 12 * 64 + 3 * 140), 5 * (12 + 140 + 4) + 5 * 140 + 12 + 12 + 60),
     (
-        *(Mamba2, (5, 3), {"num_heads": 6, "state_dim": 7, "num_groups": 2, "conv_size": 3}),
-        *((1, 18 * 7 + 2 * 46), 5 * (18 + 46 + 6) + 4 * 46 + 18 + 18 + 90),
+        Mamba2,
+        (5, 3),
+        {"num_heads": 6, "state_dim": 7, "num_groups": 2, "conv_size": 3},
+        (1, 18 * 7 + 2 * 46),
+        5 * (18 + 46 + 6) + 4 * 46 + 18 + 18 + 90,
     ),
     # D (3 H K + H) + 3 H K conv_size + K + H K D; the state is H K K + (conv_size - 1) 3 H K
     (DeltaNet, (5, 3), {}, (1, 4 * 9 + 3 * 36), 5 * 40 + 36 * 4 + 3 + 60),
@@ -70,14 +76,20 @@ COUNTS = [  # mixer, its sizes from d_model on, options, state shape, parameters
     # D (C + 2 H + H V) + conv_size C + V + 2 H + H V D, V = E K, C = 2 H K + H V
     (GatedDeltaNet, (5, 3), {}, (1, 4 * 18 + 3 * 48), 5 * (48 + 8 + 24) + 4 * 48 + 6 + 8 + 24 * 5),
     (
-        *(GatedDeltaNet, (5, 3), {"num_heads": 2, "expand_values": 3, "conv_size": 2}),
-        *((1, 2 * 27 + 30), 5 * (30 + 4 + 18) + 2 * 30 + 9 + 4 + 18 * 5),
+        GatedDeltaNet,
+        (5, 3),
+        {"num_heads": 2, "expand_values": 3, "conv_size": 2},
+        (1, 2 * 27 + 30),
+        5 * (30 + 4 + 18) + 2 * 30 + 9 + 4 + 18 * 5,
     ),
     # D (C + H R) + conv_size C + V + H V D, C = H (K + R (K + V)); gated, D (H + H V) + 2 H more
     (DeltaProduct, (5, 3), {}, (1, 4 * 9 + 3 * 60), 5 * (60 + 8) + 4 * 60 + 3 + 60),
     (
-        *(DeltaProduct, (5, 3), {"num_heads": 2, "rank": 3, "expand_values": 2, "gated": True}),
-        *((1, 2 * 18 + 3 * 60), 5 * (60 + 6) + 4 * 60 + 6 + 12 * 5 + 5 * (2 + 12) + 4),
+        DeltaProduct,
+        (5, 3),
+        {"num_heads": 2, "rank": 3, "expand_values": 2, "gated": True},
+        (1, 2 * 18 + 3 * 60),
+        5 * (60 + 6) + 4 * 60 + 6 + 12 * 5 + 5 * (2 + 12) + 4,
     ),
     # 4 D H P; the state is W (2 H P + 1)
     (Attention, (5, 2, 9), {}, (9, 17), 4 * 5 * 8),

@@ -134,8 +134,14 @@ def test_mixer_options_reach_the_mixer():
 
 def test_defaults_are_those_of_the_paper():
     assert complete_mixer({"name": "bd_lru", **MIXER_SPECS["bd_lru"]}) == {
-        **{"name": "bd_lru", "num_blocks": 3, "block_size": 2},
-        **{"normalization": "softmax", "selective": True, "backend": "auto", "recompute": None, "gate_half_life": None},
+        "name": "bd_lru",
+        "num_blocks": 3,
+        "block_size": 2,
+        "normalization": "softmax",
+        "selective": True,
+        "backend": "auto",
+        "recompute": None,
+        "gate_half_life": None,
     }
     assert complete_mixer({"name": "h_lru", **MIXER_SPECS["h_lru"]})["form"] == "companion"
 

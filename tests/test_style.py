@@ -18,11 +18,15 @@ LITERALS = (ast.Tuple, ast.List, ast.Set, ast.Dict)
 
 
 def splats(source: str) -> Iterator[str]:
-    """Starred literals and ** of literals: entries that could stand in the call, list or dict itself."""
+    """Starred literals and ** of literals: entries that could stand in the call, list or dict itself.
+
+    A name that is only known when the test runs could not: `f(**{name: value})` may stand.
+    """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Starred) and isinstance(node.value, LITERALS):
             yield ast.unparse(node)
-        if isinstance(node, ast.keyword) and node.arg is None and isinstance(node.value, ast.Dict):
+        is_splat = isinstance(node, ast.keyword) and node.arg is None and isinstance(node.value, ast.Dict)
+        if is_splat and {type(key) for key in node.value.keys} != {ast.Name}:
             yield f"**{ast.unparse(node.value)}"
         if isinstance(node, ast.Dict):
             inner = (value for key, value in zip(node.keys, node.values, strict=True) if key is None)
@@ -41,6 +45,8 @@ SOURCES = [
     Source("rows = [*[0] * 3, *(x for x in y), *names]", []),
     Source("rows = [*[1, 2], *{3}]", ["*[1, 2]", "*{3}"]),
     Source("f(**{'a': 1}, **options)", ["**{'a': 1}"]),
+    Source("f(**{name: 1})", []),
+    Source("f(**{name: 1, 'a': 2}, **{**rest}, **{})", ["**{name: 1, 'a': 2}", "**{**rest}", "**{}"]),
     Source("table = {'a': 1, **{'b': 2}, **{n: n for n in names}}", ["**{'b': 2}"]),
     Source("def f(*items, **options): return g(*items, **options)", []),
 ]

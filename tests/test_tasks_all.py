@@ -43,8 +43,17 @@ each_split = pytest.mark.parametrize("split", SPLITS)
 
 def test_the_registry():
     assert list(TASKS) == [
-        *("permutation", "in-context-recall", "noisy-in-context-recall", "fuzzy-in-context-recall", "memorization"),
-        *("selective-copying", "compression", "parity", "modular-counting", "cycle-navigation", "modular-arithmetic"),
+        "permutation",
+        "in-context-recall",
+        "noisy-in-context-recall",
+        "fuzzy-in-context-recall",
+        "memorization",
+        "selective-copying",
+        "compression",
+        "parity",
+        "modular-counting",
+        "cycle-navigation",
+        "modular-arithmetic",
         "text",
     ]
     for name, task in TASKS.items():
@@ -313,7 +322,8 @@ def test_late_steps_of_a_finite_set():
     assert rows != finite_batch(Parity(), 8, 8, step=step + 1).tokens.tolist()
 
 
-BAD_FINITE = [
+FINITE = {"task": Parity(), "sequences": 10, "batch_size": 4}
+BAD_FINITE = [  # changes of these arguments, and the error
     ({"sequences": 0}, ValueError, "`sequences` must be at least 1 and below 2^64, got 0."),
     ({"batch_size": 0}, ValueError, "`batch_size` must be at least 1 and below 2^64, got 0."),
     ({"step": -1}, ValueError, "`step` must be at least 0 and below 2^64, got -1."),
@@ -328,7 +338,7 @@ BAD_FINITE = [
 @pytest.mark.parametrize(("arguments", "error", "text"), BAD_FINITE)
 def test_bad_finite_batches(arguments, error, text):
     with pytest.raises(error, match=f"^{re.escape(f'finite_batch: {text}')}$"):
-        finite_batch(**{"task": Parity(), "sequences": 10, "batch_size": 4, **arguments})
+        finite_batch(**(FINITE | arguments))
 
 
 # ---- bad input
@@ -344,7 +354,7 @@ def test_bad_samples(name):
     for arguments in ({"batch_size": 4.0}, {"batch_size": True}, {"seed": 1.0}, {"index": "0"}):
         (key, value), *_ = arguments.items()
         with pytest.raises(TypeError, match=f"^sample: `{key}` must be an int, got {value!r}"):
-            task.sample("train", **{"batch_size": 4, **arguments})
+            task.sample("train", **({"batch_size": 4} | arguments))
 
 
 # ---- presets
@@ -353,8 +363,12 @@ def test_bad_samples(name):
 def test_mad_has_66_settings():
     sizes = {name: len(settings("mad", name)) for name in PRESETS["mad"]}
     assert sizes == {
-        **{"in-context-recall": 11, "noisy-in-context-recall": 14, "fuzzy-in-context-recall": 11},
-        **{"memorization": 6, "selective-copying": 13, "compression": 11},
+        "in-context-recall": 11,
+        "noisy-in-context-recall": 14,
+        "fuzzy-in-context-recall": 11,
+        "memorization": 6,
+        "selective-copying": 13,
+        "compression": 11,
     }
     assert sum(sizes.values()) == 66
 

@@ -57,8 +57,15 @@ def test_specs_are_stored_with_their_defaults():
     config = TrainConfig(task={"name": "permutation"}, mixer={"name": "h_lru", "num_channels": 4, "order": 2})
     assert config.task == {"name": "permutation", "group": "S3", "seq_len": 16, "generators": "all", "start": False}
     assert config.mixer == {
-        **{"name": "h_lru", "num_channels": 4, "order": 2, "normalization": "softmax"},
-        **{"selective": True, "form": "companion", "backend": "auto", "recompute": None, "gate_half_life": None},
+        "name": "h_lru",
+        "num_channels": 4,
+        "order": 2,
+        "normalization": "softmax",
+        "selective": True,
+        "form": "companion",
+        "backend": "auto",
+        "recompute": None,
+        "gate_half_life": None,
     }
     written = TrainConfig(
         task={"name": "permutation", "group": "S3"},

@@ -64,7 +64,11 @@ def test_a_compression_task_trains_an_autoencoder(tmp_path):
         mixer={"name": "bd_lru", "num_blocks": 4, "block_size": 2},
         model=ModelConfig(d_model=16),
         optimizer=OptimizerConfig(lr=1e-2),
-        **{"steps": 60, "batch_size": 16, "eval_every": 30, "eval_sequences": 32, "log_every": 60},
+        steps=60,
+        batch_size=16,
+        eval_every=30,
+        eval_sequences=32,
+        log_every=60,
     )
     result = run(tmp_path / "run", config)
     model = load_model(result.out / f"step-{result.summary['best_step']}")

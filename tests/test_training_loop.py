@@ -54,7 +54,11 @@ def test_a_small_run_learns_and_generalises_to_twice_the_length(tmp_path):
         mixer={"name": "bd_lru", "num_blocks": 4, "block_size": 2, "normalization": "tanh"},
         model=ModelConfig(d_model=16),
         optimizer=OptimizerConfig(lr=1e-2),
-        **{"steps": 150, "batch_size": 32, "eval_every": 50, "eval_sequences": 128, "test_lengths": (8, 16)},
+        steps=150,
+        batch_size=32,
+        eval_every=50,
+        eval_sequences=128,
+        test_lengths=(8, 16),
     )
     result = run(tmp_path / "run", config)
     losses = [line["loss"] for line in result.metrics if "loss" in line]
@@ -71,8 +75,13 @@ def test_metrics_have_the_expected_lines(finished):
     training = ["step", "loss", *accuracies, "grad_norm", "lr", "tokens_per_s"]
     validation = ["step", *(f"valid_{k}" for k in ("loss", *accuracies, "mad_accuracy", "accuracy_by_position"))]
     assert [(line["step"], list(line)) for line in lines] == [
-        *((3, training), (4, validation), (6, training), (8, validation)),
-        *((9, training), (10, training), (10, validation)),
+        (3, training),
+        (4, validation),
+        (6, training),
+        (8, validation),
+        (9, training),
+        (10, training),
+        (10, validation),
     ]
     for line in lines:
         assert all(0 <= line[key] <= 1 for key in line if "accuracy" in key and "position" not in key)

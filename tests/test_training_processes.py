@@ -42,7 +42,11 @@ def config_of(source: str, **changes) -> TrainConfig:
         "mixer": {"name": "bd_lru", "num_blocks": 3, "block_size": 3},
         "model": ModelConfig(d_model=8, mlp_size=16),
         "optimizer": OptimizerConfig(lr=0.01),
-        **{"steps": STEPS, "batch_size": 8, "eval_every": 25, "eval_sequences": 16, "log_every": 1},
+        "steps": STEPS,
+        "batch_size": 8,
+        "eval_every": 25,
+        "eval_sequences": 16,
+        "log_every": 1,
         "carry": True,
     }
     return TrainConfig(**(small | changes))

@@ -55,7 +55,11 @@ def text_config(source: str, **changes) -> TrainConfig:
         "mixer": {"name": "bd_lru", "num_blocks": 2, "block_size": 3},
         "model": ModelConfig(d_model=8, num_layers=2),
         "optimizer": OptimizerConfig(lr=0.02, warmup=0.0),
-        **{"steps": 6, "batch_size": 8, "eval_every": 3, "eval_sequences": 100, "log_every": 1},
+        "steps": 6,
+        "batch_size": 8,
+        "eval_every": 3,
+        "eval_sequences": 100,
+        "log_every": 1,
     }
     return TrainConfig(task=task | changes.pop("task", {}), **(small | changes))
 
@@ -284,7 +288,11 @@ def test_carried_state_does_not_validate_worse(tmp_path):
     (tmp_path / "text").write_text("".join(rng.choice("abc") for _ in range(50)) * 60)
     config = text_config(
         str(tmp_path / "text"),
-        **{"carry": True, "task": {"seq_len": 5, "test": 0.0}, "steps": 100, "eval_every": 100, "log_every": 50},
+        carry=True,
+        task={"seq_len": 5, "test": 0.0},
+        steps=100,
+        eval_every=100,
+        log_every=50,
         mixer={"name": "bd_lru", "num_blocks": 8, "block_size": 3},
         model=ModelConfig(d_model=16),
     )
