@@ -39,6 +39,14 @@ def instruction_set(request):
 
 
 @pytest.fixture
+def threads():
+    """Sets how many threads torch and the kernels have; after the test they are what they were."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def calls(monkeypatch) -> list[str]:
     """The entry points of the kernels that were called, so that a test which compares a path with itself fails."""
     names, run = [], library.Library.run

@@ -5,16 +5,24 @@ import multiprocessing
 import socket
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
-from statemix import block_scan, companion_scan, observer_scan
+from statemix import available_backends, block_scan, companion_scan, kernels, observer_scan
+from statemix.gates import NORMALIZATIONS
 
 # Largest allowed error, relative to the largest entry of a float64 reference on the same (already rounded) inputs. The
 # half types round their results only (sums are float32), so theirs is their unit roundoff, 2^-8 and 2^-11, and no more.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 3.95e-3, torch.float16: 4.95e-4}
 
 SCANS = {"block": block_scan, "companion": companion_scan, "observer": observer_scan}
+
+each_kind = pytest.mark.parametrize("kind", SCANS)
+each_backend = pytest.mark.parametrize("backend", available_backends("cpu"))
+each_normalization = pytest.mark.parametrize("normalization", NORMALIZATIONS)
+each_instruction_set = pytest.mark.parametrize("instruction_set", kernels.instruction_sets(), indirect=True)
+needs_kernels = pytest.mark.skipif(kernels.load_problem() is not None, reason=f"no kernels: {kernels.load_problem()}")
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -200,9 +208,7 @@ def numpy_states(problem: Problem) -> Tensor:
 # A process forked from this server has all of training imported, also dynamo, which the first optimizer asks for, and
 # none of the threads or open files of the tests.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["statemix.training.loop", "pytest", "torch._dynamo"]
-)  # dynamo: imported by the first optimizer
+PROCESSES.set_forkserver_preload(["statemix.training.loop", "pytest", "torch._dynamo"])
 
 
 def exit_code(process) -> int:

@@ -8,11 +8,20 @@ import itertools
 import sys
 from pathlib import Path
 
-import test_gated
-import test_layer
-import test_step
 import torch
 from helpers import LAYOUTS, SCANS, TOLERANCE, make_problem, relative_error
+from kernel_helpers import (
+    GATED_SHAPES,
+    READOUTS,
+    SHIFTED,
+    STEPPED,
+    assert_readout,
+    assert_step,
+    gated_by_torch,
+    make_layer_problem,
+    make_pair,
+    make_readout,
+)
 from torch import Tensor
 
 from statemix import kernels
@@ -21,7 +30,7 @@ from statemix.kernels import library
 
 ORDERS = (*range(1, 17), 17, 33)  # the last two have no kernels of their own
 BLOCKS = (1, 3, 15, 16, 17, 33)
-LAYOUTS = list((LAYOUTS | test_layer.SHIFTED).values())
+LAYOUTS = list((LAYOUTS | SHIFTED).values())
 
 
 def main() -> None:
@@ -43,7 +52,10 @@ def main() -> None:
             run_scan(make_problem(generator, kind, order=order, blocks=blocks, dtype=dtype, **options), arrange)
         for dtype in (torch.float32, torch.float64):
             width = (1, 5, 16, 40)[i % 4]
-            run_layer(test_layer.make_problem(generator, kind, order, blocks, width, dtype=dtype, **options), arrange)
+            run_layer(
+                make_layer_problem(generator, kind, order=order, blocks=blocks, width=width, dtype=dtype, **options),
+                arrange,
+            )
     run_pairs()
     run_readouts()
     run_gated()
@@ -81,32 +93,32 @@ def run_pairs() -> None:
     """Steps of a whole residual pair; the last is large enough for two threads."""
     cases = ((1, 1), (5, 3), (16, 40), (33, 17), (96, 500))
     for instruction_set, mixer, (width, mlp_size) in itertools.product(
-        kernels.instruction_sets(), test_step.MIXERS.values(), cases
+        kernels.instruction_sets(), STEPPED.values(), cases
     ):
         kernels.use_instruction_set(instruction_set)
         for dtype in (torch.float32, torch.float64):
-            pair = test_step.make_pair(mixer, width, mlp_size).to(dtype)
+            pair = make_pair(mixer, width, mlp_size).to(dtype)
             for batch in (1, 2, 7):  # rows meet a weight three or six at a time
-                test_step.assert_step(pair, torch.randn(batch, width, dtype=dtype), None)
+                assert_step(pair, torch.randn(batch, width, dtype=dtype), None)
 
 
 def run_readouts() -> None:
     """The logits of a model; the last are enough for two threads."""
     for instruction_set, dtype, (batch, width, count) in itertools.product(
-        kernels.instruction_sets(), (torch.float32, torch.float64), [*test_step.READOUTS, (7, 33, 65), (2, 512, 1001)]
+        kernels.instruction_sets(), (torch.float32, torch.float64), [*READOUTS, (7, 33, 65), (2, 512, 1001)]
     ):
         kernels.use_instruction_set(instruction_set)
-        test_step.assert_readout(torch.randn(batch, width, dtype=dtype), *test_step.make_readout(width, count, dtype))
+        assert_readout(torch.randn(batch, width, dtype=dtype), *make_readout(width, count, dtype))
 
 
 def run_gated() -> None:
     """The product of a SwiGLU and its gradient."""
     for instruction_set, dtype, (rows, size) in itertools.product(
-        kernels.instruction_sets(), (torch.float32, torch.float64), test_gated.SHAPES
+        kernels.instruction_sets(), (torch.float32, torch.float64), GATED_SHAPES
     ):
         kernels.use_instruction_set(instruction_set)
         x, cotangent = torch.randn(rows, 2 * size, dtype=dtype), torch.randn(rows, size, dtype=dtype)
-        y, gradient = test_gated.by_torch(x, cotangent)
+        y, gradient = gated_by_torch(x, cotangent)
         made = kernels.gated(x.requires_grad_())
         (made_gradient,) = torch.autograd.grad(made, x, cotangent)
         assert_near({"y": made.detach(), "x": made_gradient}, {"y": y, "x": gradient})

@@ -13,7 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SCANS, Problem, assert_close, assert_problem, make_problem, relative_error
+from helpers import (
+    SCANS,
+    Problem,
+    assert_close,
+    assert_problem,
+    each_instruction_set,
+    each_kind,
+    make_problem,
+    needs_kernels,
+    relative_error,
+)
 
 import statemix
 from statemix import kernels
@@ -23,11 +33,7 @@ from statemix.scan.problem import KINDS
 
 SOURCES = Path(__file__).parents[1] / "csrc"
 BOUNDED = [name for name in NORMALIZATIONS if name != "none"]
-each_kind = pytest.mark.parametrize("kind", SCANS)
-each_instruction_set = pytest.mark.parametrize("instruction_set", kernels.instruction_sets(), indirect=True)
-pytestmark = pytest.mark.skipif(
-    kernels.load_problem() is not None, reason=f"no compiled kernels: {kernels.load_problem()}"
-)
+pytestmark = needs_kernels
 
 
 def test_memory_that_no_kernel_wrote_is_nan(generator, monkeypatch):
@@ -65,17 +71,14 @@ def test_each_instruction_set_equals_the_loop(instruction_set, kind, order, dtyp
 @each_instruction_set
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_number_of_threads_changes_no_bit(generator, instruction_set, kind, dtype):
+def test_the_number_of_threads_changes_no_bit(generator, threads, instruction_set, kind, dtype):
     problem = make_problem(
         generator, kind, "softmax", order=3, length=65, blocks=33, batch=3, with_reset=True, dtype=dtype
     )
     results = []
-    try:
-        for threads in (1, 2, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(problem.results("cpu"))
-    finally:
-        torch.set_num_threads(2)
+    for count in (1, 2, 2, 3):
+        threads(count)
+        results.append(problem.results("cpu"))
     for other, what in itertools.product(results[1:], results[0]):
         assert torch.equal(other[what], results[0][what]), what
 

@@ -2,33 +2,20 @@
 
 import pytest
 import torch
-from helpers import assert_close
-from torch import Tensor, nn
+from helpers import assert_close, each_instruction_set, needs_kernels
+from kernel_helpers import GATED_SHAPES, gated_by_torch
 
-from statemix import kernels
 from statemix.fused import gated
 from statemix.model import SwiGLU
-
-needs_kernels = pytest.mark.skipif(kernels.load_problem() is not None, reason=f"no kernels: {kernels.load_problem()}")
-each_instruction_set = pytest.mark.parametrize("instruction_set", kernels.instruction_sets(), indirect=True)
-SHAPES = [(1, 1), (3, 15), (2, 16), (5, 17), (4, 33), (70, 500)]  # rows and H; the last is for several threads
-
-
-def by_torch(x: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-    """The product and its gradient in float64."""
-    x = x.detach().double().requires_grad_()
-    gate, inner = x.chunk(2, dim=-1)
-    y = nn.functional.silu(gate) * inner
-    return y.detach(), torch.autograd.grad(y, x, cotangent.double())[0]
 
 
 @each_instruction_set
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("rows", "size"), SHAPES)
+@pytest.mark.parametrize(("rows", "size"), GATED_SHAPES)
 def test_each_instruction_set_equals_torch(generator, calls, instruction_set, dtype, rows, size):
     x = 4 * torch.randn(rows, 2 * size, generator=generator, dtype=dtype)
     cotangent = torch.randn(rows, size, generator=generator, dtype=dtype)
-    y, gradient = by_torch(x, cotangent)
+    y, gradient = gated_by_torch(x, cotangent)
     assert_close(gated(x), y)
     assert_close(torch.autograd.grad(gated(x.requires_grad_()), x, cotangent)[0], gradient)
     assert calls == ["statemix_gated"] * 3
@@ -43,20 +30,17 @@ def test_gates_of_any_size(instruction_set):
     error = (y[0].double() - expected).abs() / expected.abs().clamp(min=1e-37)
     assert error.max() <= 4e-7  # of each number for itself
     (gradient,) = torch.autograd.grad(y.sum(), x)
-    assert_close(gradient, by_torch(x, torch.ones(1, 10))[1])
+    assert_close(gradient, gated_by_torch(x, torch.ones(1, 10))[1])
     assert gated(torch.tensor([[float("nan"), 1.0]])).isnan().all()
 
 
 @needs_kernels
-def test_the_number_of_threads_changes_no_bit(generator):
+def test_the_number_of_threads_changes_no_bit(generator, threads):
     x, results = torch.randn(70, 1000, generator=generator).requires_grad_(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            y = gated(x)
-            results.append((y, *torch.autograd.grad(y.square().sum(), x)))
-    finally:
-        torch.set_num_threads(2)
+    for count in (1, 2, 3):
+        threads(count)
+        y = gated(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
 
@@ -74,7 +58,7 @@ def test_torch_sees_its_own_operations(generator, calls):
     assert_close(torch.compile(gated, fullgraph=True, backend="aot_eager")(x), expected)
     assert_close(torch.func.vmap(gated)(x), expected)
     gradient = torch.func.grad(lambda x: gated(x).square().sum())(x)
-    assert_close(gradient, by_torch(x, 2 * expected)[1])
+    assert_close(gradient, gated_by_torch(x, 2 * expected)[1])
     assert not calls
 
 

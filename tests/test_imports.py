@@ -85,6 +85,10 @@ ONLY_BY = {
     "tests": (),
     "conftest": (),
     "helpers": (),
+    "kernel_helpers": (),
+    "mixer_helpers": (),
+    "model_helpers": (),
+    "run_helpers": (),
     "experiments": (),
 }
 
@@ -136,6 +140,25 @@ def test_a_module_imports_only_what_it_may(path):
 def test_the_files_are_found():
     found = {str(path.relative_to(PACKAGE)) for path in FILES}
     assert found >= {"__init__.py", "gates.py", "scan/__init__.py", "scan/reference.py", "kernels/library.py"}
+
+
+TESTS = sorted(Path(__file__).parent.glob("*.py"))
+
+
+def other_tests(source: str) -> list[str]:
+    """What a source imports of test files: what two of them share is in a module of helpers."""
+    names = imported(source, "test_this", is_package=False)
+    return [name for name in names if name.removeprefix("tests.").startswith("test_")]
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)
+def test_a_test_imports_no_other(path):
+    assert other_tests(path.read_text()) == []
+
+
+def test_an_import_of_another_test_is_seen():
+    source = "import test_scan\nfrom helpers import SCANS\ndef f():\n    from tests.test_cpu import solved"
+    assert other_tests(source) == ["test_scan", "tests.test_cpu.solved"]
 
 
 PLANTED = [  # (module, source, the names that are wrong)

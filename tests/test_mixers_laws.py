@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from helpers import TOLERANCE, assert_close, relative_error
-from test_mixers import CHUNKED, SPECS, D, build, each_mixer, normal, random_reset, start
+from mixer_helpers import CHUNKED, SPECS, D, build, each_mixer, normal, random_reset, start
 
 from statemix import mixers
 from statemix.gates import NORMALIZATIONS

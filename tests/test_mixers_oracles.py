@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import TOLERANCE, assert_close, relative_error
-from test_mixers import D, build, normal, random_reset, start
+from mixer_helpers import D, build, normal, random_reset, start
 from torch import Tensor
 
 from statemix.mixers import LRU, MLSTM, Attention, DeltaNet, DeltaProduct, GatedDeltaNet, Mamba2, Mixer

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from test_model import MIXERS, D, T, V, assert_same, build, draw, each_mixer
+from model_helpers import MIXERS, D, T, V, assert_same, build, draw, each_mixer
 
 import statemix
 from statemix import SequenceModel

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import make_raw_gates, numpy_block, numpy_weights
+from helpers import each_instruction_set, each_kind, make_raw_gates, numpy_block, numpy_weights
 
 from statemix import block_scan, companion_scan, kernels
 from statemix.gates import NORMALIZATIONS, normalize
@@ -17,8 +17,6 @@ ORDER, LANES = 3, 16
 BOUND = torch.tensor(0.7).item()  # no power of two: every product is rounded
 
 each_normalization = pytest.mark.parametrize("normalization", BOUNDED)
-each_kind = pytest.mark.parametrize("kind", SCANS)
-each_instruction_set = pytest.mark.parametrize("instruction_set", kernels.instruction_sets(), indirect=True)
 
 
 @pytest.fixture

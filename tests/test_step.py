@@ -1,62 +1,26 @@
 """One step of a residual pair as one call of the kernels (csrc/step.h), against the modules it replaces, in float64."""
 
-import copy
-
 import pytest
 import torch
-from helpers import TOLERANCE, relative_error
+from helpers import TOLERANCE, each_instruction_set, needs_kernels, relative_error
+from kernel_helpers import READOUTS, STEPPED, assert_readout, assert_step, make_pair, make_readout, pair_by_the_modules
 from torch import Tensor, nn
 
 from statemix import kernels
 from statemix.gates import NORMALIZATIONS
 from statemix.mixers import BDLRU
 from statemix.mixers.linear_recurrence import RawGates
-from statemix.model import Layer, SequenceModel, SwiGLU
+from statemix.model import SequenceModel, SwiGLU
 
-MIXERS = {
-    "block": {"name": "bd_lru", "num_blocks": 5, "block_size": 3},
-    "companion": {"name": "h_lru", "num_channels": 7, "order": 4},
-    "observer": {"name": "h_lru", "num_channels": 7, "order": 4, "form": "observer"},
-}
-pytestmark = pytest.mark.skipif(kernels.load_problem() is not None, reason=f"no kernels: {kernels.load_problem()}")
+pytestmark = needs_kernels
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-def make_pair(mixer: dict, width: int = 20, mlp_size: int = 33) -> Layer:
-    torch.manual_seed(0)
-    pair = Layer(width, mixer, mlp_size)
-    for norm in (pair.mixer_norm, pair.mlp_norm):  # or a weight that is not used would not be seen
-        nn.init.uniform_(norm.weight, 0.5, 2.0)
-    return pair
-
-
-def by_the_modules(pair: Layer, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """With gradients: then no kernel of a step serves. In float64."""
-    pair = copy.deepcopy(pair).double()
-    y, state = pair(x.double()[:, None], None if state is None else state.double(), None)
-    return y[:, 0].detach(), state.detach()
-
-
-def assert_step(pair: Layer, x: Tensor, state: Tensor | None) -> None:
-    expected = by_the_modules(pair, x, state)
-    with torch.no_grad():
-        actual = pair.step(x, state)
-    for what, got, wanted in zip(("y", "state"), actual, expected, strict=True):
-        assert relative_error(got, wanted) <= TOLERANCE[x.dtype], what
-
-
-@pytest.mark.parametrize("instruction_set", kernels.instruction_sets(), indirect=True)
-@pytest.mark.parametrize("kind", MIXERS)
+@each_instruction_set
+@pytest.mark.parametrize("kind", STEPPED)
 @pytest.mark.parametrize("batch", [1, 3, 8, 17, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_step_is_what_the_modules_do(generator, calls, instruction_set, kind, batch, dtype):
-    pair = make_pair(MIXERS[kind]).to(dtype)
+    pair = make_pair(STEPPED[kind]).to(dtype)
     x, state = torch.randn(batch, 20, generator=generator, dtype=dtype), None
     for _ in range(3):  # 20 and 33 are no multiples of a vector
         assert_step(pair, x, state)
@@ -65,25 +29,7 @@ def test_a_step_is_what_the_modules_do(generator, calls, instruction_set, kind, 
     assert calls.count("statemix_pair_step") == 6
 
 
-def assert_readout(x: Tensor, norm: nn.RMSNorm, head: nn.Linear) -> Tensor:
-    """The ends of a model, as a `Decoder` calls them: rows of an embedding, the last norm and the head; no layers."""
-    tokens = torch.arange(len(x)).flip(0)
-    y = kernels.ModelStep(x, [], norm.weight, norm.eps, head.weight, len(x))(tokens)
-    wanted = copy.deepcopy(head).double()(copy.deepcopy(norm).double()(x[tokens].double())).detach()
-    assert relative_error(y, wanted) <= TOLERANCE[x.dtype]
-    return y
-
-
-def make_readout(width: int, count: int, dtype: torch.dtype = torch.float32) -> tuple[nn.RMSNorm, nn.Linear]:
-    norm, head = nn.RMSNorm(width, eps=0.1, dtype=dtype), nn.Linear(width, count, bias=False, dtype=dtype)
-    nn.init.uniform_(norm.weight, 0.5, 2.0)
-    return norm, head
-
-
-READOUTS = [(1, 1, 1), (2, 5, 3), (3, 16, 8), (1, 33, 65)]  # batch, width, vocabulary
-
-
-@pytest.mark.parametrize("instruction_set", kernels.instruction_sets(), indirect=True)
+@each_instruction_set
 @pytest.mark.parametrize(("batch", "width", "count"), READOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_logits_are_what_the_modules_make(generator, instruction_set, batch, width, count, dtype):
@@ -102,7 +48,7 @@ def test_threads_change_no_bit_of_logits(generator, threads):
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_every_normalization(generator, calls, normalization):
-    pair = make_pair(MIXERS["block"] | {"normalization": normalization})
+    pair = make_pair(STEPPED["block"] | {"normalization": normalization})
     assert_step(pair, torch.randn(2, 20, generator=generator), torch.randn(2, 3, 5, generator=generator))
     assert "statemix_pair_step" in calls
 
@@ -123,7 +69,7 @@ def test_threads_change_no_bit(generator, threads, count):
 
 @pytest.mark.parametrize("watched", ["mixer", "mixer_norm", "mlp_norm", "mlp", "mlp.gate_and_input", "mixer.output"])
 def test_a_hook_is_called(generator, calls, watched):
-    pair, seen = make_pair(MIXERS["block"]), []
+    pair, seen = make_pair(STEPPED["block"]), []
     pair.get_submodule(watched).register_forward_hook(lambda *arguments: seen.append(watched))
     assert_step(pair, torch.randn(1, 20, generator=generator), None)
     assert len(seen) >= 1
@@ -132,7 +78,7 @@ def test_a_hook_is_called(generator, calls, watched):
 
 @pytest.mark.parametrize("case", ["gradients", "too many rows", "another mixer", "parametrised", "two layouts"])
 def test_what_the_kernel_does_not_serve_is_done_by_the_modules(generator, calls, case):
-    pair = make_pair({"name": "lstm", "hidden_size": 6} if case == "another mixer" else MIXERS["block"])
+    pair = make_pair({"name": "lstm", "hidden_size": 6} if case == "another mixer" else STEPPED["block"])
     x = torch.randn(kernels.STEP_ROWS + 1 if case == "too many rows" else 2, 20, generator=generator)
     if case == "two layouts":
         pair.mlp.output.weight = nn.Parameter(pair.mlp.output.weight.detach().T.contiguous().T)
@@ -140,7 +86,7 @@ def test_what_the_kernel_does_not_serve_is_done_by_the_modules(generator, calls,
         nn.utils.parametrizations.weight_norm(pair.mlp.output)
     if case == "gradients":
         y, _ = pair.step(x, None)
-        assert relative_error(y.detach(), by_the_modules(pair, x, None)[0]) <= TOLERANCE[x.dtype]
+        assert relative_error(y.detach(), pair_by_the_modules(pair, x, None)[0]) <= TOLERANCE[x.dtype]
         assert y.requires_grad
     else:
         assert_step(pair, x, None)
@@ -200,7 +146,7 @@ EXCHANGED = {
 @pytest.mark.parametrize("part", EXCHANGED)
 def test_a_part_that_was_exchanged_is_called(generator, calls, part):
     """The kernel has the arithmetic of the parts that a Layer is made of, and of no others."""
-    pair = make_pair(MIXERS["block"])
+    pair = make_pair(STEPPED["block"])
     pair.set_submodule(part, EXCHANGED[part]())
     assert_step(pair, torch.randn(2, 20, generator=generator), None)
     assert "statemix_pair_step" not in calls
@@ -208,8 +154,8 @@ def test_a_part_that_was_exchanged_is_called(generator, calls, part):
 
 @pytest.mark.parametrize("part", ["mlp.output", "mlp_norm", "mixer.values", "mixer.raw_gates.projection"])
 def test_a_weight_without_an_address_is_not_read(generator, calls, part):
-    pair, x = make_pair(MIXERS["block"]), torch.randn(2, 20, generator=generator)
-    expected = by_the_modules(pair, x, None)[0]
+    pair, x = make_pair(STEPPED["block"]), torch.randn(2, 20, generator=generator)
+    expected = pair_by_the_modules(pair, x, None)[0]
     module = pair.get_submodule(part)
     module.weight = nn.Parameter(Wrapped(module.weight.detach()), requires_grad=False)
     with torch.no_grad():
@@ -221,7 +167,7 @@ def test_a_weight_without_an_address_is_not_read(generator, calls, part):
 
 def test_a_model_steps_as_it_runs(generator, calls):
     torch.manual_seed(0)
-    model = SequenceModel(11, 32, 3, MIXERS["companion"])
+    model = SequenceModel(11, 32, 3, STEPPED["companion"])
     tokens = torch.randint(11, (2, 9), generator=generator)
     with torch.no_grad():
         expected, state = model(tokens), None
