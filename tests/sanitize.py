@@ -30,32 +30,45 @@ from statemix.kernels import library
 
 ORDERS = (*range(1, 17), 17, 33)  # the last two have no kernels of their own
 BLOCKS = (1, 3, 15, 16, 17, 33)
-LAYOUTS = list((LAYOUTS | SHIFTED).values())
+# Every few problems are of several chunks of time: a chunk is 128 steps or less, and 24 to 240 in a layer. Where T is
+# long the normalisation is one that keeps states bounded.
+LENGTHS = (1, 2, 9, 300, 65)
+BATCHES = (1, 2, 3)
+WIDTHS = (1, 5, 16, 40)
+ARRANGEMENTS = tuple((LAYOUTS | SHIFTED).values())
 
 
 def main() -> None:
     library._loaded = library.Library(Path(sys.argv[1]))
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)  # with it, torch.empty is filled with NaN
-    generator, bounded = torch.Generator().manual_seed(0), [name for name in NORMALIZATIONS if name != "none"]
-    for i, (kind, order, blocks) in enumerate(itertools.product(SCANS, ORDERS, BLOCKS)):
+    generator = torch.Generator().manual_seed(0)
+    # every option turns at its own pace, so that each meets each of the others
+    for (kind, order, blocks), length, batch, normalization, with_state, with_reset, arrange, width in zip(
+        itertools.product(SCANS, ORDERS, BLOCKS),
+        itertools.cycle(LENGTHS),
+        itertools.cycle(BATCHES),
+        itertools.cycle(NORMALIZATIONS),
+        itertools.cycle((True, False)),
+        itertools.cycle((True, True, False, False)),
+        itertools.cycle(ARRANGEMENTS),
+        itertools.cycle(WIDTHS),
+        strict=False,
+    ):
+        is_costly = (length == 300 and order > 4) or (length == 65 and order < 8)
         options = {
-            # every few problems one of several chunks of time: they are 128 steps or less, and 24 to 240 in a layer
-            "length": (1, 2, 9, 300 if order <= 4 else 9, 65 if order >= 8 else 9)[i % 5],
-            "batch": 1 + i % 3,
-            "with_state": i % 2 == 0,
-            "with_reset": i % 4 < 2,
-            "normalization": bounded[i % len(bounded)] if i % 5 > 2 else list(NORMALIZATIONS)[i % len(NORMALIZATIONS)],
+            "order": order,
+            "blocks": blocks,
+            "length": 9 if is_costly else length,
+            "batch": batch,
+            "normalization": "softmax" if normalization == "none" and length > 9 else normalization,
+            "with_state": with_state,
+            "with_reset": with_reset,
         }
-        arrange = LAYOUTS[i % len(LAYOUTS)]
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
-            run_scan(make_problem(generator, kind, order=order, blocks=blocks, dtype=dtype, **options), arrange)
+            run_scan(make_problem(generator, kind, dtype=dtype, **options), arrange)
         for dtype in (torch.float32, torch.float64):
-            width = (1, 5, 16, 40)[i % 4]
-            run_layer(
-                make_layer_problem(generator, kind, order=order, blocks=blocks, width=width, dtype=dtype, **options),
-                arrange,
-            )
+            run_layer(make_layer_problem(generator, kind, width=width, dtype=dtype, **options), arrange)
     run_pairs()
     run_readouts()
     run_gated()

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -47,14 +48,34 @@ ORDERS = (*range(1, 17), 17, 64)  # 17 and 64 have no kernel of their own
 BLOCKS = (1, 3, 15, 16, 17, 33)  # a vector is 4 to 16 floats or 2 to 8 doubles
 
 
+class Row(NamedTuple):
+    """What goes with a normalisation; the number of blocks turns beside it, from order to order."""
+
+    batch: int
+    with_state: bool
+    with_reset: bool
+
+
+ROWS = {
+    "softmax": Row(batch=1, with_state=True, with_reset=True),
+    "sigmoid": Row(batch=2, with_state=False, with_reset=False),
+    "relu": Row(batch=3, with_state=True, with_reset=False),
+    "tanh": Row(batch=1, with_state=False, with_reset=True),
+    "silu": Row(batch=2, with_state=True, with_reset=False),
+    "linear": Row(batch=3, with_state=False, with_reset=False),
+    "none": Row(batch=1, with_state=True, with_reset=True),
+}
+
+
 @functools.cache
 def solved(kind: str, order: int, dtype: torch.dtype) -> list[tuple[Problem, dict[str, torch.Tensor]]]:
     """One problem for every normalisation, and what the float64 loop says about it."""
     generator, problems = torch.Generator().manual_seed(order), []
-    for i, normalization in enumerate(NORMALIZATIONS):
-        sizes = {"length": 3 if order > 8 else 9, "blocks": BLOCKS[(i + order) % len(BLOCKS)], "batch": 1 + i % 3}
-        flags = {"with_state": i % 2 == 0, "with_reset": i % 3 == 0}
-        problem = make_problem(generator, kind, normalization, order=order, **sizes, **flags, dtype=dtype)
+    turned = itertools.islice(itertools.cycle(BLOCKS), order, None)
+    for normalization, blocks in zip(NORMALIZATIONS, turned, strict=False):
+        sizes = {"order": order, "length": 3 if order > 8 else 9, "blocks": blocks}
+        options = ROWS[normalization]._asdict()
+        problem = make_problem(generator, kind, normalization, dtype=dtype, **sizes, **options)
         problems.append((problem, problem.to(torch.float64).results("reference")))
     return problems
 
