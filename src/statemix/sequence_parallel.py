@@ -243,7 +243,7 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_states: Tensor, grad_final_state: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of the last state plus g_r: module docstring."""
+        """Add g_r to the gradient of the last state; the module docstring derives it."""
         states, final_state, state, products = ctx.saved_tensors
         rank = dist.get_rank(ctx.group)
         own = torch.zeros_like(state)

@@ -35,7 +35,7 @@ class Shape:
 
     @property
     def size(self) -> str:
-        """MxN."""
+        """The size as it is written: MxN."""
         return f"{self.order}x{self.blocks}"
 
     def small(self) -> "Shape":

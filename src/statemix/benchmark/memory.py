@@ -41,7 +41,7 @@ def peak_bytes(name: str, shape: Shape) -> int:
 
 
 def report_peak() -> None:
-    """The process of `peak_bytes`: the request is its argument, the bytes are its output."""
+    """What the process of `peak_bytes` runs: its argument is the request, and it writes the bytes."""
     request = json.loads(sys.argv[1])
     shape = Shape(**request["shape"])
     torch.set_num_threads(request["threads"])

@@ -57,7 +57,7 @@ def table(title: str, result: Result) -> Table:
 
 
 def _ratio(row: Mapping[str, Any], baseline: str) -> str:
-    """Of a contender to a baseline, with its quartiles; nothing of a baseline to itself."""
+    """Write the ratio of a contender to a baseline with its quartiles; a baseline has none to itself."""
     if baseline not in row["ratios"] or baseline == row["name"]:
         return ""
     return "{:.3g} ({:.3g}-{:.3g})".format(*row["ratios"][baseline])

@@ -29,7 +29,7 @@ Diagonal = Callable[[Tensor, Tensor], Tensor]  # h_t = a_t h_{t-1} + b_t from a 
 
 
 def sizes(shape: Shape) -> list[tuple[int, ...]]:
-    """Of raw gates, values, initial state and states."""
+    """The sizes of raw gates, values, initial state and states."""
     time, rows = (shape.batch, shape.length), (shape.order,) if shape.kind == "block" else ()
     kept = () if shape.kind == "companion" else (shape.order,)
     return [
@@ -60,7 +60,7 @@ def scan_work(shape: Shape, scan: Callable[..., Tensor]) -> Work:
 
 
 def reference_scan(shape: Shape) -> Work:
-    """The loop."""
+    """The scan of the reference, which is a loop."""
     return scan_work(shape, partial(SCANS[shape.kind], backend="reference"))
 
 

@@ -8,6 +8,6 @@ from statemix.runs.read import Run
 
 
 def print_tables(runs: Sequence[Run]) -> None:
-    """A table per task of what came of the runs, seeds together."""
+    """Print a table per task of what came of the runs; runs that differ in their seed are one row."""
     for task, groups in sections_of(runs).items():
         print(f"{task}\n{align(group_rows(groups), markdown=False)}\n")

@@ -39,7 +39,7 @@ def _pointers(*names: str) -> list[tuple[str, Any]]:
 
 
 class ScanCall(ctypes.Structure):
-    """`ScanCall` of csrc/interface.h, field by field."""
+    """What a scan is called with. The fields are those of `ScanCall` in csrc/interface.h."""
 
     _fields_ = (
         [(name, ctypes.c_int64) for name in ("batch", "length", "order", "blocks")]
@@ -51,7 +51,7 @@ class ScanCall(ctypes.Structure):
 
 
 class LayerCall(ctypes.Structure):
-    """`LayerCall` of csrc/interface.h, field by field."""
+    """What a layer is called with. The fields are those of `LayerCall` in csrc/interface.h."""
 
     _fields_ = (
         [(name, ctypes.c_int64) for name in ("batch", "length", "width", "order", "blocks")]
@@ -63,7 +63,7 @@ class LayerCall(ctypes.Structure):
 
 
 class PairCall(ctypes.Structure):
-    """`PairCall` of csrc/interface.h, field by field."""
+    """What a step of a residual pair is called with. The fields are those of `PairCall` in csrc/interface.h."""
 
     _fields_ = (
         [("mixer", LayerCall), ("mlp_size", ctypes.c_int64)]
@@ -73,7 +73,7 @@ class PairCall(ctypes.Structure):
 
 
 class ReadoutCall(ctypes.Structure):
-    """`ReadoutCall` of csrc/interface.h, field by field."""
+    """What the logits of a model are made from. The fields are those of `ReadoutCall` in csrc/interface.h."""
 
     _fields_ = (
         [(name, ctypes.c_int64) for name in ("batch", "width", "count")]
@@ -84,7 +84,7 @@ class ReadoutCall(ctypes.Structure):
 
 
 class ModelCall(ctypes.Structure):
-    """`ModelCall` of csrc/interface.h, field by field."""
+    """What a step of a model is called with. The fields are those of `ModelCall` in csrc/interface.h."""
 
     _fields_ = (
         [(name, ctypes.c_int64) for name in ("vocabulary", "layers")]
@@ -94,7 +94,7 @@ class ModelCall(ctypes.Structure):
 
 
 class GatedCall(ctypes.Structure):
-    """`GatedCall` of csrc/interface.h, field by field."""
+    """What the product of a SwiGLU is called with. The fields are those of `GatedCall` in csrc/interface.h."""
 
     _fields_ = (
         [(name, ctypes.c_int64) for name in ("rows", "size")]
@@ -107,7 +107,11 @@ class Library:
     """The loaded shared library and the instruction set in use."""
 
     def __init__(self, path: Path | None = None) -> None:
-        """Args: path: of the library; the one that was installed with the package if None."""
+        """Load the library at `path`, or the one that was installed with the package if None.
+
+        Raises:
+            OSError: there is no such library, it is of another version, or it lacks the instruction set that is named.
+        """
         if path is None:
             # an editable install keeps the library apart from the sources, so look in every folder of the package
             folders = [Path(folder) for folder in sys.modules["statemix.kernels"].__path__]

@@ -108,12 +108,12 @@ def lengths(groups: Groups) -> "Figure":
 
 
 def _height(groups: Groups) -> float:
-    """Inches of a picture with room for the label of every group."""
+    """How many inches a picture needs for the label of every group."""
     return max(HEIGHT, 0.7 + 0.17 * sum(len(textwrap.wrap(label, LABEL)) for label in groups))
 
 
 def _mark_chance(line: Callable[..., object], groups: Groups) -> None:
-    """A dotted line at the accuracy of guessing, where it is one for all."""
+    """Draw a dotted line at the accuracy of guessing, where it is the same for all groups."""
     chances = {build_task(run.config.task).chance for runs in groups.values() for run in runs}
     if len(chances) == 1:
         line(chances.pop(), color=INK, linestyle=":", linewidth=1)

@@ -80,7 +80,7 @@ class Block(NamedTuple):
 
     @property
     def color(self) -> str:
-        """FAITHFUL, QUOTIENT, or OTHER where the block represents nothing."""
+        """The colour says what the block represents: FAITHFUL, QUOTIENT, or OTHER where it is nothing."""
         if self.verdict in (NONE, TRIVIAL):
             return OTHER
         assert self.found is not None
@@ -88,7 +88,7 @@ class Block(NamedTuple):
 
     @property
     def head(self) -> str:
-        """Its number, and what it acts as; of no group, for how many of the tokens it is right."""
+        """The head names the block and what it acts as or, if that is no group, how many of the tokens it has right."""
         tokens = f"{sum(self.right)} of {len(self.right)}" if self.verdict == NONE else self.verdict
         return f"block {self.number}\n{tokens}"
 
@@ -237,7 +237,7 @@ def _note(group: Group, drawn: Sequence[Block], rows: int) -> str:
 
 
 def _choice(blocks: Sequence[Block]) -> list[Block]:
-    """Those to be drawn: the first of every verdict, then the second, and so on, in the order they came."""
+    """The blocks to be drawn are the first of every verdict, then the second, and so on, in the order they came."""
     names = [block.verdict for block in blocks]
     turn = [names[:place].count(name) for place, name in enumerate(names)]
     chosen = sorted(range(len(blocks)), key=lambda place: (turn[place], place))[:MAX_COLUMNS]
@@ -250,7 +250,7 @@ def _write_head(axes: "Axes", x: float, text: str, color: str) -> None:
 
 
 def _map(axes: "Axes", x: float, y: float, matrix: Tensor) -> None:
-    """The weights of a matrix as squares, the more opaque the larger; negative ones in another colour."""
+    """Draw the weights of a matrix as squares: the larger, the more opaque, and negative ones in another colour."""
     from matplotlib.collections import PatchCollection
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
@@ -265,7 +265,7 @@ def _map(axes: "Axes", x: float, y: float, matrix: Tensor) -> None:
 
 
 def _frame(axes: "Axes", x: float, y: float, size: int, color: str | None) -> None:
-    """Around a map: thin if it is of no colour."""
+    """Draw a frame around a map; it is thin where it has no colour."""
     from matplotlib.patches import Rectangle
 
     line, alpha = (0.4, 0.5) if color is None else (1.3, 1.0)
@@ -305,7 +305,7 @@ def spectra(transition: Tensor, group: Group, blocks: Sequence[Block]) -> "Figur
 
 
 def _circle(axes: "Axes", x: float, y: float) -> None:
-    """The unit circle around a point, with its axes."""
+    """Draw the unit circle around a point, with its axes."""
     from matplotlib.patches import Circle
 
     axes.add_patch(Circle((x, y), 1, facecolor="none", edgecolor=INK, linewidth=0.8, alpha=0.6))
@@ -314,7 +314,7 @@ def _circle(axes: "Axes", x: float, y: float) -> None:
 
 
 def _names(group: Group, blocks: Sequence[Block]) -> dict[str, str]:
-    """What the colours of blocks mean, of those that there are."""
+    """What the colours mean that the blocks have."""
     names = {FAITHFUL: f"blocks that act as {group.name}", QUOTIENT: "as a quotient of it", OTHER: "other blocks"}
     there = {block.color for block in blocks}
     return {color: name for color, name in names.items() if color in there}

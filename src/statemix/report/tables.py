@@ -32,7 +32,7 @@ def results_table(results: Mapping[str, Sequence[Mapping[str, Any]]], *, markdow
 
 
 def _spread(numbers: Sequence[float], form: str) -> str:
-    """Mean (least-most), or the one number, or nothing."""
+    """Write a mean as "mean (least-most)", one number as it is, and nothing where there is none."""
     if not numbers:
         return ""
     mean = format(sum(numbers) / len(numbers), form)
@@ -72,7 +72,7 @@ def _estimate_of(key: str, scores: Sequence[Mapping[str, Any]]) -> str:
 
 
 def estimate(numbers: Sequence[float], form: str) -> str:
-    """Mean +- half of the 95 % interval; the number alone if there is one; nothing if there is none."""
+    """Write a mean +- half of its 95 % interval, one number as it is, and nothing where there is none."""
     if not numbers:
         return ""
     mean, half_width, _ = interval(numbers)
