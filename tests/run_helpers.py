@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import os
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -14,12 +15,14 @@ import torch
 from helpers import PROCESSES
 
 from statemix import TrainConfig, train
+from statemix.files import digest_of, manifest_of
 from statemix.tasks import PermutationComposition
 from statemix.training.config import ModelConfig, OptimizerConfig
 
 TRAIN = importlib.import_module("statemix.training.loop")  # as an attribute, statemix.training.loop is the function
 
 CHANGES = {"open", "write", "mkdir", "rename", "replace", "unlink", "rmdir"}
+RANDOM = r"\.[0-9a-f]{16}\."  # in the name of a file that is not whole
 NEEDING_SPACE = {"open", "write", "mkdir", "rename", "replace", "fsync"}
 
 
@@ -69,11 +72,23 @@ def snapshot(out: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(out)): p.read_bytes() if p.is_file() else None for p in sorted(out.rglob("*"))}
 
 
+def without_measured(content: dict) -> dict:
+    """A train.json or manifest.json without what it says of the metrics, and a manifest of such files."""
+    digests = {
+        name: None if name in ("train.json", "metrics.jsonl", "result.json") else digest
+        for name, digest in content.get("sha256", {}).items()
+    }
+    return content | {"metrics": None, "sha256": digests}
+
+
 def differing(out: Path, reference: Path) -> list[str]:
-    """The files of `reference` that are not the same in `out`. Measured speeds do not count."""
+    """The files of `reference` that are not the same in `out`. Measured speeds do not count, nor sums over them."""
 
     def content(folder):
         files = snapshot(folder)
+        for name in files:
+            if name.endswith(("train.json", "manifest.json")):
+                files[name] = without_measured(json.loads(files[name]))
         lines = [json.loads(line) for line in files["metrics.jsonl"].splitlines()]
         files["metrics.jsonl"] = [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
         files["result.json"] = json.loads(files["result.json"]) | {"train_tokens_per_s": None}
@@ -97,7 +112,7 @@ def disk(out: Path, kinds: set[str], at: int = 0, failure=None):
 
     def change(kind, path):
         if kind in kinds:
-            changes.append(f"{kind} {Path(path).name}")
+            changes.append(f"{kind} {re.sub(RANDOM, '.', Path(path).name)}")
             if 0 < at <= len(changes):
                 failure()
 
@@ -144,6 +159,13 @@ def disk(out: Path, kinds: set[str], at: int = 0, failure=None):
             patches.enter_context(mock.patch.object(os, kind, changing(kind, getattr(os, kind))))
         patches.enter_context(mock.patch.object(os, "fsync", syncing(os.fsync)))
         yield changes
+
+
+def seal(checkpoint: Path) -> None:
+    """Write the manifest of a checkpoint anew: it was made as it is now."""
+    names = json.loads((checkpoint / "manifest.json").read_text())["sha256"]
+    digests = {name: digest_of(checkpoint / name) for name in names}
+    (checkpoint / "manifest.json").write_bytes(manifest_of(digests))
 
 
 def disk_is_full():

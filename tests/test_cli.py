@@ -137,7 +137,10 @@ WRONG_CALLS = [
     ("train --steps 2.5", r"--steps: invalid literal for int\(\) with base 10: '2\.5'"),
     ("train --optimizer.lr fast", r"--optimizer\.lr: could not convert string to float: 'fast'"),
     ("train --optimizer.betas 0.9", r"--optimizer\.betas"),
-    ("train --resume maybe", r"invalid choice 'maybe' for argument '--resume'. Expected one of \('auto', 'never'\)"),
+    (
+        "train --resume maybe",
+        r"invalid choice 'maybe' for argument '--resume'. Expected one of \('auto',\s+'best', 'never'\)",
+    ),
     ("train --steps 0", r"`steps` must be at least 1, got 0"),
     ("train --seed -1", r"`seed` must be at least 0, got -1"),
     ("train --test-lengths 4 0", r"`test_lengths` must be all at least 1, got \(4, 0\)"),
@@ -176,7 +179,7 @@ def test_a_wrong_config_file_is_named_with_the_key(capsys):
     for content, message in (
         ('{"stepz": 3}', r"cannot read 'wrong\.json': TrainConfig: unknown key `stepz`"),
         ('{"steps": "3"}', r"cannot read 'wrong\.json': TrainConfig: `steps` must be of type int, got '3'"),
-        ('{"steps": 3', r"cannot read 'wrong\.json': TrainConfig: not JSON"),
+        ('{"steps": 3', r"cannot read 'wrong\.json': TrainConfig: cannot be read: it is not JSON"),
     ):
         Path("wrong.json").write_text(content)
         status, _, errors = call(capsys, "train", "--config", "wrong.json")
@@ -417,7 +420,7 @@ def test_the_installed_command_trains():
     assert config_of("run") == SMALL_CONFIG
     assert json.loads(Path("run/result.json").read_text())["threads"] == 1
     files = {path.name for path in Path("run").iterdir() if path.is_file()}
-    assert files == {"config.json", "metrics.jsonl", "checkpoints.json", "result.json", "curves.png"}
+    assert files == {"config.json", "metrics.jsonl", "checkpoints.json", "result.json", "manifest.json", "curves.png"}
 
 
 def test_the_installed_command_tells_why_a_backend_is_missing():

@@ -15,14 +15,15 @@ PACKAGE = Path(__file__).parents[1] / "src" / "statemix"
 SCAN, BENCH, KERNELS, TEXT, TRAINING = (
     f"statemix.{room}" for room in ("scan", "benchmark", "kernels", "text", "training")
 )
-FOR_TRAINING = tuple(f"statemix.{name}" for name in ("model", "mixers", "tasks", "text", "files", "specs", "style"))
+FOR_TRAINING = tuple(f"statemix.{name}" for name in ("model", "mixers", "tasks", "text", "files", "records", "specs", "style"))
 
 # What a module may import of statemix: an entry stands for itself and all below it.
 # A module goes by its longest prefix here; what has none may import anything but ONLY_BY.
 ALLOWED = {
     "statemix.gates": (),
     "statemix.specs": (),
-    "statemix.files": (),
+    "statemix.records": (),
+    "statemix.files": ("statemix.records",),
     "statemix.style": (),
     KERNELS: (KERNELS, "statemix.gates"),
     "statemix.fused": (KERNELS,),
@@ -34,7 +35,7 @@ ALLOWED = {
     # its own modules that import triton, at the first call; the test of what `import statemix` asks for holds that
     f"{SCAN}.gpu": ("statemix.gates", f"{SCAN}.problem", f"{SCAN}.gpu", f"{SCAN}.gpu_model"),
     f"{SCAN}.gpu_model": (),
-    "statemix.text": (TEXT, "statemix.files"),
+    "statemix.text": (TEXT, "statemix.files", "statemix.records"),
     "statemix.tasks": ("statemix.tasks", "statemix.specs", TEXT),
     "statemix.analysis": ("statemix.analysis", "statemix.gates"),
     "statemix.mixers": (
@@ -47,7 +48,15 @@ ALLOWED = {
         "statemix.specs",
     ),
     "statemix.mixers.base": (),
-    "statemix.model": ("statemix.mixers", "statemix.gates", SCAN, KERNELS, "statemix.fused", "statemix.specs"),
+    "statemix.model": (
+        "statemix.mixers",
+        "statemix.gates",
+        SCAN,
+        KERNELS,
+        "statemix.fused",
+        "statemix.specs",
+        "statemix.records",
+    ),
     "statemix.sequence_parallel": ("statemix.gates", SCAN, "statemix.mixers"),
     "statemix.sizing": ("statemix.mixers", "statemix.specs"),
     TRAINING: (TRAINING, "statemix", *FOR_TRAINING),

@@ -76,8 +76,12 @@ def edit(path, change) -> None:
 
 
 OTHER_VERSIONS = {
-    "result without validation": ("result.json", lambda data: data.pop("valid"), r"result\.json has no `valid`"),
-    "result of the first version": ("result.json", lambda data: data.pop("version"), r"result\.json has no `version`"),
+    "result without validation": ("result.json", lambda data: data.pop("valid"), r"in result\.json `valid` is missing"),
+    "result of the first version": (
+        "result.json",
+        lambda data: data.pop("version"),
+        r"in result\.json `version` is missing",
+    ),
     "config with another key": ("config.json", lambda data: data.update(epochs=3), r"unknown key `epochs`"),
 }
 
@@ -99,9 +103,9 @@ def test_a_run_of_another_version_is_told_as_one(finished, tmp_path, case):
     [
         ("result.json", None, r"^runs: '.*' is not a finished run: it has no result\.json"),
         ("metrics.jsonl", None, r"^runs: '.*' is not a finished run: it has no metrics\.jsonl"),
-        ("result.json", "{", r"^runs: a file of '.*' is damaged: Expecting"),
-        ("metrics.jsonl", "{}\n{", r"^runs: a file of '.*' is damaged: Expecting"),
-        ("result.json", "3", r"^runs: a file of '.*' is damaged: "),
+        ("result.json", "{", r"^runs: '.*result\.json' is damaged: it is not JSON at line 1, column 2\.$"),
+        ("metrics.jsonl", "{}\n", r"^runs: '.*metrics\.jsonl' is damaged: line 1: `step` is missing\.$"),
+        ("result.json", "3", r"^runs: '.*result\.json' is damaged: `the content` must be an object, got 3\.$"),
     ],
 )
 def test_a_damaged_run_is_named(finished, tmp_path, name, content, problem):

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import random
@@ -30,7 +31,8 @@ from run_helpers import (
     start,
 )
 
-from statemix import SequenceModel, TrainConfig
+from statemix import SequenceModel, TrainConfig, train
+from statemix.runs.read import read_run
 from statemix.tasks import PermutationComposition
 from statemix.training.config import OptimizerConfig
 
@@ -66,7 +68,7 @@ def reference(config, tmp_path_factory):
     """A run that was never stopped."""
     out = tmp_path_factory.mktemp("reference") / "run"
     run(out, config)
-    files = {"config.json", "metrics.jsonl", "checkpoints.json", "result.json", "curves.png"}
+    files = {"config.json", "metrics.jsonl", "checkpoints.json", "result.json", "manifest.json", "curves.png"}
     assert {path.name for path in out.iterdir()} == files | {"step-3"}
     return out
 
@@ -226,7 +228,8 @@ def test_a_write_that_the_system_refuses_in_the_middle_loses_nothing(config, hal
         rf"The last checkpoint is '{re.escape(str(out))}/step-2'; the run resumes from there\.",
         answer.read_text(),
     )
-    assert (out / ".step-3.partial" / "model.safetensors").stat().st_size == limit  # it did stop in the middle
+    [partial] = out.glob(".step-3.*.partial")
+    assert (partial / "model.safetensors").stat().st_size == limit  # it did stop in the middle
     run(out, config)
     assert differing(out, reference) == []
     assert extra(out, reference) == []
@@ -333,7 +336,7 @@ def test_a_lost_file_deletes_nothing(config, half_way, tmp_path, lost):
     shutil.copytree(half_way, out)
     (out / lost).unlink()
     before = snapshot(out)
-    with pytest.raises(ValueError, match=r"no checkpoints\.json|metrics\.jsonl' is damaged: 'missing'"):
+    with pytest.raises(ValueError, match=r"no checkpoints\.json|metrics\.jsonl' is missing"):
         run(out, config)
     assert snapshot(out) == before
 
@@ -352,5 +355,249 @@ def test_a_damaged_best_checkpoint_is_found_before_training_goes_on(config, half
     out = tmp_path / "run"
     shutil.copytree(half_way, out)
     cut(0.5)(out / "step-1" / "model.safetensors")
-    with pytest.raises(ValueError, match=r"step-1/model\.safetensors' cannot be read"):
+    with pytest.raises(ValueError, match=r"step-1/model\.safetensors' is damaged: its sha256 is not"):
         run(out, config)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def replacing(old, new):
+    def change(path):
+        assert path.read_text().count(old) == 1
+        path.write_text(path.read_text().replace(old, new))
+
+    return change
+
+
+def without_line(number):
+    def change(path):
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[:number] + lines[number + 1 :]))
+
+    return change
+
+
+def doubled_loss(path):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0]["loss"] *= 2
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def another_number(key):
+    def change(path):
+        content = json.loads(path.read_text())
+        content[key] += 1
+        path.write_text(json.dumps(content, indent=2) + "\n")
+
+    return change
+
+
+def renamed_over(path):
+    shutil.rmtree(path)
+    (path.parent / "step-1").rename(path)
+
+
+LIES = {  # each is of the right form: what is wrong, the file that is changed, how, and the file that the error names
+    "a bit of the weights": (f"{LAST}/model.safetensors", flip_a_bit, None),
+    "a bit of the moments": (f"{LAST}/optimizer.safetensors", flip_a_bit, None),
+    "a bit of the best weights": ("step-1/model.safetensors", flip_a_bit, None),
+    "another step": (f"{LAST}/train.json", replacing('"step": 2', '"step": 3'), None),
+    "another best loss": (f"{LAST}/train.json", another_number("best_loss"), None),
+    "an older checkpoint under the name of the last": (LAST, renamed_over, f"{LAST}/train.json"),
+    "an empty manifest": (f"{LAST}/manifest.json", holding('{"sha256": {}}'), None),
+    "a manifest of a file elsewhere": (f"{LAST}/manifest.json", replacing('"train.json"', '"../train.json"'), None),
+    "another best checkpoint": ("checkpoints.json", replacing("step-1", "step-2"), None),
+    "a pointer to a folder elsewhere": ("checkpoints.json", replacing("step-2", "../run/step-2"), None),
+    "another number in the metrics": ("metrics.jsonl", doubled_loss, None),
+    "the metrics without their first line": ("metrics.jsonl", without_line(0), None),
+    "the metrics without their last line": ("metrics.jsonl", without_line(-1), None),
+    "the metrics cut": ("metrics.jsonl", cut(0.9), None),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_what_is_not_as_it_was_written_is_named_and_nothing_is_changed(config, half_way, tmp_path, lie):
+    name, spoil, told = LIES[lie]
+    out = tmp_path / "run"
+    shutil.copytree(half_way, out)
+    spoil(out / name)
+    before = snapshot(out)
+    with pytest.raises(ValueError, match=rf"^train: '{re.escape(str(out / (told or name)))}' is damaged: "):
+        run(out, config)
+    assert snapshot(out) == before
+
+
+@pytest.fixture(scope="module")
+def other_seed(config, tmp_path_factory):
+    """A run of another seed, stopped after step 2, too."""
+    out = tmp_path_factory.mktemp("other_seed") / "run"
+    with contextlib.suppress(Stopped):
+        run(out, small_config(seed=config.seed + 1), stop_before=2)
+    return out
+
+
+FILES = ["model.json", "model.safetensors", "optimizer.safetensors", "train.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("name", [*FILES[1:], "metrics.jsonl", ""])
+def test_a_file_of_another_run_is_refused(config, half_way, other_seed, tmp_path, name):
+    """The file model.json is the same in both; "" is the whole checkpoint, which is true to itself."""
+    out = tmp_path / "run"
+    shutil.copytree(half_way, out)
+    assert sorted(path.name for path in (out / LAST).iterdir()) == sorted(FILES)
+    path = out / name if name == "metrics.jsonl" else out / LAST / name
+    theirs = other_seed / path.relative_to(out)
+    if name:
+        shutil.copy(theirs, path)
+        message = re.escape(str(out / LAST / "train.json" if name == "manifest.json" else path)) + "' is damaged: "
+    else:
+        shutil.rmtree(path)
+        shutil.copytree(theirs, path)
+        message = r"metrics\.jsonl' is damaged: it does not begin with the lines up to step 2\."
+    with pytest.raises(ValueError, match=message):
+        run(out, config)
+
+
+@pytest.mark.parametrize("damage", ["weights cut", "train.json an object", "checkpoint missing", "model.json missing"])
+def test_an_older_checkpoint_that_is_whole_is_offered_and_taken(config, half_way, reference, tmp_path, damage):
+    name, spoil = DAMAGES[damage]
+    out = tmp_path / "run"
+    shutil.copytree(half_way, out)
+    spoil(out / name)
+    offer = (
+        rf" '{re.escape(str(out))}/step-1' is whole: --resume=best goes on from there, --resume=never starts again\.$"
+    )
+    with pytest.raises(ValueError, match=offer):
+        run(out, config)
+    with contextlib.suppress(Stopped):
+        run(out, config, resume="best", stop_before=2)
+    run(out, config)
+    assert differing(out, reference) == []
+    assert extra(out, reference) == []
+
+
+def test_where_no_checkpoint_is_whole_none_is_offered(config, half_way, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(half_way, out)
+    for name in (LAST, "step-1"):
+        flip_a_bit(out / name / "model.safetensors")
+    for resume in ("auto", "best"):
+        with pytest.raises(
+            ValueError, match=r"model\.safetensors' is damaged: .*json\. Use --resume=never to start again"
+        ):
+            run(out, config, resume=resume)
+
+
+def test_a_finished_run_goes_back_to_its_best_checkpoint(tmp_path):
+    """The best of these four is the first: the others are taken again."""
+    config = small_config(steps=4, optimizer=OptimizerConfig(lr=30.0, warmup=1.0))
+    first = run(tmp_path / "run", config)
+    assert first.summary["best_step"] == 1
+    flip_a_bit(tmp_path / "run" / "step-4" / "optimizer.safetensors")
+    shutil.copytree(tmp_path / "run", tmp_path / "stopped")
+    with pytest.raises(ValueError, match="--resume=best"):
+        run(tmp_path / "run", config)
+    again = run(tmp_path / "run", config, resume="best")
+    assert again.summary | {"train_tokens_per_s": 0} == first.summary | {"train_tokens_per_s": 0}
+    with contextlib.suppress(Stopped):
+        run(tmp_path / "stopped", config, resume="best", stop_before=2)
+    assert not (tmp_path / "stopped" / "result.json").exists()  # it was of what is being trained again
+    run(tmp_path / "stopped", config)
+    assert differing(tmp_path / "stopped", tmp_path / "run") == []
+
+
+def test_a_checkpoint_of_an_older_version_is_refused(config, half_way, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(half_way, out)
+    for name in (LAST, "step-1"):
+        (out / name / "manifest.json").unlink()
+    message = (
+        rf"^train: '{re.escape(str(out / LAST))}' has no manifest\.json: it is of an older version\. Use --resume="
+    )
+    with pytest.raises(ValueError, match=message):
+        run(out, config)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "result.json"])
+def test_a_result_that_is_not_as_it_was_written_is_refused(config, reference, tmp_path, name):
+    out = tmp_path / "run"
+    shutil.copytree(reference, out)
+    path = out / name
+    path.write_text(re.sub(r"(0\.\d*)\d", r"\g<1>3", path.read_text(), count=1))
+    path.write_text(path.read_text() + (" " if snapshot(out)[name] == snapshot(reference)[name] else ""))
+    with pytest.raises(ValueError, match=rf"^train: '{re.escape(str(path))}' is damaged: "):
+        run(out, config)
+    with pytest.raises(ValueError, match=rf"^runs: '{re.escape(str(path))}' is damaged: its sha256 is not the one in"):
+        read_run(out)
+
+
+@pytest.mark.parametrize("moment", [0, 1, 2, "test"])
+def test_a_run_whose_folder_vanishes_ends_with_an_error(tmp_path, moment):
+    """It is deleted, or moved away and another put in its place, before a step or in the test."""
+    sample = PermutationComposition.sample
+    for replace in (False, True):
+        out = tmp_path / f"run {replace}"
+
+        def vanishing(self, split, batch_size, *, seed=0, index=0, out=out, replace=replace):
+            if (out / "config.json").exists() and (split == moment or (split == "train" and index == moment)):
+                shutil.rmtree(out)
+                if replace:
+                    out.mkdir()
+            return sample(self, split, batch_size, seed=seed, index=index)
+
+        with (
+            mock.patch.object(PermutationComposition, "sample", vanishing),
+            pytest.raises(RuntimeError, match=rf"^train: cannot write to '{out}': "),
+        ):
+            train(small_config(), out, progress=False)
+
+
+def test_links_with_the_names_of_partial_files_are_not_followed(config, reference, tmp_path):
+    """As in a folder that others may write to."""
+    out, mine = tmp_path / "run", tmp_path / "mine"
+    out.mkdir()
+    (mine / "folder").mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl", "checkpoints.json", "result.json", "manifest.json", "curves.png"):
+        (mine / name).write_text("mine")
+        (out / f".{name}.partial").symlink_to(mine / name)
+    for step in (1, 2, 3):
+        (out / f".step-{step}.partial").symlink_to(mine / "folder")
+    before = snapshot(mine)
+    run(out, config)
+    assert snapshot(mine) == before
+    assert differing(out, reference) == []
+
+
+def test_a_run_keeps_the_rules_of_windows(config, half_way, reference, tmp_path):
+    """Only what is open for writing is synced, and nothing is deleted or replaced while it is mapped into memory."""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("the files that are mapped are seen in /proc")
+    out = tmp_path / "run"
+    shutil.copytree(half_way, out)
+    broken, real = [], {name: getattr(os, name) for name in ("fsync", "unlink", "rmdir", "rename", "replace")}
+
+    def syncing(descriptor):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            broken.append("fsync of a file that is open for reading")
+        real["fsync"](descriptor)
+
+    def changing(name):
+        def call(path, *args, **options):
+            for target in (path, *args):  # relative to an open folder in shutil.rmtree
+                if f"/{Path(target).name}\n" in Path("/proc/self/maps").read_text():
+                    broken.append(f"{name} {target}")
+            return real[name](path, *args, **options)
+
+        return call
+
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(os, "fsync", syncing))
+        for name in ("unlink", "rmdir", "rename", "replace"):
+            patches.enter_context(mock.patch.object(os, name, changing(name)))
+        run(out, config)
+    assert broken == []
+    assert differing(out, reference) == []

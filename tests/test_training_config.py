@@ -155,8 +155,8 @@ def test_a_wrong_json_value_is_named(key, tmp_path):
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("", ValueError, r"^TrainConfig: not JSON: Expecting value: line 1"),
-        ('{"steps": 3', ValueError, r"^TrainConfig: not JSON: Expecting ',' delimiter"),
+        ("", ValueError, r"^TrainConfig: cannot be read: it is not JSON at line 1, column 1\.$"),
+        ('{"steps": 3', ValueError, r"^TrainConfig: cannot be read: it is not JSON at line 1, column 12\.$"),
         ("[1, 2]", TypeError, r"^TrainConfig: `the config` must be an object, got \[1, 2\]"),
         ("null", TypeError, r"^TrainConfig: `the config` must be an object, got None"),
     ],
@@ -171,7 +171,7 @@ def test_load_names_a_file_that_is_missing_or_no_text(tmp_path):
     with pytest.raises(ValueError, match=rf"cannot read '{re.escape(str(path))}': .*No such file"):
         TrainConfig.load(path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=rf"cannot read '{re.escape(str(path))}': .*can't decode byte"):
+    with pytest.raises(ValueError, match=rf"cannot read '{re.escape(str(path))}': .*it is not UTF-8 at byte 0"):
         TrainConfig.load(path)
     with pytest.raises(ValueError, match=rf"cannot read '{re.escape(str(tmp_path))}': .*directory"):
         TrainConfig.load(tmp_path)

@@ -453,7 +453,9 @@ def test_out_that_may_not_be_written_to(tmp_path):
 
 
 def test_resume_must_be_known(tmp_path):
-    with pytest.raises(ValueError, match=r"^train: `resume` must be one of \['auto', 'never'\], got 'always'\.$"):
+    with pytest.raises(
+        ValueError, match=r"^train: `resume` must be one of \['auto', 'best', 'never'\], got 'always'\.$"
+    ):
         run(tmp_path / "run", ten_steps(), resume="always")
     assert not (tmp_path / "run").exists()
 

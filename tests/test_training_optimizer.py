@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from run_helpers import seal
 from torch import nn
 
 from statemix import SequenceModel, TrainConfig, train
@@ -146,6 +147,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
     train(dataclasses.replace(SMALL, steps=2, optimizer=OptimizerConfig()), tmp_path / "adamw", progress=False)
     moments = (tmp_path / "adamw/step-2/optimizer.safetensors").read_bytes()
     (tmp_path / "muon/step-2/optimizer.safetensors").write_bytes(moments)
+    seal(tmp_path / "muon/step-2")
     (tmp_path / "muon/result.json").unlink()
     with pytest.raises(ValueError, match=r"optimizer\.safetensors' is of another model"):
         train(dataclasses.replace(SMALL, steps=2), tmp_path / "muon", progress=False)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from run_helpers import Stopped, cut, differing, extra, run
+from run_helpers import Stopped, cut, differing, extra, run, seal
 from safetensors.torch import load_file
 
 from statemix import SequenceModel, TrainConfig, cli
@@ -257,12 +258,17 @@ def test_a_run_of_text_without_carried_state_resumes_exactly(tmp_path, source, t
     assert not list(whole.out.rglob("state.safetensors"))
 
 
+def of_another_model(path):
+    shutil.copy(path.parent / "model.safetensors", path)
+    seal(path.parent)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (cut(0.5), "cannot be read"),
-        (Path.unlink, "cannot be read"),
-        (lambda path: shutil.copy(path.parent / "model.safetensors", path), "is of another model"),
+        (cut(0.5), "is damaged: its sha256 is not the one in manifest.json"),
+        (Path.unlink, "is missing"),
+        (of_another_model, "is of another model"),
     ],
 )
 def test_a_damaged_state_is_named(tmp_path, source, spoil, message):
@@ -416,8 +422,9 @@ def test_text_is_short_for_a_task_and_its_source(tmp_path, source, capsys):
 
 def test_of_many_processes_one_prints(tmp_path, capsys, monkeypatch):
     result = mock.Mock(summary={"best_step": 0}, out=tmp_path)
+    command = importlib.import_module("statemix.cli.train")
     everything = mock.patch.multiple(
-        cli, train=mock.Mock(return_value=result), read_run=mock.Mock(), _print_tables=mock.Mock()
+        command, train=mock.Mock(return_value=result), read_run=mock.Mock(), print_tables=mock.Mock()
     )
     for rank, prints in (("1", False), ("0", True)):
         monkeypatch.setenv("RANK", rank)

@@ -5,7 +5,7 @@ is read on its own and each row has random numbers of its own, so a row does not
 """
 
 import codecs
-import json
+import contextlib
 import math
 import threading
 from collections.abc import Collection, Iterator, Sequence
@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from statemix import fused, kernels
+from statemix import fused, kernels, records
+from statemix.files import MANIFEST_FILE, check_manifest
 from statemix.mixers.base import check_sizes
-from statemix.model import CONFIG_FILE, MODEL, ModelInputs, SequenceModel, State, load_model
+from statemix.model import CONFIG_FILE, MODEL, WEIGHTS_FILE, ModelInputs, SequenceModel, State, load_model
 from statemix.text.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
-from statemix.training.checkpoint import POINTER_FILE, TRAIN_FILE
+from statemix.training.checkpoint import POINTER_FILE, TRAIN_FILE, read_pointer
 
 CHUNK = 1024  # tokens of a prompt that are read at once
 
@@ -267,28 +268,44 @@ def load_text_model(folder: str | Path) -> tuple[SequenceModel, Tokenizer]:
 
 def _tokenizer_of(checkpoint: Path) -> str | None:
     """The fingerprint of the tokenizer that a checkpoint was trained with; None if it is not known."""
-    path = checkpoint / TRAIN_FILE
     try:
-        fingerprint = json.loads(path.read_text()).get("tokenizer") if path.exists() else None
-    except (AttributeError, OSError, ValueError) as error:
-        raise ValueError(f"generate: '{path}' is damaged: {error!r}.") from error
-    return fingerprint if isinstance(fingerprint, str) else None
+        fingerprint: str | None = records.read(checkpoint / TRAIN_FILE, {"tokenizer?": str}, "generate").get(
+            "tokenizer"
+        )
+    except FileNotFoundError:
+        return None
+    return fingerprint
 
 
 def find_checkpoint(folder: str | Path) -> Path:
-    """The folder itself if a model is in it, the best checkpoint if it is a run's. Raises ValueError if neither."""
+    """The folder itself if a model is in it, the best checkpoint if it is a run's.
+
+    Raises:
+        ValueError: it is neither; or what is read of a checkpoint is not as it was written, where there is a manifest
+            to tell: a model that was saved on its own has none.
+    """
     folder = Path(folder)
-    if (folder / CONFIG_FILE).exists():
-        return folder
+    checkpoint = folder if (folder / CONFIG_FILE).exists() else _best_checkpoint(folder)
+    if (checkpoint / MANIFEST_FILE).exists():
+        check_manifest(checkpoint, (CONFIG_FILE, WEIGHTS_FILE, TRAIN_FILE), "generate")
+    return checkpoint
+
+
+def _best_checkpoint(run: Path) -> Path:
+    """The best checkpoint of a run, which is the one that its last checkpoint knows. Raises ValueError if not."""
     try:
-        return folder / str(json.loads((folder / POINTER_FILE).read_text())["best"])
-    except OSError as error:
+        pointer = read_pointer(run, "generate")
+    except FileNotFoundError as error:
         raise ValueError(
-            f"generate: '{folder}' must be the folder of a run or of a checkpoint, but has neither {POINTER_FILE} nor "
+            f"generate: '{run}' must be the folder of a run or of a checkpoint, but has neither {POINTER_FILE} nor "
             f"{CONFIG_FILE}."
         ) from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"generate: '{folder / POINTER_FILE}' is damaged: {error!r}.") from error
+    with contextlib.suppress(FileNotFoundError):
+        best = records.read(run / pointer["last"] / TRAIN_FILE, {"best?": str}, "generate").get("best")
+        if best not in (None, pointer["best"]):
+            what = f"`best` must be '{best}', as {TRAIN_FILE} of {pointer['last']} says"
+            raise records.damaged("generate", run / POINTER_FILE, what)
+    return run / pointer["best"]
 
 
 def read_prompt(model: SequenceModel, tokens: Tensor) -> State:

@@ -10,6 +10,7 @@ mixer sets up: biases, the ring of LRU, the decays of Mamba-2, convolutions, the
 Weights are saved as safetensors, the config as JSON.
 """
 
+import inspect
 import json
 import math
 from collections.abc import Sequence
@@ -21,11 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from statemix import fused, kernels
+from statemix import fused, kernels, records
 from statemix.mixers import Mixer, build_mixer, complete_mixer
 from statemix.mixers.base import check_flags, check_sizes
 from statemix.mixers.linear_recurrence import RECURRENCE, LinearRecurrence
-from statemix.specs import Spec
+from statemix.specs import Spec, options
 
 State = tuple[Tensor, ...]  # one (B, M, N) per layer
 
@@ -237,15 +238,21 @@ class TokenModel(nn.Module):
             ValueError: a file is missing, truncated, or of another model; the message names it.
         """
         path = Path(folder) / CONFIG_FILE
-        kind, options = _read_config(f"{cls.__name__}.load", path)
+        kind, config = _read_config(f"{cls.__name__}.load", path)
         if kind != cls.__name__:
             raise ValueError(f"{cls.__name__}.load: '{path}' is of the kind {kind!r}. Use load_model.")
+        weights = read_tensors(Path(folder) / WEIGHTS_FILE)
         try:
-            with torch.random.fork_rng(devices=[]):  # the first weights are drawn in vain
-                model = cls(**options)
+            _check_options(cls, config, weights)
+            with torch.device("meta"):  # sizes that are not those of the weights cost nothing
+                form = cls(**config)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{cls.__name__}.load: '{path}' is not a model config: {error}") from error
-        weights = read_tensors(Path(folder) / WEIGHTS_FILE)
+        except RuntimeError as error:  # torch's own, of sizes whose product it cannot count
+            raise ValueError(f"{cls.__name__}.load: '{path}' is not a model config: it is too large.") from error
+        form._check_weights(weights, Path(folder) / WEIGHTS_FILE)
+        with torch.random.fork_rng(devices=[]):  # the first weights are drawn in vain
+            model = cls(**config)
         if "embedding.weight" in weights:
             model.to(weights["embedding.weight"].dtype)
         model.load_weights(folder)
@@ -257,16 +264,21 @@ class TokenModel(nn.Module):
         Raises:
             ValueError: the file is missing, truncated, or of another model; this model is then unchanged.
         """
-        name, path = type(self).__name__, Path(folder) / WEIGHTS_FILE
-        weights, own = read_tensors(path), self._own_weights()
+        path = Path(folder) / WEIGHTS_FILE
+        weights = read_tensors(path)
         if not (config := Path(folder) / CONFIG_FILE).exists():
-            raise ValueError(f"{name}: '{config}' is missing.")
+            raise ValueError(f"{type(self).__name__}: '{config}' is missing.")
+        self._check_weights(weights, path)
+        self.load_state_dict(weights, strict=False)  # a tied head is not in the file; all else was just checked
+
+    def _check_weights(self, weights: dict[str, Tensor], path: Path) -> None:
+        """Raise ValueError, naming the file, unless weights are of this model's names and shapes."""
+        name, own = type(self).__name__, self._own_weights()
         for key in sorted(own.keys() | weights.keys()):
             mine, theirs = own.get(key), weights.get(key)
             if mine is None or theirs is None or mine.shape != theirs.shape:
                 wanted, got = (None if w is None else tuple(w.shape) for w in (mine, theirs))
                 raise ValueError(f"{name}: '{path}' is of another model: `{key}` must have shape {wanted}, got {got}.")
-        self.load_state_dict(weights, strict=False)  # a tied head is not in the file; all else was just checked
 
     def _own_weights(self) -> dict[str, Tensor]:
         """All tensors to save: a tied head is the embedding."""
@@ -446,10 +458,23 @@ def load_model(folder: str | Path) -> SequenceModel | AutoEncoder:
 def _read_config(owner: str, path: Path) -> tuple[Any, dict[str, Any]]:
     """The kind and the options of a model.json; one without a kind is of a SequenceModel."""
     try:
-        config = json.loads(path.read_text())
+        config = records.parse(path.read_bytes())
+        records.check(config, {"kind?": str})
         return config.pop("kind", "SequenceModel"), config
-    except (OSError, AttributeError, TypeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{owner}: '{path}' is not a model config: {error}") from error
+
+
+def _check_options(cls: type, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Raise ValueError unless a config has the constructor's options, and no more layers than there are weights of."""
+    known = {option.name: option.default for option in options(cls)}
+    if unknown := [key for key in config if key not in known]:
+        raise ValueError(f"`{unknown[0]}` is not an option, there are {sorted(known)}")
+    if missing := [key for key, value in known.items() if value is inspect.Parameter.empty and key not in config]:
+        raise ValueError(f"`{missing[0]}` is missing")
+    layers = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
+    if isinstance(config["num_layers"], int) and config["num_layers"] > layers:
+        raise ValueError(f"`num_layers` must be {layers}, as in {WEIGHTS_FILE}, got {config['num_layers']}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -46,7 +46,8 @@ says what it may be. --config FILE gives other defaults: a config.json of a run;
 
 Args:{config_help.split("Raises:")[0]}
     out: folder of the run: checkpoints, metrics.jsonl, result.json, curves.png.
-    resume: auto goes on from the last checkpoint in the folder; never deletes that run and starts again.
+    resume: auto goes on from the last checkpoint in the folder, best from the best one, as where the last is damaged;
+        never deletes that run and starts again.
 """
     fields: list[tuple[str, Any, Any]] = [
         ("task", *_options("Task", TASKS[task], base.task if base.task["name"] == task else {})),
@@ -56,7 +57,7 @@ Args:{config_help.split("Raises:")[0]}
         if field.name not in ("task", "mixer"):
             fields.append((field.name, field.type, dataclasses.field(default=getattr(base, field.name))))
     fields.append(("out", str, dataclasses.field(default="runs/default")))
-    fields.append(("resume", Literal["auto", "never"], dataclasses.field(default="auto")))
+    fields.append(("resume", Literal["auto", "best", "never"], dataclasses.field(default="auto")))
     form = dataclasses.make_dataclass("Train", fields, kw_only=True, namespace={"__doc__": description})
     given = dict(vars(tyro.cli(form, args=arguments, prog="statemix train")))
     out, resume = given.pop("out"), given.pop("resume")

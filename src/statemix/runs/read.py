@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import statemix
+from statemix import records
 from statemix.files import write_whole
 from statemix.tasks import build_task, scaled_accuracy
-from statemix.training.checkpoint import CONFIG_FILE, METRICS_FILE, RESULT_FILE
+from statemix.training.checkpoint import CONFIG_FILE, LINE, METRICS_FILE, RESULT, RESULT_FILE, read_result
 from statemix.training.config import TrainConfig
 
 SWEEP_FILE = "sweep.json"  # in the folder of a sweep, above those of its runs
+SWEEP = {"version": str, "labels": {str: str}}  # its form, see records.py
 
 Row = dict[str, Any]
 
@@ -44,27 +46,27 @@ def read_run(folder: str | Path) -> Run:
     """
     path = Path(folder)
     try:
-        summary = json.loads((path / RESULT_FILE).read_text())
-        lines = (path / METRICS_FILE).read_text().splitlines()
-        metrics = [json.loads(line) for line in lines]
-        keys = set(summary)
+        summary = records.read(path / RESULT_FILE, dict, "runs")
+        metrics = records.read_lines(path / METRICS_FILE, LINE, "runs")
     except FileNotFoundError as error:
         raise ValueError(f"runs: '{path}' is not a finished run: it has no {Path(error.filename).name}.") from error
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"runs: a file of '{path}' is damaged: {error}") from error
-    missing = [key for key in (*SUMMARY, "steps", "valid", "test") if key not in keys]
-    problem = f"{RESULT_FILE} has no `{missing[0]}`" if missing else None
+    problem = None
+    try:
+        records.check(summary, RESULT)
+    except ValueError as error:
+        problem = f"in {RESULT_FILE} {error}"
     try:
         config = TrainConfig.load(path / CONFIG_FILE)
     except ValueError as error:
         problem = problem or str(error)
     if problem is not None:
-        theirs = f"statemix {summary['version']}" if "version" in summary else "another version of statemix"
+        version = summary.get("version")
+        theirs = f"statemix {version}" if isinstance(version, str) else "another version of statemix"
         raise ValueError(
             f"runs: '{path}' was written by {theirs}, this is {statemix.__version__}: {problem}. "
             "Read it with that version, or train again."
         )
-    return Run(path, config, summary, metrics)
+    return Run(path, config, read_result(path, "runs"), metrics)
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:

@@ -4,7 +4,8 @@ import json
 import math
 from collections.abc import Sequence
 
-from statemix.runs.read import FIELDS, SWEEP_FILE, Row, Run, flatten
+from statemix import records
+from statemix.runs.read import FIELDS, SWEEP, SWEEP_FILE, Row, Run, flatten
 
 
 def select(rows: Sequence[Row], over: Sequence[str], by: str = "valid_loss") -> list[Row]:
@@ -83,9 +84,10 @@ def given_label(group: Sequence[Run]) -> str | None:
     names = set()
     for run in group:
         try:
-            labels = json.loads((run.folder.parent / SWEEP_FILE).read_text())["labels"]
-            name = str(labels[run.folder.name])
-        except (OSError, TypeError, ValueError, KeyError):  # it is no run of a sweep
+            labels = records.read(run.folder.parent / SWEEP_FILE, SWEEP, "runs")["labels"]
+        except (FileNotFoundError, ValueError):  # it is no run of a sweep
+            return None
+        if (name := labels.get(run.folder.name)) is None:
             return None
         names.add(name.removesuffix(f", seed {run.config.seed}"))
     name = names.pop()

@@ -25,9 +25,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import statemix
+from statemix import records
 from statemix.files import locked, make_folder, write_whole
 from statemix.runs.executors import EXECUTORS, LOG_FILE, Executor, Job
-from statemix.runs.read import SWEEP_FILE, Row, flatten, read_run, row_of, write_table
+from statemix.runs.read import SWEEP, SWEEP_FILE, Row, flatten, read_run, row_of, write_table
 from statemix.training.checkpoint import METRICS_FILE, RESULT_FILE
 from statemix.training.config import TrainConfig
 
@@ -155,13 +156,10 @@ def sweep(
 def _check_version(folder: Path) -> None:
     """Raise ValueError if another version of statemix has made the folder."""
     try:
-        version = json.loads((folder / SWEEP_FILE).read_text())["version"]
+        made = records.read(folder / SWEEP_FILE, SWEEP, "sweep", "Delete it, or use another folder.")
     except FileNotFoundError:
         return
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"sweep: '{folder / SWEEP_FILE}' is damaged: {error!r}. Delete it, or use another folder."
-        ) from error
+    version = made["version"]
     if version != statemix.__version__:
         raise ValueError(
             f"sweep: `out` '{folder}' was made by statemix {version}, this is {statemix.__version__}: results of two "
@@ -304,6 +302,9 @@ def _last_step(metrics: Path) -> int:
         with metrics.open("rb") as file:
             file.seek(max(0, metrics.stat().st_size - 65_536))
             lines = file.read().splitlines(keepends=True)
-        return max((json.loads(line)["step"] for line in lines[1:] or lines if line.endswith(b"\n")), default=0)
+        steps = [records.parse(line) for line in lines[1:] or lines if line.endswith(b"\n")]
+        for line in steps:
+            records.check(line, {"step": int})
     except (OSError, ValueError):
         return 0
+    return max((line["step"] for line in steps), default=0)

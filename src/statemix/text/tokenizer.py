@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import re
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from statemix import records
 from statemix.files import write_whole
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -177,7 +179,7 @@ class BPE(Tokenizer):
     def __post_init__(self) -> None:
         library = _library()
         try:
-            content = json.loads(self.json)
+            content = records.parse(self.json)
             kinds = [(content[key] or {}).get("type") for key in ("model", "pre_tokenizer", "decoder", "normalizer")]
             words = content["pre_tokenizer"] or {}
             gpt2 = words.get("use_regex", True) and not words.get("add_prefix_space")
@@ -258,7 +260,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     path = Path(folder) / TOKENIZER_FILE
     try:
-        return from_json(path.read_text(encoding="utf-8"))
+        return from_json(path.read_bytes().decode())
     except FileNotFoundError as error:
         raise ValueError(f"load_tokenizer: there is no '{path}'.") from error
     except (OSError, TypeError, ValueError) as error:
@@ -267,17 +269,18 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 def from_json(text: str) -> Tokenizer:
     """The tokenizer of its JSON form. Raises as `load_tokenizer`, without the name of a file."""
-    content = json.loads(text)
-    if not isinstance(content, dict):
-        raise TypeError(f"tokenizer: the JSON must be an object, got {content!r}.")
+    content = records.parse(text)
+    records.check(content, dict)
     if "model" in content:
         return BPE(text)
-    options = dict(content)
-    name = options.pop("name", None)
-    plain = {"bytes": (Bytes, set()), "characters": (Characters, {"alphabet"})}
-    if name not in plain or set(options) != plain[name][1]:
-        raise ValueError(f"tokenizer: `name` must be one of {sorted(TOKENIZERS)} with its options, got {content!r}.")
-    return plain[name][0](**options)
+    options = {"bytes": {}, "characters": {"alphabet": str}}
+    name = content.get("name")
+    if not isinstance(name, str) or name not in options:
+        raise ValueError(f"`name` must be one of {sorted(options)}, got {reprlib.repr(name)}; or `model` that of BPE.")
+    if unknown := sorted(content.keys() - options[name].keys() - {"name"}):
+        raise ValueError(f"`{unknown[0]}` is not an option of {name!r}, which has {sorted(options[name])}.")
+    records.check(content, options[name])
+    return Bytes() if name == "bytes" else Characters(content["alphabet"])
 
 
 def _utf8(name: str, text: str) -> bytes:

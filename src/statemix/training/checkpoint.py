@@ -6,13 +6,20 @@
     out/checkpoints.json  {"last": "step-600", "best": "step-400"}: which checkpoints count
     out/step-600/         model.json, model.safetensors, optimizer.safetensors, train.json, and of a run that carries
                           its state, state.safetensors
+    out/step-600/manifest.json  the sha256 of each of these
     out/result.json       the test scores, once training has ended
+    out/manifest.json     then, of config.json, tokenizer.json, metrics.jsonl and result.json
     out/curves.png        loss and accuracy
 
 A checkpoint is written under another name and renamed when it is complete; then checkpoints.json is replaced, in
 one operation of the file system; then what no longer counts is deleted. Weights are safetensors, all else JSON.
+
+A checkpoint is one thing: train.json holds its step, the config, the fingerprint of the data, the best checkpoint at
+that time, and size and sha256 of the metrics so far. It counts only while all of that still fits together.
 """
 
+import contextlib
+import hashlib
 import json
 import re
 import shutil
@@ -24,8 +31,20 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from statemix.files import make_folder, sync, write_whole
-from statemix.model import TokenModel, read_tensors
+from statemix import records
+from statemix.files import (
+    MANIFEST_FILE,
+    check_manifest,
+    delete_partials,
+    digest_of,
+    make_folder,
+    manifest_of,
+    partial_of,
+    sync,
+    write_whole,
+)
+from statemix.model import CONFIG_FILE as MODEL_FILE
+from statemix.model import WEIGHTS_FILE, TokenModel, read_tensors
 from statemix.text.tokenizer import TOKENIZER_FILE
 from statemix.training.config import TrainConfig
 from statemix.training.processes import part_like, whole
@@ -33,7 +52,47 @@ from statemix.training.processes import part_like, whole
 OPTIMIZER_FILE, STATE_FILE, TRAIN_FILE = "optimizer.safetensors", "state.safetensors", "train.json"  # of a checkpoint
 POINTER_FILE, METRICS_FILE, CURVES_FILE = "checkpoints.json", "metrics.jsonl", "curves.png"
 CONFIG_FILE, RESULT_FILE = "config.json", "result.json"
-CLEARING_FILE = f".{POINTER_FILE}.partial"  # checkpoints.json while it is written, or while the run is deleted
+CLEARING_FILE = f".{POINTER_FILE}.partial"  # checkpoints.json while the run is deleted
+CHECKPOINT_FILES = (TRAIN_FILE, MODEL_FILE, WEIGHTS_FILE, OPTIMIZER_FILE)  # that every checkpoint has
+RUN_FILES = (POINTER_FILE, METRICS_FILE, CURVES_FILE, CONFIG_FILE, RESULT_FILE, TOKENIZER_FILE, MANIFEST_FILE)
+OWN = "|".join([*map(re.escape, RUN_FILES), r"step-\d+"])  # the names of what is in a run's folder
+
+# forms of the JSON files, see records.py
+POINTER = {"last": str, "best": str}
+PROGRESS = {
+    "step": int,
+    "best_loss": float,
+    "best": str,
+    "metrics": {"bytes": int, "sha256": str},
+    "config": dict,
+    "data?": str,
+    "tokenizer?": str,
+}
+LINE = {"step": int, "valid_accuracy_by_position?": [float | None], str: float}
+SCORES = {
+    "loss": float,
+    "token_accuracy": float,
+    "sequence_accuracy": float,
+    "macro_accuracy": float,
+    "mad_accuracy": float,
+    "accuracy_by_position": [float | None],
+    str: float,
+}
+RESULT = {
+    "version": str,
+    "parameters": int,
+    "mixer_parameters": int,
+    "state_size": int,
+    "steps": int,
+    "best_step": int,
+    "train_tokens_per_s": float,
+    "threads": int,
+    "processes": int,
+    "valid": SCORES,
+    "test": {str: SCORES},
+    "data?": str,
+}
+AGAIN = "Use --resume=never to start again."
 
 
 class RunFolder:
@@ -41,32 +100,24 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = make_folder(path, "train")
+        self._metrics_size = 0  # bytes of metrics.jsonl as this run has written it
 
     def write(self, name: str, content: bytes) -> None:
         """Replace a file whole."""
         write_whole(self.path / name, content)
 
-    def read_json(self, name: str) -> Any:
-        """The content of a JSON file, or None if there is none. Raises ValueError, naming it, if it is damaged."""
-        try:
-            return json.loads((self.path / name).read_text())
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise _damaged(self.path / name, error) from error
-
     def write_json(self, name: str, value: object) -> None:
         """Write a JSON file whole."""
-        self.write(name, (json.dumps(value, indent=2) + "\n").encode())
+        self.write(name, _json(value))
 
     def clear(self) -> None:
         """Delete what an earlier run left here, and only that."""
         if (self.path / POINTER_FILE).exists():  # from here on there is nothing to resume, and CLEARING_FILE says why
             (self.path / POINTER_FILE).replace(self.path / CLEARING_FILE)
         self._delete_checkpoints_but(set())
-        for name in (RESULT_FILE, CONFIG_FILE, CURVES_FILE, METRICS_FILE, TOKENIZER_FILE):
+        for name in RUN_FILES:
             (self.path / name).unlink(missing_ok=True)
-            (self.path / f".{name}.partial").unlink(missing_ok=True)
+        delete_partials(self.path, OWN)
         (self.path / CLEARING_FILE).unlink(missing_ok=True)
 
     def check_remains(self) -> None:
@@ -90,20 +141,64 @@ class RunFolder:
 
     def checkpoint(self, which: str) -> Path | None:
         """The folder of the "last" or "best" checkpoint; None if there is none yet."""
-        pointer = self.read_json(POINTER_FILE)
-        if pointer is None:
-            return None
-        if not isinstance(pointer, dict) or not all(isinstance(pointer.get(key), str) for key in ("last", "best")):
-            raise _damaged(self.path / POINTER_FILE, pointer)
-        return self.path / str(pointer[which])
+        pointer = self._pointer()
+        return None if pointer is None else self.path / pointer[which]
 
-    def progress(self, checkpoint: Path) -> dict[str, Any]:
-        """What `save_checkpoint` was given: "step", "best_loss", "config", "data"."""
-        progress = self.read_json(f"{checkpoint.name}/{TRAIN_FILE}")
-        kinds = {"step": int, "best_loss": float, "config": dict}
-        if not isinstance(progress, dict) or not all(isinstance(progress.get(k), kind) for k, kind in kinds.items()):
-            raise _damaged(checkpoint / TRAIN_FILE, progress)
+    def _pointer(self) -> dict[str, str] | None:
+        """The content of checkpoints.json, if there is one."""
+        try:
+            return read_pointer(self.path, "train", AGAIN)
+        except FileNotFoundError:
+            return None
+
+    def check(self, checkpoint: Path) -> dict[str, Any]:
+        """See that a checkpoint is still as it was written, and the metrics up to it.
+
+        Returns:
+            What it says of itself: PROGRESS.
+
+        Raises:
+            ValueError: a file is not; the message names it, and an older checkpoint that still is.
+        """
+        try:
+            return self._progress(checkpoint)
+        except ValueError as error:
+            older, remedy = self.checkpoint("best"), AGAIN
+            if older is not None and older != checkpoint:
+                with contextlib.suppress(ValueError):
+                    self._progress(older)
+                    remedy = f"'{older}' is whole: --resume=best goes on from there, --resume=never starts again."
+            raise ValueError(f"{error} {remedy}") from error
+
+    def _progress(self, checkpoint: Path) -> dict[str, Any]:
+        """What a checkpoint says of itself. Raises ValueError if it is not true."""
+        carried = [STATE_FILE] if (checkpoint / STATE_FILE).exists() else []
+        check_manifest(checkpoint, (*CHECKPOINT_FILES, *carried), "train")
+        path, metrics = checkpoint / TRAIN_FILE, self.path / METRICS_FILE
+        progress: dict[str, Any] = records.read(path, PROGRESS, "train")
+        if progress["step"] != step_of(checkpoint):  # a folder that was renamed
+            raise records.damaged("train", path, f"`step` must be that of its folder, got {progress['step']}")
+        try:
+            begin = metrics.read_bytes()[: progress["metrics"]["bytes"]]
+        except FileNotFoundError as error:
+            raise ValueError(f"train: '{metrics}' is missing.") from error
+        if hashlib.sha256(begin).hexdigest() != progress["metrics"]["sha256"]:
+            raise records.damaged("train", metrics, f"it does not begin with the lines up to step {progress['step']}")
         return progress
+
+    def best_of(self, last: Mapping[str, Any]) -> Path:
+        """The best checkpoint, which must be the one that the last one knows; `last`: its PROGRESS."""
+        best = self.checkpoint("best")
+        if best is None or best.name != last["best"]:
+            what = f"`best` must be '{last['best']}', as {TRAIN_FILE} of step-{last['step']} says"
+            raise records.damaged("train", self.path / POINTER_FILE, what, AGAIN)
+        return best
+
+    def go_on_from(self, checkpoint: Path) -> None:
+        """Let the best checkpoint be the last one, unless the last one is meant: what came after it is not."""
+        if checkpoint != self.checkpoint("last"):
+            (self.path / RESULT_FILE).unlink(missing_ok=True)
+            self.write_json(POINTER_FILE, {"last": checkpoint.name, "best": checkpoint.name})
 
     def save_checkpoint(
         self,
@@ -118,61 +213,97 @@ class RunFolder:
         Args:
             model: with its weights.
             moments: of the optimizer, as `optimizer_tensors` gives them.
-            progress: JSON.
+            progress: PROGRESS, without what this adds: "best" and "metrics".
             best: whether it validates better than those before.
             state: carried by the training rows to the next step, a tensor (B, M, N) per layer. None: nothing is.
         """
         name = f"step-{progress['step']}"
-        target, partial = self.path / name, self.path / f".{name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
+        pointer = self._pointer() or {"best": name}
+        pointer = {"last": name, "best": name if best else pointer["best"]}
+        target, partial = self.path / name, partial_of(self.path / name)
         partial.mkdir()
         model.save(partial)
         (partial / OPTIMIZER_FILE).write_bytes(save(dict(moments)))
         if state is not None:
             (partial / STATE_FILE).write_bytes(save({str(i): part.contiguous() for i, part in enumerate(state)}))
-        (partial / TRAIN_FILE).write_text(json.dumps(progress, indent=2) + "\n")
+        metrics = self.path / METRICS_FILE
+        sync(metrics)
+        so_far = {"bytes": metrics.stat().st_size, "sha256": digest_of(metrics)}
+        (partial / TRAIN_FILE).write_bytes(_json({**progress, "best": pointer["best"], "metrics": so_far}))
+        digests = {file.name: digest_of(file) for file in sorted(partial.iterdir())}
+        (partial / MANIFEST_FILE).write_bytes(manifest_of(digests))
         for file in partial.iterdir():
             sync(file)
         if target.exists():  # complete, but killed before the pointer moved; the content is the same
             shutil.rmtree(target)
         partial.rename(target)
-        pointer = self.read_json(POINTER_FILE) or {"best": name}
-        pointer = {"last": name, "best": name if best else pointer["best"]}
         self.write_json(POINTER_FILE, pointer)
         self.delete_unused()
 
     def delete_unused(self) -> None:
         """Delete the checkpoints that no longer count, also parts that a kill left."""
-        pointer = self.read_json(POINTER_FILE) or {}
-        self._delete_checkpoints_but(set(pointer.values()))
+        self._delete_checkpoints_but(set((self._pointer() or {}).values()))
+        delete_partials(self.path, OWN)
 
     def _delete_checkpoints_but(self, names: set[str]) -> None:
         for folder in self.path.iterdir():
-            if re.fullmatch(r"step-\d+|\.step-\d+\.partial", folder.name) and folder.name not in names:
+            if re.fullmatch(r"step-\d+", folder.name) and folder.name not in names:
                 shutil.rmtree(folder)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line cut short by a kill does not count."""
-        path = self.path / METRICS_FILE
-        if not path.exists() and self.checkpoint("last") is not None:
-            raise _damaged(path, "missing")
         try:
-            lines = path.read_text().splitlines(keepends=True)
-            return [json.loads(line) for line in lines if line.endswith("\n")]
+            return records.read_lines(self.path / METRICS_FILE, LINE, "train", AGAIN)
         except FileNotFoundError:
             return []
-        except ValueError as error:
-            raise _damaged(path, error) from error
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Keep only the lines up to and including `step`: training goes on from there."""
-        kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
-        self.write(METRICS_FILE, "".join(kept).encode())
+    def keep_metrics(self, size: int) -> None:
+        """Keep only so many bytes of metrics.jsonl: training goes on from there."""
+        path = self.path / METRICS_FILE
+        self.write(METRICS_FILE, path.read_bytes()[:size] if size else b"")
+        self._metrics_size = size
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Add one line."""
-        with (self.path / METRICS_FILE).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Add one line. Raises OSError if the file is no longer as this run wrote it, as when its folder is gone."""
+        content = (json.dumps(line) + "\n").encode()
+        with (self.path / METRICS_FILE).open("ab") as file:
+            if file.tell() != self._metrics_size:
+                raise OSError(f"another program changed or deleted '{METRICS_FILE}' during the run")
+            file.write(content)
+        self._metrics_size += len(content)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the manifest of a run that has ended, and then result.json, the end."""
+        result = _json(summary)
+        names = [CONFIG_FILE, METRICS_FILE, *([TOKENIZER_FILE] if (self.path / TOKENIZER_FILE).exists() else [])]
+        digests = {name: digest_of(self.path / name) for name in names}
+        self.write(MANIFEST_FILE, manifest_of(digests | {RESULT_FILE: hashlib.sha256(result).hexdigest()}))
+        self.write(RESULT_FILE, result)
+
+
+def read_result(folder: Path, owner: str) -> dict[str, Any]:
+    """The result.json of a run.
+
+    Raises:
+        FileNotFoundError: there is none: the run has not ended.
+        ValueError: it, the config or the metrics are not as the run wrote them; the message names the file.
+    """
+    result: dict[str, Any] = records.read(folder / RESULT_FILE, RESULT, owner)
+    if wrong := [length for length in result["test"] if not re.fullmatch(r"\d{1,18}", length, re.ASCII)]:
+        raise records.damaged(owner, folder / RESULT_FILE, f"`test` must be by lengths, got {wrong[0]!r}")
+    tokenizer = [TOKENIZER_FILE] if (folder / TOKENIZER_FILE).exists() else []
+    check_manifest(folder, (CONFIG_FILE, METRICS_FILE, RESULT_FILE, *tokenizer), owner)
+    return result
+
+
+def read_pointer(folder: Path, owner: str, remedy: str = "") -> dict[str, str]:
+    """The checkpoints.json of a run: names of folders in it. Raises as `records.read`."""
+    path = folder / POINTER_FILE
+    pointer: dict[str, str] = records.read(path, POINTER, owner, remedy)
+    for key in POINTER:
+        if not re.fullmatch(r"step-\d{1,18}", pointer[key], re.ASCII):
+            raise records.damaged(owner, path, f"`{key}` must be of the form step-N, got {pointer[key]!r}", remedy)
+    return pointer
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
@@ -182,7 +313,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         number, _, key = name.partition(".")
-        state.setdefault(int(number) if number.isdecimal() else -1, {})[key] = tensor
+        # copied: the file is mapped into memory, and Windows deletes no such file
+        state.setdefault(int(number) if number.isdecimal() else -1, {})[key] = tensor.clone()
     current = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     muon = [group["orthogonal"] for group in optimizer.param_groups for _ in group["params"]]
@@ -213,7 +345,7 @@ def load_carried(checkpoint: Path, model: TokenModel, rows: int) -> list[Tensor]
     wanted = {str(i): (rows, *mixer.state_shape) for i, mixer in enumerate(model.mixers)}
     if {name: tuple(part.shape) for name, part in tensors.items()} != wanted:
         raise ValueError(f"train: '{path}' is of another model. Use --resume=never.")
-    return [tensors[name] for name in wanted]
+    return [tensors[name].clone() for name in wanted]  # no mapped file, see `load_optimizer`
 
 
 def step_of(checkpoint: Path) -> int:
@@ -221,5 +353,5 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def _damaged(path: Path, what: object) -> ValueError:
-    return ValueError(f"train: '{path}' is damaged: {what!r}. Use --resume=never to start again.")
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

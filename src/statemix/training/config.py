@@ -11,6 +11,7 @@ from typing import Any, Self, get_args, get_origin, get_type_hints
 
 import torch
 
+from statemix import records
 from statemix.mixers import DEFAULT_MIXER, MIXERS, build_mixer, complete_mixer
 from statemix.tasks import build_task, complete_task
 
@@ -220,19 +221,19 @@ class TrainConfig:
         return json.dumps(content, indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str | bytes) -> Self:
         """The config of a JSON text. A missing key has its default; an unknown one is a ValueError."""
         try:
-            data = json.loads(text)
+            data = records.parse(text)
         except ValueError as error:
-            raise ValueError(f"TrainConfig: not JSON: {error}") from error
+            raise ValueError(f"TrainConfig: cannot be read: {error}.") from error
         return _from_mapping(cls, data, "")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """The config in a JSON file. Raises ValueError, naming the file, if there is none or it is wrong."""
         try:
-            return cls.from_json(Path(path).read_text())
+            return cls.from_json(Path(path).read_bytes())
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"TrainConfig: cannot read '{path}': {error}") from error
 

@@ -21,10 +21,12 @@ from statemix.training.checkpoint import (
     CONFIG_FILE,
     CURVES_FILE,
     RESULT_FILE,
+    TRAIN_FILE,
     RunFolder,
     load_carried,
     load_optimizer,
     optimizer_tensors,
+    read_result,
     step_of,
 )
 from statemix.training.config import TrainConfig, first_difference
@@ -35,7 +37,7 @@ from statemix.training.processes import all_rows, make_accelerator, own_rows, pr
 from statemix.training.progress import Bar, Stopwatch
 from statemix.training.regularization import entropy_weight, penalty, regularized, row_entropies
 
-RESUME = ("auto", "never")
+RESUME = ("auto", "best", "never")
 
 
 class Result(NamedTuple):
@@ -63,15 +65,17 @@ def train(
     Args:
         config: what to train.
         out: folder of the run; see checkpoint.py for what is in it.
-        resume: "auto": go on from the last checkpoint in `out`, if there is one. "never": delete that run, start again.
+        resume: "auto": go on from the last checkpoint in `out`, if there is one. "best": from the best one, as where
+            the last is damaged. "never": delete that run, start again.
         progress: show a progress bar on standard error, or lines where that is not a terminal.
 
     Returns:
         The result; that of the finished run if there is nothing left to do.
 
     Raises:
-        ValueError: `out` cannot be used, or holds a run with another config, or a damaged one, or another process is at
-            work in it; or the task has no sequence for validation, or for the test at one of its lengths.
+        ValueError: `out` cannot be used, or holds a run with another config, or one whose files are not as they were
+            written, or another process is at work in it; or the task has no sequence for validation, or for the test at
+            one of its lengths.
         RuntimeError: the loss is no longer finite, or the disk is full; earlier checkpoints are intact.
     """
     if resume not in RESUME:
@@ -91,14 +95,14 @@ def train(
 
 def _train(run: "Training", resume: str, progress: bool) -> Result:
     """Begin or resume, take the steps that are left, and test."""
-    last = None if resume == "never" else run.folder.checkpoint("last")
+    last = None if resume == "never" else run.folder.checkpoint("best" if resume == "best" else "last")
     if last is None:
         run.begin(resume)
     else:
-        run.check(last)
-        if run.folder.read_json(RESULT_FILE) is not None:
+        saved = run.check(last)
+        if resume == "auto" and (run.folder.path / RESULT_FILE).exists():
             return run.result()
-        run.load(last)
+        run.load(last, saved)
     run.prepare(last)
     with Bar(run.config.steps, run.step, enabled=progress and run.is_main) as bar:
         while not run.has_ended():
@@ -149,6 +153,7 @@ class Training:
         self.step, self.best_loss, self.best_step = 0, math.inf, 0
         self.is_accurate = False  # as `stop_accuracy` asks for
         self.carried: State | None = None  # of this process's rows, from one step to the next
+        self.metrics_size = 0  # bytes of metrics.jsonl up to this step
 
     def begin(self, resume: str) -> None:
         """Clear the folder of a run that is not wanted, or that had no checkpoint yet."""
@@ -157,35 +162,43 @@ class Training:
             for task in tasks:
                 task.draw(split, 1, seed=0, index=0)  # what cannot be drawn is better found now than after training
         if self.is_main:
-            if resume == "auto":
+            if resume != "never":
                 self.folder.check_remains()
             self.folder.clear()
 
-    def check(self, last: Path) -> None:
+    def check(self, last: Path) -> dict[str, Any]:
+        """What a checkpoint says of itself. Raises ValueError unless it and the best are whole, and of this run."""
+        saved = self.folder.check(last)
+        self._check_same(last, saved)
+        if (best := self.folder.best_of(saved)) != last:
+            self._check_same(best, self.folder.check(best))
+        return saved
+
+    def _check_same(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         """Raise ValueError unless a checkpoint is of this config and of the same data."""
-        saved = self.folder.progress(last)
         difference = first_difference(json.loads(self.config.to_json()), saved["config"])
         if difference is not None:
             raise ValueError(
-                f"train: checkpoint '{last}' {difference}. Use --resume=never, another folder, or change the config."
+                f"train: checkpoint '{checkpoint}' {difference}. Use --resume=never, another folder, or change the "
+                "config."
             )
         if saved.get("data") != self.task.fingerprint:
             raise ValueError(
-                f"train: checkpoint '{last}' was made with another text: what `task.source` names has changed since. "
-                "Use --resume=never, another folder, or the text as it was."
+                f"train: checkpoint '{checkpoint}' was made with another text (`data` in its {TRAIN_FILE}): what "
+                "`task.source` names has changed since. Use --resume=never, another folder, or the text as it was."
             )
 
-    def load(self, last: Path) -> None:
+    def load(self, last: Path, saved: dict[str, Any]) -> None:
         """Take weights, state and how far it is from the last checkpoint."""
-        saved, metrics, best = self.folder.progress(last), self.folder.metrics(), self.folder.checkpoint("best")
-        assert best is not None
-        for checkpoint in (best, last):  # a damaged best one is better found now than after training
+        best = self.folder.path / saved["best"]
+        for checkpoint in (best, last):  # a best one of another model is better found now than after training
             self.model.load_weights(checkpoint)
         if self.config.carry:
             rows = load_carried(last, self.model, self.config.batch_size)
             self.carried = tuple(own_rows(self.accelerator, layer) for layer in rows)
         self.step, self.best_loss, self.best_step = saved["step"], saved["best_loss"], step_of(best)
-        self.is_accurate = any(self._is_accurate(line) for line in metrics if line["step"] <= self.step)
+        self.is_accurate = any(self._is_accurate(line) for line in self.folder.metrics() if line["step"] <= self.step)
+        self.metrics_size = saved["metrics"]["bytes"]
 
     def prepare(self, last: Path | None) -> None:
         """Share the model between the processes, make its optimizer, and let the folder be as at this step."""
@@ -199,7 +212,9 @@ class Training:
             self.folder.write(CONFIG_FILE, self.config.to_json().encode())
             if self.task.vocabulary is not None:
                 save_tokenizer(self.task.vocabulary, self.folder.path)
-            self.folder.forget_metrics_after(self.step)
+            if last is not None:
+                self.folder.go_on_from(last)
+            self.folder.keep_metrics(self.metrics_size)
             self.folder.delete_unused()
         self.stopwatch = Stopwatch(self.step)
 
@@ -323,16 +338,17 @@ class Training:
         self.accelerator.wait_for_everyone()
         if self.is_main:
             best = self.folder.checkpoint("best")
-            assert best is not None
+            if best is None:
+                raise OSError("another program deleted it during the run")
             model, metrics = load_model(best).to(self.accelerator.device), self.folder.metrics()
             summary = self._summary(model, metrics, step_of(best))
             plot_curves({self.config.mixer["name"]: metrics}, self.folder.path / CURVES_FILE)
-            self.folder.write_json(RESULT_FILE, summary)
+            self.folder.finish(summary)
         self.accelerator.wait_for_everyone()
 
     def result(self) -> Result:
         """What the folder of a run that has ended holds."""
-        return Result(self.folder.path, self.folder.read_json(RESULT_FILE), self.folder.metrics())
+        return Result(self.folder.path, read_result(self.folder.path, "train"), self.folder.metrics())
 
     def _summary(
         self, model: SequenceModel | AutoEncoder, metrics: list[dict[str, Any]], best_step: int
