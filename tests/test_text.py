@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 import sysconfig
 import threading
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from statemix.files import digest_of, manifest_of
 from statemix.tasks import IGNORE_INDEX, Text, build_task, complete_task, finite_batch
 from statemix.text import corpus as module
 from statemix.text.tokenizer import load_tokenizer
@@ -333,6 +335,32 @@ def test_the_rows_of_a_data_set_are_documents(data_set, tmp_path):
     assert changed.corpus.tokens.tobytes() == b"Zwei Texte" + b"x" * 40
 
 
+def test_a_row_without_a_text_is_left_out_as_an_empty_one_is(data_set):
+    task = Text(source=data_set((None, "Ein Text", None, "", "noch einer")), valid=0.1, test=0)
+    assert task.corpus.tokens.tobytes() == b"Ein Textnoch einer"
+    assert task.corpus.documents.tolist() == [0, 8, 16]
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "config"),
+    [
+        ("a/b", "a/b", None),
+        ("a/b:de", "a/b", "de"),
+        ("C:\\data", "C:\\data", None),
+        ("C:/data:de", "C:/data", "de"),
+        ("c:de", "c", "de"),
+    ],
+)
+def test_the_colon_of_a_drive_is_of_the_name(source, name, config):
+    datasets = pytest.importorskip("datasets", reason="data sets need the datasets library")
+    with (
+        mock.patch.object(datasets, "load_dataset_builder", side_effect=ConnectionError("no")) as load,
+        pytest.raises(ValueError, match="cannot be read: no"),
+    ):
+        Text(source=f"hf:{source}").vocab_size  # noqa: B018
+    assert load.call_args.args == (name, config)
+
+
 def test_a_data_set_that_cannot_be_read_is_named(data_set, tmp_path):
     source = data_set()
     for column in ("number", "texts"):
@@ -437,7 +465,7 @@ def test_the_cache_is_made_once_and_read_again(documents, cache):
     documents.corpus  # noqa: B018
     [folder] = cache.iterdir()
     assert folder.name == documents.fingerprint
-    assert set(contents(folder)) == {"tokens.bin", "documents.bin", "tokenizer.json", "corpus.json"}
+    assert set(contents(folder)) == set(FILES)
     assert load_tokenizer(folder) == documents.vocabulary
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     again = dataclasses.replace(documents)
@@ -462,7 +490,7 @@ def test_another_text_or_cut_or_tokenizer_is_another_cache(documents, cache):
     assert len(seen) == 5 == len(list(cache.iterdir()))
 
 
-FILES = ["tokens.bin", "documents.bin", "tokenizer.json", "corpus.json"]
+FILES = ["tokens.bin", "documents.bin", "tokenizer.json", "corpus.json", "manifest.json"]
 DAMAGES = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-3]),
     "empty": lambda path: path.write_bytes(b""),
@@ -485,6 +513,127 @@ def test_a_damaged_cache_is_found_and_made_again(documents, name, damage, cache)
     assert contents(folder) == whole
 
 
+def tokens_to(numbers):
+    return lambda folder: (folder / "tokens.bin").write_bytes(np.array(numbers, dtype=np.uint16).tobytes())
+
+
+def documents_to(numbers):
+    return lambda folder: (folder / "documents.bin").write_bytes(np.array(numbers, dtype=np.int64).tobytes())
+
+
+def parts_to(**changes):
+    def change(folder):
+        content = json.loads((folder / "corpus.json").read_text())
+        content["parts"] |= changes
+        (folder / "corpus.json").write_text(json.dumps(content))
+
+    return change
+
+
+FORGERIES = {  # each with a manifest that is true of it
+    "a token outside the vocabulary": tokens_to([*range(299), 300]),
+    "half a token": lambda folder: (folder / "tokens.bin").write_bytes(bytes(599)),
+    "a token less": tokens_to(range(299)),
+    "documents out of order": documents_to([0, 50, 30, 100, 210, 240, 270]),
+    "a document twice": documents_to([0, 30, 30, 100, 210, 240, 270]),
+    "a document outside the text": documents_to([0, 30, 100, 300]),
+    "a document before the text": documents_to([-8, 0, 30, 100]),
+    "no document at the beginning": documents_to([30, 100]),
+    "a gap between two parts": parts_to(train=[0, 209]),
+    "parts that overlap": parts_to(valid=[209, 270]),
+    "a part that is beyond the text": parts_to(test=[270, 2**40]),
+    "a part that ends before it begins": parts_to(train=[0, 280], valid=[280, 270]),
+    "a part of three numbers": parts_to(train=[0, 100, 210]),
+    "a part of objects": parts_to(train=["0", "210"]),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_forged_cache_is_made_again(documents, cache, forgery):
+    documents.corpus  # noqa: B018
+    [folder] = cache.iterdir()
+    whole = contents(folder)
+    FORGERIES[forgery](folder)
+    names = json.loads(whole["manifest.json"])["sha256"]
+    (folder / "manifest.json").write_bytes(manifest_of({name: digest_of(folder / name) for name in names}))
+    assert contents(folder) != whole
+    assert dataclasses.replace(documents).corpus.tokens.tolist() == list(range(300))
+    assert contents(folder) == whole
+
+
+def test_a_cache_says_nothing_of_the_type_of_its_tokens(documents, cache):
+    """Of objects, numpy would take the bytes for their addresses."""
+    documents.corpus  # noqa: B018
+    [folder] = cache.iterdir()
+    content = json.loads((folder / "corpus.json").read_text())
+    (folder / "corpus.json").write_text(json.dumps(content | {"dtype": "O"}))
+    names = json.loads((folder / "manifest.json").read_text())["sha256"]
+    (folder / "manifest.json").write_bytes(manifest_of({name: digest_of(folder / name) for name in names}))
+    assert dataclasses.replace(documents).corpus.tokens.dtype == np.uint16
+
+
+def test_a_cache_is_of_its_user_alone(documents, cache):
+    documents.corpus  # noqa: B018
+    [folder] = cache.iterdir()
+    for path in (folder, cache, cache.parent):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    for path in (folder, cache, cache.parent):
+        for mode in (0o720, 0o702):
+            path.chmod(mode)
+            message = rf"^text: the cache '{path}' must be a folder that no other user can write to, .* `chmod go-w`"
+            with pytest.raises(ValueError, match=message):
+                dataclasses.replace(documents).corpus  # noqa: B018
+        path.chmod(0o755)
+    assert dataclasses.replace(documents).corpus.tokens.tolist() == list(range(300))
+    if os.geteuid() == 0:
+        os.chown(folder, 12345, -1)
+        with pytest.raises(ValueError, match="but it is of user 12345"):
+            dataclasses.replace(documents).corpus  # noqa: B018
+
+
+def test_links_with_the_names_of_partial_files_are_not_followed(documents, cache, tmp_path):
+    documents.corpus  # noqa: B018
+    [folder] = cache.iterdir()
+    file_of(tmp_path / "mine", "mine")
+    for name in FILES:
+        (folder / f".{name}.partial").symlink_to(tmp_path / "mine")
+    (folder / "manifest.json").unlink()
+    assert dataclasses.replace(documents).corpus.tokens.tolist() == list(range(300))
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("whose", ["another file of the same text", "a longer text"])
+def test_a_file_that_grows_is_known_by_what_was_read(tmp_path, cache, whose):
+    """It grows after its digest was taken, before it is copied."""
+    copy, text = module._copy, counting(100)
+    source = file_of(tmp_path / "text", text)
+    if whose == "another file of the same text":  # what it grows to is in the cache
+        whole = ordered(file_of(tmp_path / "whole", text + text))
+        whole.corpus  # noqa: B018
+
+    def growing(raw, source, column):
+        file_of(tmp_path / "text", text + text)
+        return copy(raw, source, column)
+
+    with mock.patch.object(module, "_copy", growing):
+        task = ordered(source)
+        assert task.corpus.tokens.tolist() == [*range(100), *range(100)]
+    assert ordered(source).fingerprint == task.fingerprint
+    assert ordered(file_of(tmp_path / "before", text)).fingerprint != task.fingerprint
+
+
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reading, writing = os.pipe()
+    try:
+        for source in (tmp_path / "pipe", f"/dev/fd/{reading}"):  # the second is what <(command) is
+            with pytest.raises(ValueError, match=rf"^text: `source` must be a file or .*, but '{source}' is a pipe"):
+                Text(source=str(source)).vocab_size  # noqa: B018
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
 def test_a_cache_that_was_killed_while_it_was_made_is_made_again(documents, cache):
     """corpus.json is written last: at each write before it the process stops, and leaves what it had."""
     made = []
@@ -503,13 +652,13 @@ def test_a_cache_that_was_killed_while_it_was_made_is_made_again(documents, cach
 
         return mock.patch.object(module, "write_whole", call)
 
-    for stop in (1, 2):
+    for stop in (1, 2, 3):
         made.clear()
         with stopping(stop), pytest.raises(Killed):
             dataclasses.replace(documents).corpus  # noqa: B018
-    assert made == ["documents.bin", "corpus.json"]
+    assert made == ["documents.bin", "corpus.json", "manifest.json"]
     [folder] = cache.iterdir()
-    (folder / ".text.partial").write_bytes(b"left by a kill")
+    (folder / ".tokens.bin.0123456789abcdef.partial").write_bytes(b"left by a kill")
     assert documents.corpus.tokens.tolist() == list(range(300))
     assert set(contents(folder)) == set(FILES)
 
@@ -546,7 +695,7 @@ def test_where_the_cache_is(documents, tmp_path, monkeypatch):
     file_of(tmp_path / "file", "mine")
     monkeypatch.setenv("STATEMIX_CACHE", str(tmp_path / "file"))
     with pytest.raises(
-        ValueError, match=rf"^text: the cache '{tmp_path}/file/text/.*Not a dir.* Set STATEMIX_CACHE to"
+        ValueError, match=rf"^text: the cache '{tmp_path}/file/text/.*File exists.* Set STATEMIX_CACHE to"
     ):
         documents.corpus  # noqa: B018
     assert set(os.listdir(tmp_path)) == {"folder", "file"}

@@ -267,7 +267,7 @@ def of_another_model(path):
     ("spoil", "message"),
     [
         (cut(0.5), "is damaged: its sha256 is not the one in manifest.json"),
-        (Path.unlink, "is missing"),
+        (Path.unlink, "cannot be read: .* It is missing"),
         (of_another_model, "is of another model"),
     ],
 )
@@ -350,7 +350,7 @@ def test_a_text_that_changed_since_the_checkpoint_is_refused(tmp_path, source):
         run(tmp_path / "run", config)
     write_documents(Path(source), seed=1)
     changed = (
-        rf"^train: checkpoint '{re.escape(str(tmp_path))}/run/step-[36]' was made with another text: what `task.source`"
+        rf"^train: checkpoint '{re.escape(str(tmp_path))}/run/step-[36]' was made with another text .*: what `task"
     )
     with pytest.raises(ValueError, match=changed):
         run(tmp_path / "run", config)

@@ -1,27 +1,43 @@
-"""Text to tokens on disk: read once from its source, cut in three parts by position, encoded, and memory-mapped.
+"""Text to tokens on disk: copied from its source, cut in three parts by position, encoded, and memory-mapped.
 
     CACHE/text/KEY/tokens.bin       the tokens of all documents, as uint8, uint16 or uint32
     CACHE/text/KEY/documents.bin    where each document begins in them, as int64
     CACHE/text/KEY/tokenizer.json   what encoded them
-    CACHE/text/KEY/corpus.json      the parts, and the sha256 of the other files; written last
+    CACHE/text/KEY/corpus.json      the parts
+    CACHE/text/KEY/manifest.json    the sha256 of the other files; written last
 
-CACHE is $STATEMIX_CACHE, or else statemix in $XDG_CACHE_HOME or ~/.cache. KEY is of the text itself, the tokenizer and
-the cuts, so a source that changed is another corpus. A cache that is not whole is made again.
+CACHE is $STATEMIX_CACHE, or else statemix in $XDG_CACHE_HOME or ~/.cache. KEY is of the text that was copied, the
+tokenizer and the cuts, so a source that changed is another corpus. A cache that is not whole is made again, and one
+that another user can write to is refused: tokens are mapped into memory as they are.
 """
 
 import contextlib
 import hashlib
 import itertools
 import json
+import mmap
 import os
+import re
+import stat
 import sysconfig
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from statemix.files import sync, write_whole
+from statemix import records
+from statemix.files import (
+    MANIFEST_FILE,
+    check_manifest,
+    delete_partials,
+    digest_of,
+    manifest_of,
+    partial_of,
+    sync,
+    write_whole,
+)
 from statemix.text.tokenizer import (
     TOKENIZER_FILE,
     TOKENIZERS,
@@ -40,7 +56,10 @@ except ImportError:  # Windows
 
 CACHE_VARIABLE = "STATEMIX_CACHE"
 STDLIB, DATA_SET = "stdlib", "hf:"  # sources that are no path
-TOKENS_FILE, DOCUMENTS_FILE, CORPUS_FILE, RAW_FILE = "tokens.bin", "documents.bin", "corpus.json", ".text.partial"
+TOKENS_FILE, DOCUMENTS_FILE, CORPUS_FILE = "tokens.bin", "documents.bin", "corpus.json"
+FILES = (TOKENS_FILE, DOCUMENTS_FILE, TOKENIZER_FILE, CORPUS_FILE)
+PARTS = ("train", "valid", "test")
+CORPUS = {"parts": {part: [int] for part in PARTS}}  # the form of corpus.json, see records.py
 VERSION = 1  # of the files and of how they are made: part of KEY
 
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -85,23 +104,33 @@ def open_corpus(source: str, tokenizer: str, bpe_vocab_size: int, column: str, s
     Raises:
         RuntimeError: a library that the source or the tokenizer needs is not installed.
         ValueError: the source is missing or empty, or is not text and the tokenizer needs text; or the cache cannot be
-            written.
+            written, or can be by another user.
     """
     size = bpe_vocab_size if tokenizer == "bpe" else 0
-    options = [VERSION, _digest(source, column), tokenizer, size, shares]
-    key = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:32]
-    folder = cache_folder() / "text" / key
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
-            corpus = _read(folder)
-            if corpus is None:
-                _make(folder, source, column, tokenizer, size, shares)
-                corpus = _read(folder)
-    except OSError as error:
-        raise ValueError(
-            f"text: the cache '{folder}' cannot be written: {error}. Set {CACHE_VARIABLE} to another folder."
-        ) from error
+    digest = copied = _digest(source, column)
+    begins: list[int] = []
+    with contextlib.ExitStack() as open_files:
+        raw = None
+        while True:
+            options = [VERSION, digest, tokenizer, size, shares]
+            folder = cache_folder() / "text" / hashlib.sha256(json.dumps(options).encode()).hexdigest()[:32]
+            try:
+                _make_own(folder)
+                with _alone(folder):
+                    if (corpus := _read(folder)) is not None:
+                        return corpus
+                    if raw is None:  # it has no name, and ends with the process
+                        raw = open_files.enter_context(tempfile.TemporaryFile(dir=folder))
+                        copied, begins = _copy(raw, source, column)
+                    if copied == digest:
+                        _make(folder, raw, begins, source, column, tokenizer, size, shares)
+                        corpus = _read(folder)
+                        break
+            except OSError as error:
+                raise ValueError(
+                    f"text: the cache '{folder}' cannot be written: {error}. Set {CACHE_VARIABLE} to another folder."
+                ) from error
+            digest = copied  # the source has changed since: what counts is what was copied
     if corpus is None:
         raise ValueError(f"text: the cache '{folder}' is not what was written to it. Try again, or on another disk.")
     return corpus
@@ -114,12 +143,27 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "statemix"
 
 
+def _make_own(folder: Path) -> None:
+    """Make a folder of the cache that nobody else can read or write. Raises ValueError if another user can write."""
+    for part in (folder.parents[1], folder.parent, folder):
+        part.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = part.stat()
+        if not hasattr(os, "geteuid"):  # Windows
+            continue
+        if about.st_uid not in (0, os.geteuid()) or about.st_mode & 0o022:
+            raise ValueError(
+                f"text: the cache '{part}' must be a folder that no other user can write to, but it is of user "
+                f"{about.st_uid} with the mode {stat.filemode(about.st_mode)}. Take that right away with "
+                f"`chmod go-w`, or set {CACHE_VARIABLE} to a folder of your own."
+            )
+
+
 def _digest(source: str, column: str) -> str:
     """The sha256 of a source: of its documents, or of a data set's files, where they are not here of their versions."""
     digest = hashlib.sha256()
     if not source.startswith(DATA_SET):
         for _, content in _documents(source, column):
-            digest.update(len(content).to_bytes(8, "little") + content)
+            _add(digest, content)
         return digest.hexdigest()
     splits = _data_set("load_dataset_builder", source).config.data_files or {}
     if "train" not in splits:
@@ -127,15 +171,27 @@ def _digest(source: str, column: str) -> str:
     files = splits["train"]
     for file, version in itertools.zip_longest(files, files.origin_metadata):
         local = Path(file)
-        what = _file_digest(local) if local.is_file() else repr((str(file), version))
+        what = digest_of(local) if local.is_file() else repr((str(file), version))
         digest.update(what.encode())
     digest.update(column.encode())
     return digest.hexdigest()
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _add(digest: Any, content: bytes) -> None:
+    """Add a document to a sha256, so that no other documents have the same."""
+    digest.update(len(content).to_bytes(8, "little"))
+    digest.update(content)
+
+
+def _copy(raw: IO[bytes], source: str, column: str) -> tuple[str, list[int]]:
+    """Write the documents of a source into a file. Returns the digest of what was written, and where each begins."""
+    digest, begins = hashlib.sha256(), [0]
+    for _, content in _documents(source, column):
+        raw.write(content)
+        begins.append(begins[-1] + len(content))
+        _add(digest, content)
+    raw.flush()
+    return _digest(source, column) if source.startswith(DATA_SET) else digest.hexdigest(), begins
 
 
 def _documents(source: str, column: str) -> Iterator[tuple[str, bytes]]:
@@ -163,6 +219,11 @@ def _files(source: str) -> Iterator[tuple[str, bytes]]:
         root = Path(source).expanduser()
         if not root.exists():
             raise ValueError(f"text: `source` must be 'stdlib', 'hf:NAME' or a path, but there is no '{source}'.")
+        if not (root.is_dir() or root.is_file()):
+            raise ValueError(
+                f"text: `source` must be a file or a folder, but '{source}' is a pipe or a device, which can be read "
+                "only once. Write its text to a file."
+            )
         paths = [path for path in root.rglob("*") if path.is_file() and not _is_hidden(path.relative_to(root))]
         paths = paths if root.is_dir() else [root]
     for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
@@ -183,6 +244,8 @@ def _rows(source: str, column: str) -> Iterator[tuple[str, bytes]]:
     """The rows of the split "train" of a Hugging Face data set, streamed."""
     rows = _data_set("load_dataset", source, split="train", streaming=True)
     for number, row in enumerate(rows):
+        if column in row and row[column] is None:
+            continue
         if not isinstance(row.get(column), str):
             raise ValueError(
                 f"text: `column` must be one with text, got {column!r}; row {number} of '{source}' has {sorted(row)}."
@@ -198,7 +261,9 @@ def _data_set(function: str, source: str, **options: Any) -> Any:
         raise RuntimeError(
             "text: a source 'hf:...' needs the `datasets` library. Install it with: pip install 'statemix[text]'."
         ) from error
-    name, _, config = source.removeprefix(DATA_SET).partition(":")
+    parts = re.fullmatch(r"((?:[A-Za-z]:(?=[\\/]))?[^:]*):?(.*)", source.removeprefix(DATA_SET), re.DOTALL)
+    assert parts is not None, "any text is of this form"
+    name, config = parts.groups()  # the colon of C:\\data is of the name
     try:
         return getattr(datasets, function)(name, config or None, **options)
     except (OSError, ValueError) as error:
@@ -220,59 +285,67 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _read(folder: Path) -> Corpus | None:
-    """The corpus in a folder of the cache; None if it is not there, or not whole."""
+    """The corpus in a folder of the cache; None if it is not there, or is none in any way."""
     try:
-        content = json.loads((folder / CORPUS_FILE).read_text())
-        for name, digest in content["sha256"].items():
-            if _file_digest(folder / name) != digest:
-                return None
-        parts = {split: (int(begin), int(end)) for split, (begin, end) in content["parts"].items()}
-        tokens = np.memmap(folder / TOKENS_FILE, dtype=content["dtype"], mode="r")
+        check_manifest(folder, FILES, "text")
+        found = records.read(folder / CORPUS_FILE, CORPUS, "text")["parts"]
+        parts = {part: (begin, end) for part, (begin, end) in zip(PARTS, map(found.get, PARTS), strict=True)}
+        tokenizer = load_tokenizer(folder)
+        tokens = np.memmap(folder / TOKENS_FILE, dtype=_dtype(tokenizer), mode="r")
         documents = np.memmap(folder / DOCUMENTS_FILE, dtype=np.int64, mode="r")
-    except (OSError, AttributeError, KeyError, TypeError, ValueError):
+    except (OSError, ValueError):
         return None
-    return Corpus(tokens, documents, parts, load_tokenizer(folder), folder.name)
+    cuts = [0, *(end for _, end in parts.values())]
+    whole = list(parts.values()) == list(itertools.pairwise(cuts)) and cuts == sorted(cuts) and cuts[-1] == len(tokens)
+    begin, in_order = documents[0] == 0, (np.diff(documents) > 0).all() and documents[-1] < len(tokens)
+    if not (whole and begin and in_order and tokens.max() < tokenizer.vocab_size):
+        return None
+    return Corpus(tokens, documents, parts, tokenizer, folder.name)
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
+    """The smallest unsigned integers that hold all tokens."""
+    return np.dtype(np.min_scalar_type(tokenizer.vocab_size - 1))
 
 
 def _make(
-    folder: Path, source: str, column: str, tokenizer: str, bpe_vocab_size: int, shares: tuple[float, float]
+    folder: Path,
+    raw: IO[bytes],
+    begins: list[int],
+    source: str,
+    column: str,
+    tokenizer: str,
+    bpe_vocab_size: int,
+    shares: tuple[float, float],
 ) -> None:
-    """Read the text into a file, learn the tokenizer, encode, and write corpus.json last."""
-    (folder / CORPUS_FILE).unlink(missing_ok=True)
-    raw = folder / RAW_FILE
-    try:
-        begins = [0]
-        with raw.open("wb") as file:
-            for _, content in _documents(source, column):
-                file.write(content)
-                begins.append(begins[-1] + len(content))
-        text = np.memmap(raw, dtype=np.uint8, mode="r")
+    """Learn the tokenizer of a text in a file, encode it, and write manifest.json last."""
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    delete_partials(folder, ".*")
+    with mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as text:
         cuts = [_cut(text, 1 - sum(shares)), _cut(text, 1 - shares[1]), len(text)]
         pieces = sorted({*begins, *cuts})  # each document, or what a cut leaves of it on either side
         read = _Pieces(text, pieces, begins, source, column, tokenizer)
         chosen = _learn(read, tokenizer, bpe_vocab_size, pieces.index(cuts[0]))
-        dtype = np.min_scalar_type(chosen.vocab_size - 1)
+        dtype = _dtype(chosen)
         first = [0]  # token of each piece
-        partial = folder / f".{TOKENS_FILE}.partial"
-        with partial.open("wb") as file:
+        partial = partial_of(folder / TOKENS_FILE)
+        with partial.open("xb") as file:
             for number in range(len(pieces) - 1):
-                ids = read.raw(number) if isinstance(chosen, Bytes) else chosen.encode(read.text(number)).astype(dtype)
-                file.write(ids.tobytes())
-                first.append(first[-1] + len(ids))
-        sync(partial)
-        partial.replace(folder / TOKENS_FILE)
-    finally:
-        raw.unlink(missing_ok=True)
+                is_bytes = isinstance(chosen, Bytes)
+                ids = read.raw(number) if is_bytes else chosen.encode(read.text(number)).astype(dtype).tobytes()
+                file.write(ids)
+                first.append(first[-1] + len(ids) // dtype.itemsize)
+    sync(partial)
+    partial.replace(folder / TOKENS_FILE)
     write_whole(folder / DOCUMENTS_FILE, np.array(first[:-1], dtype=np.int64).tobytes())
     save_tokenizer(chosen, folder)
     ends = [first[pieces.index(cut)] for cut in cuts]
-    parts = dict(zip(("train", "valid", "test"), zip([0, *ends], ends, strict=False), strict=True))
-    digests = {name: _file_digest(folder / name) for name in (TOKENS_FILE, DOCUMENTS_FILE, TOKENIZER_FILE)}
-    form = json.dumps({"dtype": dtype.name, "parts": parts, "sha256": digests}, indent=2)
-    write_whole(folder / CORPUS_FILE, f"{form}\n".encode())
+    parts = dict(zip(PARTS, zip([0, *ends], ends, strict=False), strict=True))
+    write_whole(folder / CORPUS_FILE, (json.dumps({"parts": parts}, indent=2) + "\n").encode())
+    write_whole(folder / MANIFEST_FILE, manifest_of({name: digest_of(folder / name) for name in FILES}))
 
 
-def _cut(text: Numbers, share: float) -> int:
+def _cut(text: mmap.mmap, share: float) -> int:
     """The byte behind the first share of a text, moved on to the end of a character of UTF-8."""
     cut = int(len(text) * share)
     while cut < len(text) and text[cut] & 0xC0 == 0x80:
@@ -284,18 +357,18 @@ class _Pieces:
     """The pieces of the text, as bytes and as characters; what has none is told with the name of its document."""
 
     def __init__(
-        self, text: Numbers, bounds: list[int], begins: list[int], source: str, column: str, tokenizer: str
+        self, text: mmap.mmap, bounds: list[int], begins: list[int], source: str, column: str, tokenizer: str
     ) -> None:
         self.all, self.bounds, self.begins = text, bounds, begins
         self.source, self.column, self.tokenizer = source, column, tokenizer
 
-    def raw(self, number: int) -> Numbers:
+    def raw(self, number: int) -> bytes:
         """Bytes."""
         return self.all[self.bounds[number] : self.bounds[number + 1]]
 
     def text(self, number: int) -> str:
         """Characters. Raises ValueError where there are none."""
-        content = self.raw(number).tobytes()
+        content = self.raw(number)
         try:
             text = content.decode()
         except UnicodeDecodeError as error:
