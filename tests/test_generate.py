@@ -1,6 +1,7 @@
 """generate.py: against the full forward over everything so far, hand-made logits, and each row alone."""
 
 import copy
+import io
 import itertools
 import json
 import math
@@ -512,6 +513,18 @@ def test_the_command_refuses(tmp_path, capsys, options, message):
     out, err = capsys.readouterr()
     assert out == ""  # nothing is written before all is checked
     assert message in err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp437", "latin-1"])
+def test_a_terminal_that_cannot_show_a_character_shows_another(tmp_path, monkeypatch, encoding):
+    run = make_run(tmp_path / "run", Characters("aé\N{GRINNING FACE}"), vocab_size=3)
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", shown)
+    assert main(["generate", str(run), "--prompt", "é", "--max-new-tokens", "200"]) == 0
+    shown.flush()
+    text = shown.buffer.getvalue().decode(encoding)
+    assert len(text.rstrip("\n")) == 201
+    assert set(text.rstrip("\n")) == set("aé?" if encoding != "ascii" else "a?")
 
 
 def test_a_folder_that_is_not_a_run_of_text_is_told(tmp_path):

@@ -51,6 +51,21 @@ def test_a_markdown_table_has_a_row_per_label_and_a_column_per_length():
     assert [row[1:] for row in (rows[0], *rows[2:])] == CELLS
 
 
+def test_no_label_breaks_a_table():
+    rows = [["", "a"], ["x|y\\|z", "<b>"], ["new\nline\u2028\x1b[2J\x9b\ud800", "1"]]
+    text = align(rows, markdown=True)
+    assert text.encode().decode().splitlines() == [
+        "|  | a |",
+        "| --- | ---: |",
+        r"| x\|y\\\|z | \<b> |",
+        "| new\N{REPLACEMENT CHARACTER}line\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}[2J"
+        "\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER} | 1 |",
+    ]
+    lines = align(rows, markdown=False).splitlines()
+    assert [len(line) for line in lines] == [len(lines[0])] * 3
+    assert lines[1].split() == ["x|y\\|z", "<b>"]
+
+
 def test_a_table_for_the_terminal_has_the_same_cells_aligned():
     lines = results_table(RESULTS).splitlines()
     assert len({len(line) for line in lines}) == 1

@@ -152,6 +152,15 @@ ROWS = [
 ]
 
 
+@pytest.mark.parametrize("text", ["=1+2", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", '="a,b"\n'])
+def test_a_spreadsheet_takes_no_text_for_a_formula(tmp_path, text):
+    rows = [{"label": text, "a": -1, "b": -0.5, "c": float("-inf"), "d": "1=1", "e": None}]
+    path = write_table(rows, tmp_path, "table")[0]
+    with path.open(newline="", encoding="utf-8") as file:
+        [cells] = csv.DictReader(file)
+    assert cells == {"label": f"'{text}", "a": "-1", "b": "-0.5", "c": "-inf", "d": "1=1", "e": ""}
+
+
 def test_a_table_as_csv(tmp_path):
     files = write_table(ROWS, tmp_path, "table")
     assert files[0] == tmp_path / "table.csv"
@@ -267,6 +276,7 @@ def test_groups_have_the_names_that_a_sweep_gave_them(finished, tmp_path):
     assert labels("mixing, seed 0", "other, seed 1", "gates", "gates") == ["bd_lru", "gates"]  # two names
     assert labels("one", "one", "one", "one") == ["bd_lru", "lstm"]  # whose it is cannot be told
     assert labels("0", "0", "2", "2") == ["bd_lru", "lstm"]  # numbers of a list
+    assert labels("\x1b[2J", "\x1b[2J", "gates", "gates") == ["bd_lru", "gates"]  # which no sweep takes
     (tmp_path / "sweep.json").write_text("{")
     assert list(group_over_seeds(runs)) == ["bd_lru", "lstm"]
 

@@ -368,3 +368,20 @@ def test_a_script_without_a_guard_is_told_so(tmp_path):
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert "needs `if __name__ == '__main__':`" in done.stdout + done.stderr
     assert "FileNotFoundError" not in done.stderr
+
+
+def test_what_a_killed_sweep_left_is_deleted_and_nothing_else(tmp_path):
+    left = [".sweep.json.0123456789abcdef.partial", ".table.csv.0123456789abcdef.partial"]
+    mine = [".notes.0123456789abcdef.partial", ".sweep.json.partial"]
+    for name in (*left, *mine):
+        (tmp_path / name).touch()
+    sweep({}, tmp_path, progress=False)
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == set(mine)
+
+
+@pytest.mark.parametrize("label", ["a\nb", "\x1b[2J", "\x00", "\x7f", "\x9b", "\u2028", "\ud800"], ids=ascii)
+def test_a_label_that_cannot_be_looked_at_is_refused_before_anything_is_made(tmp_path, label):
+    message = f"sweep: `label` must have no control characters, got {label!a} with "
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        sweep({"good": tiny(0), label: tiny(1)}, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()

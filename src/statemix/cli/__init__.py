@@ -1,5 +1,7 @@
 """The command line, a module per command, and the only `print`."""
 
+import codecs
+import io
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -20,6 +22,8 @@ commands:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 if a run failed, 2 if it was asked for wrongly."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper) and codecs.lookup(sys.stdout.encoding).name != "utf-8":
+        sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show ends no command
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2

@@ -1,5 +1,6 @@
 """Tables of runs: html.py makes the page of them, figures.py its pictures."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,9 @@ from statemix.runs.read import Run
 from statemix.runs.statistics import interval
 
 Groups = Mapping[str, Sequence[Run]]  # label -> runs that differ in their seed
+
+_UNSEEN = re.compile(r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # what moves a terminal's cursor or ends a row
+_MARKS = re.compile(r"[|<\\]")  # what ends a cell of Markdown, begins HTML, or makes of either a plain character
 
 ACCURACIES = {"token": "token_accuracy", "sequence": "sequence_accuracy", "macro": "macro_accuracy"}
 BITS = {"bits per byte": "bits_per_byte"}  # of runs on a text
@@ -81,7 +85,9 @@ def estimate(numbers: Sequence[float], form: str) -> str:
 
 def align(rows: Sequence[Sequence[str]], *, markdown: bool) -> str:
     """Rows of cells as text: the first column to the left, the others to the right."""
+    rows = [[_UNSEEN.sub("\N{REPLACEMENT CHARACTER}", cell) for cell in row] for row in rows]
     if markdown:
+        rows = [[_MARKS.sub(r"\\\g<0>", cell) for cell in row] for row in rows]
         ruled = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
         return "\n".join(f"| {' | '.join(row)} |" for row in ruled)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

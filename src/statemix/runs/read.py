@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import io
 import json
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ SWEEP_FILE = "sweep.json"  # in the folder of a sweep, above those of its runs
 SWEEP = {"version": str, "labels": {str: str}}  # its form, see records.py
 
 Row = dict[str, Any]
+
+UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # of Unicode: control characters, surrogates, ends of lines and paragraphs
 
 FIELDS = tuple(field.name for field in dataclasses.fields(TrainConfig))
 SUMMARY = ("parameters", "mixer_parameters", "state_size", "best_step", "train_tokens_per_s", "threads", "version")
@@ -132,13 +135,22 @@ def train_seconds(run: Run) -> float:
     return seconds
 
 
+def check_label(label: str) -> None:
+    """Raise ValueError if a label has a character that is none to look at, or half of one."""
+    if wrong := [character for character in label if unicodedata.category(character) in UNSEEN]:
+        raise ValueError(f"sweep: `label` must have no control characters, got {label!a} with {wrong[0]!a}.")
+
+
 def write_table(rows: Sequence[Row], out: str | Path, name: str) -> list[Path]:
-    """Write rows as NAME.csv and, where pyarrow is installed, as NAME.parquet. Returns the files."""
+    """Write rows as NAME.csv and, where pyarrow is installed, as NAME.parquet. Returns the files.
+
+    A text that a spreadsheet would take for a formula has an apostrophe before it in the CSV.
+    """
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, restval="")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({column: _cell(value) for column, value in row.items()} for row in rows)
     files = [Path(out) / f"{name}.csv"]
     write_whole(files[0], text.getvalue().encode())
     try:
@@ -153,6 +165,11 @@ def write_table(rows: Sequence[Row], out: str | Path, name: str) -> list[Path]:
     files.append(Path(out) / f"{name}.parquet")
     write_whole(files[1], content.getvalue())
     return files
+
+
+def _cell(value: Any) -> Any:
+    """A value of a CSV: numbers as they are, a text so that it stays one."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _column(values: list[Any]) -> list[Any]:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from statemix import records
-from statemix.runs.read import FIELDS, SWEEP, SWEEP_FILE, Row, Run, flatten
+from statemix.runs.read import FIELDS, SWEEP, SWEEP_FILE, Row, Run, check_label, flatten
 
 
 def select(rows: Sequence[Row], over: Sequence[str], by: str = "valid_loss") -> list[Row]:
@@ -84,10 +84,9 @@ def given_label(group: Sequence[Run]) -> str | None:
     names = set()
     for run in group:
         try:
-            labels = records.read(run.folder.parent / SWEEP_FILE, SWEEP, "runs")["labels"]
-        except (FileNotFoundError, ValueError):  # it is no run of a sweep
-            return None
-        if (name := labels.get(run.folder.name)) is None:
+            name = records.read(run.folder.parent / SWEEP_FILE, SWEEP, "runs")["labels"][run.folder.name]
+            check_label(name)
+        except (FileNotFoundError, KeyError, ValueError):  # it is no run of a sweep
             return None
         names.add(name.removesuffix(f", seed {run.config.seed}"))
     name = names.pop()

@@ -11,6 +11,7 @@ missing, wherever a config now stands in the list, and goes on from the last che
 import contextlib
 import hashlib
 import json
+import re
 import runpy
 import signal
 import threading
@@ -26,9 +27,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import statemix
 from statemix import records
-from statemix.files import locked, make_folder, write_whole
+from statemix.files import delete_partials, locked, make_folder, write_whole
 from statemix.runs.executors import EXECUTORS, LOG_FILE, Executor, Job
-from statemix.runs.read import SWEEP, SWEEP_FILE, Row, flatten, read_run, row_of, write_table
+from statemix.runs.read import SWEEP, SWEEP_FILE, Row, check_label, flatten, read_run, row_of, write_table
 from statemix.training.checkpoint import METRICS_FILE, RESULT_FILE
 from statemix.training.config import TrainConfig
 
@@ -124,7 +125,8 @@ def sweep(
         progress: show it on standard error.
 
     Raises:
-        ValueError: an argument is wrong, or `out` was made by another version, or another sweep is at work in it.
+        ValueError: an argument is wrong, a label has a control character, or `out` was made by another version, or
+            another sweep is at work in it.
         RuntimeError: the executor is not installed.
         KeyboardInterrupt: it was stopped; all its processes are too, and the table holds what has ended.
     """
@@ -134,10 +136,13 @@ def sweep(
         raise ValueError(f"sweep: `executor` must be one of {sorted(EXECUTORS)}, got {executor!r}.")
     if address is not None and executor != "ray":
         raise ValueError(f"sweep: `address` is of a Ray cluster: it needs executor='ray', got {executor!r}.")
+    for label in entries:
+        check_label(label)
     folder = make_folder(out, "sweep")
     with locked(folder, "sweep: `out`"):
         _check_version(folder)
         configs, labels, errors = _resolve(entries)
+        delete_partials(folder, rf"{re.escape(SWEEP_FILE)}|{TABLE_NAME}\..+")
         made = {"version": statemix.__version__, "labels": labels}
         write_whole(folder / SWEEP_FILE, (json.dumps(made, indent=2) + "\n").encode())
         waiting = [name for name in configs if not (folder / name / RESULT_FILE).exists()]
