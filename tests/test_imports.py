@@ -15,7 +15,9 @@ PACKAGE = Path(__file__).parents[1] / "src" / "statemix"
 SCAN, BENCH, KERNELS, TEXT, TRAINING = (
     f"statemix.{room}" for room in ("scan", "benchmark", "kernels", "text", "training")
 )
-FOR_TRAINING = tuple(f"statemix.{name}" for name in ("model", "mixers", "tasks", "text", "files", "records", "specs", "style"))
+FOR_TRAINING = tuple(
+    f"statemix.{name}" for name in ("model", "mixers", "tasks", "text", "files", "records", "specs", "style")
+)
 
 # What a module may import of statemix: an entry stands for itself and all below it.
 # A module goes by its longest prefix here; what has none may import anything but ONLY_BY.

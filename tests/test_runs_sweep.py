@@ -371,7 +371,7 @@ def test_a_script_without_a_guard_is_told_so(tmp_path):
 
 
 def test_what_a_killed_sweep_left_is_deleted_and_nothing_else(tmp_path):
-    left = [".sweep.json.0123456789abcdef.partial", ".table.csv.0123456789abcdef.partial"]
+    left = [".sweep.json.0123456789abcdef.partial", ".results.csv.0123456789abcdef.partial"]
     mine = [".notes.0123456789abcdef.partial", ".sweep.json.partial"]
     for name in (*left, *mine):
         (tmp_path / name).touch()
