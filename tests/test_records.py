@@ -168,7 +168,7 @@ def wrong_type(value: object) -> str:
     return "3" if isinstance(value, str) else "[]" if isinstance(value, dict) else '{"x": 1}'
 
 
-FIGURES = ("bits_per_byte", "perplexity")  # that only a text has
+OPTIONAL = ("bits_per_byte", "perplexity", "data", "3")  # what only a text has, and a length of the test
 EDITS = {  # what becomes of a field, as JSON text: `"key": ` and the old value to the new text
     "missing": lambda key, value: "",
     "null": lambda key, value: f"{key}null",
@@ -215,7 +215,7 @@ def test_each_field_wrong_in_each_way_is_told_or_changes_nothing(finished, tmp_p
         may = {"extra", "huge"}  # what is accepted, though it changes what is read: a larger number is one, too
         may |= {"missing", "null"} if name == "config.json" else set()  # there are defaults
         may |= {"null"} if "accuracy_by_position" in field[:-1] else set()  # of a position that is not scored
-        may |= {"missing"} if name == "metrics.jsonl" or field[-1] in FIGURES else set()
+        may |= {"missing"} if name == "metrics.jsonl" or field[-1] in OPTIONAL else set()
         for edit in EDITS:
             if isinstance(field[-1], int) and edit in ("twice", "extra", "missing"):
                 continue
