@@ -17,7 +17,7 @@ few microseconds whether anything on the list may have changed.
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any, TypeVar, cast
 
 import torch
@@ -102,7 +102,7 @@ class Part:
 
         The module's own hooks are those of a caller, who asks `plainly_called` before it goes round its call.
         """
-        if kernels.load_problem() is not None or not undisturbed() or not self._allows(module):
+        if kernels.load_problem() is not None or not undisturbed():
             return None
         if torch.compiler.is_compiling():
             weights = self._read(module)
@@ -141,6 +141,8 @@ class Part:
 
     def _read(self, module: nn.Module) -> tuple[Tensor, ...] | None:
         """The weights of a module and all below it, if they are as the list at the head of this file says."""
+        if not self._allows(module):
+            return None
         weights: list[Tensor | None] = []
         return cast(tuple[Tensor, ...], tuple(weights)) if self._collect(module, weights) and _plain(weights) else None
 
@@ -174,38 +176,42 @@ class Watch:
         modules = [child for _, child in below]
         self._own = module._modules
         self._hooks = [child.__dict__[name] for child in modules for name in HOOKS]
-        self._modules, self._types = modules, list(map(type, modules))
-        self._attributes = [child.__dict__ for child in modules]
-        self._sizes = list(map(len, self._attributes))
+        self._children = [child._modules for child in (module, *modules) if child._modules]
+        self._were_children = [dict(children) for children in self._children]
         # views of dictionaries show what is in them at any time
-        holders: list[dict[str, Any]] = [module._modules, module._parameters]
-        holders += [holder for child in modules for holder in (child._modules, child._parameters) if holder]
-        self._holders: list[Any] = [*(holder.values() for holder in holders), (_nothing,)]
-        self._held = list(chain.from_iterable(self._holders))
-        self._places = list(map(Tensor.data_ptr, weights))
-        self._counts = list(map(Tensor.numel, weights))
+        views = [child._parameters.values() for child in (module, *modules) if child._parameters]
+        self._parameters: list[Any] = [*views, (_nothing,)]
+        self._were_parameters = list(chain.from_iterable(self._parameters))
+        self._modules, self._attributes = modules, [child.__dict__ for child in modules]
         # a square may be transposed where it lies; all else would change its count or its place
         self._squares = [weight for weight in weights if weight.ndim == 2 and weight.shape[0] == weight.shape[1]]
-        found = {(owner, name): function for known, child in below for owner, name, function in known.functions(child)}
-        found |= {(known, "__call__"): nn.Module.__call__ for known in set(self._types)}
-        self._owners, self._names = zip(*found, strict=True)
-        self._functions = tuple(found.values())
-        self._set = [(child, name) for known, child in below for name in known.settings]
-        self._settings = [getattr(child, name) for child, name in self._set]
+        named = {(owner, name) for known, child in below for owner, name, _ in known.functions(child)}
+        named |= {(type(child), "__call__") for child in modules}
+        named |= {(child, name) for known, child in below for name in known.settings}
+        self._owners, self._names = zip(*named, strict=True)
+        self._settings = part.settings
+        self._seen = self._look(module)
+
+    def _look(self, module: nn.Module) -> list[Any]:
+        """What else could have changed; one list, because each that is made takes as long as several of its items."""
+        return [
+            *map(type, self._modules),
+            *map(len, self._attributes),
+            *map(Tensor.data_ptr, self.weights),
+            *map(Tensor.numel, self.weights),
+            *map(Tensor.is_contiguous, self._squares),
+            *map(getattr, self._owners, self._names),
+            *map(getattr, repeat(module), self._settings),
+        ]
 
     def holds(self, module: nn.Module) -> bool:
         """Whether a kernel would read the same of the module, for which this was made."""
         return (
             module._modules is self._own  # a replica has others
             and not any(self._hooks)
-            and all(map(operator.is_, chain.from_iterable(self._holders), self._held))
-            and list(map(type, self._modules)) == self._types
-            and list(map(len, self._attributes)) == self._sizes
-            and list(map(Tensor.data_ptr, self.weights)) == self._places
-            and list(map(Tensor.numel, self.weights)) == self._counts
-            and all(map(Tensor.is_contiguous, self._squares))
-            and tuple(map(getattr, self._owners, self._names)) == self._functions
-            and [getattr(child, name) for child, name in self._set] == self._settings
+            and self._children == self._were_children  # a module equals itself only; a tensor would compare its numbers
+            and all(map(operator.is_, chain.from_iterable(self._parameters), self._were_parameters))
+            and self._look(module) == self._seen
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
