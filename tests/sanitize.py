@@ -97,8 +97,9 @@ def run_layer(problem, arrange) -> None:
         kernels.use_instruction_set(instruction_set)
         for recompute in (False, True):
             assert_near(laid_out.results(laid_out.fused, recompute), expected)
-        options = {"normalization": problem.mixer.normalization, "kind": problem.mixer.kind}
-        stepped, _ = kernels.layer_step(x[:, 0].contiguous(), weights, state, **options)
+        mixer = problem.mixer
+        step = kernels.LayerStep(weights, mixer.state_shape, mixer.normalization, mixer.kind)
+        stepped, _ = step(x[:, 0], state)
         assert_near({"y": stepped}, {"y": y[:, 0]})
 
 

@@ -356,12 +356,12 @@ def test_a_row_of_a_step_is_what_it_is_alone(generator, threads, instruction_set
         generator, kind, order=3, blocks=170, width=53, length=1, batch=kernels.STEP_ROWS, dtype=dtype
     )
     x, weights, state = problem.split(problem.inputs)
-    options = {"normalization": "softmax", "kind": kind}
+    step = kernels.LayerStep(weights, problem.mixer.state_shape, "softmax", kind)
     threads(1)
-    alone = [kernels.layer_step(x[b], weights, state[b : b + 1], **options) for b in range(len(x))]
+    alone = [step(x[b], state[b : b + 1]) for b in range(len(x))]
     for batch, count in itertools.product((2, 3, 5, 7, len(x)), (1, 2, 3)):
         threads(count)
-        y, final_state = kernels.layer_step(x[:batch, 0].contiguous(), weights, state[:batch].contiguous(), **options)
+        y, final_state = step(x[:batch, 0], state[:batch])
         for b in range(batch):
             assert torch.equal(y[b], alone[b][0][0]), (batch, count, b)
             assert torch.equal(final_state[b], alone[b][1][0]), (batch, count, b)

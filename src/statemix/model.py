@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from statemix import fused, kernels, records
 from statemix.mixers import Mixer, build_mixer, complete_mixer
 from statemix.mixers.base import check_flags, check_sizes
-from statemix.mixers.linear_recurrence import RECURRENCE, LinearRecurrence
+from statemix.mixers.linear_recurrence import RECURRENCE
 from statemix.specs import Spec, options
 
 State = tuple[Tensor, ...]  # one (B, M, N) per layer
@@ -91,26 +91,22 @@ class Layer(nn.Module):
 
     def _fused_step(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The step as one call, or None where that does not serve."""
-        if (inputs := LAYER.inputs(self)) is None or inputs.mixer_norm.dtype != x.dtype:
+        if (step := LAYER.inputs(self)) is None or step.mixer_norm.dtype != x.dtype:
             return None
-        state = fused.step_state(x, state, (len(inputs.mixer_norm), *inputs.state_shape))
-        return None if state is None else kernels.pair_step(x, inputs, state)
+        state = fused.step_state(x, state, (len(step.mixer_norm), *step.mixer.state_shape))
+        return None if state is None else step(x, state)
 
 
-def _pair_inputs(layer: Layer, weights: tuple[Tensor, ...]) -> kernels.PairInputs:
-    mixer = cast(LinearRecurrence, layer.mixer)
-    gate_weight, gate_bias, value_weight, output_weight, mixer_norm, mlp_norm, gate_and_input, mlp_output = weights
-    return kernels.PairInputs(
-        mixer=(gate_weight, gate_bias, value_weight, output_weight),
+def _pair_step(layer: Layer, weights: tuple[Tensor, ...]) -> kernels.PairStep:
+    *of_mixer, mixer_norm, mlp_norm, gate_and_input, mlp_output = weights
+    return kernels.PairStep(
+        mixer=RECURRENCE.arrange(layer.mixer, tuple(of_mixer)),
         mixer_norm=mixer_norm,
         mlp_norm=mlp_norm,
         gate_and_input=gate_and_input,
         mlp_output=mlp_output,
         mixer_epsilon=cast(float, layer.mixer_norm.eps),
         mlp_epsilon=cast(float, layer.mlp_norm.eps),
-        normalization=mixer.normalization,
-        kind=mixer.kind,
-        state_shape=mixer.state_shape,
     )
 
 
@@ -127,7 +123,7 @@ LAYER = fused.Part(
             allows=lambda dropout: not (dropout.training and dropout.p),
         ),
     },
-    arrange=_pair_inputs,
+    arrange=_pair_step,
 )
 
 
@@ -366,7 +362,7 @@ class ModelInputs(NamedTuple):
     """What a kernel reads of a SequenceModel: its weights, and the epsilon of the last norm."""
 
     embedding: Tensor
-    pairs: list[kernels.PairInputs]
+    pairs: list[kernels.PairStep]
     norm: Tensor
     epsilon: float
     head: Tensor

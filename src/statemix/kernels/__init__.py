@@ -14,22 +14,21 @@ from statemix.kernels.library import (
     serves,
     use_instruction_set,
 )
-from statemix.kernels.steps import STEP_ROWS, ModelStep, PairInputs, layer_step, pair_step
+from statemix.kernels.steps import STEP_ROWS, LayerStep, ModelStep, PairStep
 
 __all__ = [
     "INSTRUCTION_SET_VARIABLE",
     "MAX_ORDER",
     "STEP_ROWS",
+    "LayerStep",
     "ModelStep",
-    "PairInputs",
+    "PairStep",
     "Weights",
     "gated",
     "instruction_set",
     "instruction_sets",
     "layer",
-    "layer_step",
     "load_problem",
-    "pair_step",
     "serves",
     "use_instruction_set",
 ]

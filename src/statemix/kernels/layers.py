@@ -66,7 +66,7 @@ def _layer_forward(
     weights = dense(gate_weight), dense(gate_bias), dense(value_weight), dense(output_weight)
     used = instruction_set()  # once: another thread may choose another while this one makes room
     results = _layer_results(x, initial_state, kind, keep, used)
-    problem = layer_problem(x, weights, initial_state, reset, normalization, kind)
+    problem = _layer_problem(x, weights, initial_state, reset, normalization, kind)
     problem.y, problem.final_state, problem.states, problem.kept = map(address, results)
     library().run("statemix_layer_forward", problem, used)
     return results
@@ -95,7 +95,7 @@ def _layer_backward(
     x, initial_state, reset = dense(x), dense(initial_state), _dense(reset)
     weights = dense(gate_weight), dense(gate_bias), dense(value_weight), dense(output_weight)
     grad_y, grad_final_state = dense(grad_y), _dense(grad_final_state)
-    problem = layer_problem(x, weights, initial_state, reset, normalization, kind)
+    problem = _layer_problem(x, weights, initial_state, reset, normalization, kind)
     problem.states, problem.kept = address(states), address(kept)
     problem.grad_y, problem.grad_final_state = address(grad_y), address(grad_final_state)
     grads = _layer_grads(x, gate_weight, gate_bias, value_weight, output_weight, initial_state)
@@ -165,16 +165,16 @@ def _layer_grads(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
     return tuple(t.new_empty(t.shape) for t in inputs)  # type: ignore[return-value]
 
 
-def layer_problem(
+def _layer_problem(
     x: Tensor, weights: Weights, state: Tensor, reset: Tensor | None, normalization: str, kind: str
 ) -> LayerCall:
-    """The struct of a layer for x (B, T, D), or (B, D) for one step, with its inputs, all dense."""
+    """The struct of a layer with its inputs, all dense."""
     gate_weight, gate_bias, value_weight, output_weight = weights
     batch, order, blocks = state.shape
     return LayerCall(
         batch=batch,
-        length=x.shape[1] if x.ndim == 3 else 1,
-        width=x.shape[-1],
+        length=x.shape[1],
+        width=x.shape[2],
         order=order,
         blocks=blocks,
         kind=KINDS[kind],

@@ -2,57 +2,123 @@
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from statemix.kernels.layers import Weights, layer_problem
-from statemix.kernels.library import STORAGES, LayerCall, ModelCall, PairCall, ReadoutCall, library
+from statemix.kernels.layers import Weights
+from statemix.kernels.library import (
+    KINDS,
+    NORMALIZATIONS,
+    STORAGES,
+    LayerCall,
+    ModelCall,
+    PairCall,
+    ReadoutCall,
+    library,
+)
 from statemix.kernels.memory import address, dense
 
 STEP_ROWS = 64  # torch's products of more rows at once are as fast where the weights are large
 
 
-def layer_step(x: Tensor, weights: Weights, state: Tensor, *, normalization: str, kind: str) -> tuple[Tensor, Tensor]:
-    """One step of `layer` for x (B, D) and a state, without gradients. The weights must be dense."""
-    x, state = dense(x), dense(state)
-    y, final_state = torch.empty_like(x), torch.empty_like(state)
-    problem = _step_problem(x, weights, state, y, final_state, normalization, kind)
-    library().run("statemix_layer_step", problem)
-    return y, final_state
+@dataclass(frozen=True, eq=False)
+class LayerStep:
+    """One step of `layer` without gradients: x (B, D) and a state to y (B, D) and the next state.
 
+    The addresses of the weights are those of the first step: whoever keeps this watches them.
 
-class PairInputs(NamedTuple):
-    """What z = x + mixer(norm(x)) and z + SwiGLU(norm(z)) read besides x and a state: dense weights, of one dtype.
-
-    mixer, normalization, kind: as in `layer`. mixer_norm, mlp_norm: (D,), with their epsilons. gate_and_input:
-    (2 H, D), the gates first. mlp_output: (D, H). state_shape: (M, N).
+    Args:
+        weights, normalization, kind: as in `layer`; the weights must be dense.
+        state_shape: (M, N).
     """
 
-    mixer: Weights
+    weights: Weights
+    state_shape: tuple[int, int]
+    normalization: str
+    kind: str
+
+    @cached_property
+    def problem(self) -> LayerCall:
+        """The struct of a step but for what each has of its own; a step copies it, as threads may make some at once."""
+        gate_weight, gate_bias, value_weight, output_weight = self.weights
+        order, blocks = self.state_shape
+        return LayerCall(
+            length=1,
+            width=gate_weight.shape[1],
+            order=order,
+            blocks=blocks,
+            kind=KINDS[self.kind],
+            normalization=NORMALIZATIONS[self.normalization],
+            storage=STORAGES[gate_weight.dtype],
+            gate_weight=address(gate_weight),
+            gate_bias=address(gate_bias),
+            value_weight=address(value_weight),
+            output_weight=address(output_weight),
+        )
+
+    def __call__(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Y and the next state, new tensors."""
+        x, state = dense(x), dense(state)
+        y, final_state = torch.empty_like(x), torch.empty_like(state)
+        problem = LayerCall.from_buffer_copy(self.problem)
+        _fill(problem, x, state, y, final_state)
+        library().run("statemix_layer_step", problem)
+        return y, final_state
+
+
+@dataclass(frozen=True, eq=False)
+class PairStep:
+    """One step of z = x + mixer(norm(x)) and z + SwiGLU(norm(z)): see `LayerStep`.
+
+    Args:
+        mixer: its step.
+        mixer_norm, mlp_norm: (D,), with their epsilons.
+        gate_and_input: (2 H, D), the gates first.
+        mlp_output: (D, H).
+    """
+
+    mixer: LayerStep
     mixer_norm: Tensor
     mlp_norm: Tensor
     gate_and_input: Tensor
     mlp_output: Tensor
     mixer_epsilon: float
     mlp_epsilon: float
-    normalization: str
-    kind: str
-    state_shape: tuple[int, int]
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
-        """All of them."""
-        return (*self.mixer, self.mixer_norm, self.mlp_norm, self.gate_and_input, self.mlp_output)
+        """All of them, dense and of one dtype."""
+        return (*self.mixer.weights, self.mixer_norm, self.mlp_norm, self.gate_and_input, self.mlp_output)
 
+    @cached_property
+    def problem(self) -> PairCall:
+        """See `LayerStep.problem`."""
+        return PairCall(
+            mixer=self.mixer.problem,
+            mlp_size=self.mlp_output.shape[1],
+            mixer_epsilon=self.mixer_epsilon,
+            mlp_epsilon=self.mlp_epsilon,
+            mixer_norm=address(self.mixer_norm),
+            mlp_norm=address(self.mlp_norm),
+            gate_and_input=address(self.gate_and_input),
+            mlp_output=address(self.mlp_output),
+        )
 
-def pair_step(x: Tensor, inputs: PairInputs, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One step for x (B, D) and a state to y (B, D) and the next state, without gradients."""
-    x, state = dense(x), dense(state)
-    y, final_state = torch.empty_like(x), torch.empty_like(state)
-    library().run("statemix_pair_step", _pair_problem(x, inputs, state, y, final_state))
-    return y, final_state
+    def __call__(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Y and the next state, new tensors."""
+        x, state = dense(x), dense(state)
+        y, final_state = torch.empty_like(x), torch.empty_like(state)
+        library().run("statemix_pair_step", self.filled(x, state, y, final_state))
+        return y, final_state
+
+    def filled(self, x: Tensor, state: Tensor, y: Tensor, final_state: Tensor) -> PairCall:
+        """The struct of a step between these."""
+        problem = PairCall.from_buffer_copy(self.problem)
+        _fill(problem.mixer, x, state, y, final_state)
+        return problem
 
 
 class ModelStep:
@@ -63,7 +129,7 @@ class ModelStep:
 
     Args:
         embedding: (V, D).
-        pairs: of each layer, what it reads and its state (B, M, N), dense.
+        pairs: of each layer, its step and its state (B, M, N), dense.
         norm: weight of the last RMS norm (D,).
         epsilon: of it.
         head: (V, D).
@@ -73,14 +139,14 @@ class ModelStep:
     def __init__(
         self,
         embedding: Tensor,
-        pairs: Sequence[tuple[PairInputs, Tensor]],
+        pairs: Sequence[tuple[PairStep, Tensor]],
         norm: Tensor,
         epsilon: float,
         head: Tensor,
         batch: int,
     ) -> None:
         stream = embedding.new_empty(batch, embedding.shape[1])
-        problems = [_pair_problem(stream, inputs, state, stream, state) for inputs, state in pairs]
+        problems = [pair.filled(stream, state, stream, state) for pair, state in pairs]
         self._pairs = (PairCall * len(pairs))(*problems)
         readout = ReadoutCall(
             batch=batch,
@@ -103,7 +169,7 @@ class ModelStep:
         self._use_threads(torch.get_num_threads())
         self._logits = head.new_empty(0)
         # an alias keeps the memory, also where `parameter.data` is exchanged
-        of_pairs = [tensor for inputs, state in pairs for tensor in (*inputs.weights, state)]
+        of_pairs = [tensor for pair, state in pairs for tensor in (*pair.weights, state)]
         self._kept = [tensor.detach() for tensor in (embedding, stream, norm, head, *of_pairs)]
 
     def _use_threads(self, threads: int) -> None:
@@ -123,22 +189,7 @@ class ModelStep:
         return logits
 
 
-def _pair_problem(x: Tensor, inputs: PairInputs, state: Tensor, y: Tensor, final_state: Tensor) -> PairCall:
-    return PairCall(
-        mixer=_step_problem(x, inputs.mixer, state, y, final_state, inputs.normalization, inputs.kind),
-        mlp_size=inputs.mlp_output.shape[1],
-        mixer_epsilon=inputs.mixer_epsilon,
-        mlp_epsilon=inputs.mlp_epsilon,
-        mixer_norm=address(inputs.mixer_norm),
-        mlp_norm=address(inputs.mlp_norm),
-        gate_and_input=address(inputs.gate_and_input),
-        mlp_output=address(inputs.mlp_output),
-    )
-
-
-def _step_problem(
-    x: Tensor, weights: Weights, state: Tensor, y: Tensor, final_state: Tensor, normalization: str, kind: str
-) -> LayerCall:
-    problem = layer_problem(x, weights, state, None, normalization, kind)
+def _fill(problem: LayerCall, x: Tensor, state: Tensor, y: Tensor, final_state: Tensor) -> None:
+    problem.batch, problem.threads = len(x), torch.get_num_threads()
+    problem.x, problem.initial_state = address(x), address(state)
     problem.y, problem.final_state = address(y), address(final_state)
-    return problem

@@ -1,6 +1,7 @@
 """BD-LRU and H-LRU as one: raw gates and values from x, a scan with gates normalised row by row, and a read-out."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -37,15 +38,20 @@ class RawGates(nn.Module):
         return raw_gates.unflatten(2, self.shape)
 
 
+def _recurrence_step(mixer: "LinearRecurrence", weights: tuple[Tensor, ...]) -> kernels.LayerStep:
+    return kernels.LayerStep(cast(kernels.Weights, weights), mixer.state_shape, mixer.normalization, mixer.kind)
+
+
 RECURRENCE = fused.Part(
     parts={
         "raw_gates": fused.Part(RawGates, parts={"projection": fused.AFFINE}),
         "values": fused.LINEAR,
         "output": fused.LINEAR,
     },
-    settings=["normalization", "kind", "backend"],
+    settings=["normalization", "kind", "backend", "state_shape"],
     allows=lambda mixer: mixer.backend in ("auto", "cpu") and mixer.state_shape[0] <= kernels.MAX_ORDER,
     calls=["forward", "mix"],
+    arrange=_recurrence_step,
 )
 
 
@@ -71,11 +77,11 @@ class LinearRecurrence(Mixer):
             return stepped[0][:, None], stepped[1]
         # below, packing the weights for the fused products takes longer than the products
         if x.shape[0] * x.shape[1] >= 32 and fused.serves(x, state, reset):
-            weights = RECURRENCE.inputs(self)
-            if weights is not None and weights[0].dtype == x.dtype:
+            inputs = RECURRENCE.inputs(self)
+            if inputs is not None and inputs.weights[0].dtype == x.dtype:
                 return kernels.layer(
                     x,
-                    weights,
+                    inputs.weights,
                     state,
                     reset,
                     normalization=self.normalization,
@@ -132,6 +138,6 @@ class LinearRecurrence(Mixer):
     def _fused_step(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The step as one call, or None where that does not serve."""
         state = fused.step_state(x, state, (self.d_model, *self.state_shape))
-        if state is None or (weights := RECURRENCE.inputs(self)) is None or weights[0].dtype != x.dtype:
+        if state is None or (step := RECURRENCE.inputs(self)) is None or step.weights[0].dtype != x.dtype:
             return None
-        return kernels.layer_step(x, weights, state, normalization=self.normalization, kind=self.kind)
+        return step(x, state)
