@@ -347,7 +347,10 @@ class SequenceModel(TokenModel):
         """One step: tokens (B,) and a state to logits (B, vocab_size) and the next state."""
         if tokens.ndim != 1:
             raise ValueError(f"SequenceModel.step: `tokens` must have shape (B,), got {tuple(tokens.shape)}.")
-        if torch.is_grad_enabled() or not MODEL.plainly_called(self) or MODEL.inputs(self) is None:
+        ends = (fused.EMBEDDING, self.embedding), (fused.RMS_NORM, self.norm), (fused.LINEAR, self.head)
+        # its layers ask for themselves
+        plain = all(part.plainly_called(module) for part, module in ((MODEL, self), *ends))
+        if torch.is_grad_enabled() or not plain or not fused.undisturbed():
             logits, final_state = self(tokens[:, None], state)
             return logits[:, 0], final_state
         self._check(tokens, state)
