@@ -89,10 +89,11 @@ class Decoder:
             raise ValueError(f"Decoder: `tokens` must have shape (B,) = {tuple(wanted)}, got {tuple(tokens.shape)}.")
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"Decoder: `tokens` must be int64 or int32, got {tokens.dtype}.")
-        with self._lock, torch.no_grad():
-            if (step := self._fused_step()) is not None:
+        with self._lock:
+            if (step := self._fused_step()) is not None:  # which has no gradients: no_grad would only take time
                 return step(tokens.to("cpu", torch.int64))
-            logits, self._state = self.model.step(tokens, self._state)
+            with torch.no_grad():
+                logits, self._state = self.model.step(tokens, self._state)
             self._watch = None  # it was of other states
         return logits
 
