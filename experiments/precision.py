@@ -47,9 +47,9 @@ def error(backend: str, kind: str, normalization: str, length: int, constant: bo
     rows = (ORDER,) if kind == "block" else ()
     values = torch.randn(1, length, *rows, BLOCKS, generator=generator)
     start = torch.randn(1, ORDER, BLOCKS, generator=generator)
-    options = {"normalization": normalization}
-    exact, _ = scan_to_state(kind, gates.double(), values.double(), start.double(), backend="cpu", **options)
-    states, _ = scan_to_state(kind, gates, values, start, backend=backend, **options)
+    wide = gates.double(), values.double(), start.double()
+    exact, _ = scan_to_state(kind, *wide, normalization=normalization, backend="cpu")
+    states, _ = scan_to_state(kind, gates, values, start, normalization=normalization, backend=backend)
     return ((states.double() - exact).abs().max() / exact.abs().max()).item()
 
 
