@@ -1,0 +1,306 @@
+// Runs the kernels of csrc/gpu on a CPU: the names of csrc/gpu/device.cuh, and a program's lanes as fibers that take turns.
+//
+// A lane runs until it meets others: at a barrier, or in an exchange within its warp. Who runs next is drawn from a seed, and
+// so is whether a copy to shared memory arrives at once or as late as its `wait` allows. A barrier or a wait that is missing
+// then shows as a wrong result for some seed; lanes that meet in different places, or wait for one that has ended, are told.
+// With STATEMIX_THREADS every lane is a thread, for the sanitizers: they see races whatever the order was.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <csetjmp>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+#ifdef STATEMIX_THREADS
+#include <barrier>
+#include <thread>
+#else
+#include <ucontext.h>
+#endif
+
+using uint8 = uint8_t;
+using uint16 = uint16_t;
+using uint32 = uint32_t;
+using int64 = long long;
+using std::max;
+using std::min;
+
+struct uint2 { uint32 x, y; };
+struct alignas(16) uint4 { uint32 x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+inline uint2 make_uint2(uint32 x, uint32 y) { return {x, y}; }
+inline uint4 make_uint4(uint32 x, uint32 y, uint32 z, uint32 w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+#define STATEMIX_DEVICE inline
+#define __align__(bytes) alignas(bytes)
+
+namespace emulated {
+
+struct Index { int x = 0, y = 0, z = 0; };
+struct Copy { void* to; const void* from; int bytes; bool there; };
+
+struct Lane {
+  Index thread;
+  uint32 seed = 0;
+  int exchanges = 0;
+  std::vector<Copy> open;                  // copies since the last commit
+  std::vector<std::vector<Copy>> groups;   // committed and not waited for, the oldest first
+  uint32 random() {  // xorshift
+    seed ^= seed << 13, seed ^= seed >> 17, seed ^= seed << 5;
+    return seed;
+  }
+};
+
+// What the lanes of a warp send each other. A lane cannot be two exchanges ahead of another, so two places are enough.
+struct Exchange { uint32 sent[2][32]; };
+
+static Index block;
+static std::vector<Exchange> exchanges;
+
+#ifdef STATEMIX_THREADS
+static thread_local Lane* lane;
+static std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
+static std::unique_ptr<std::barrier<>> program_barrier;
+
+inline void meet(int, bool whole_program) {
+  (whole_program ? *program_barrier : *warp_barriers[lane->thread.x / 32]).arrive_and_wait();
+}
+
+template <class Function>
+const char* run_lanes(std::vector<Lane>& lanes, uint32, Function function) {
+  std::vector<std::thread> threads;
+  warp_barriers.clear();
+  for (size_t w = 0; w < lanes.size() / 32; ++w) warp_barriers.push_back(std::make_unique<std::barrier<>>(32));
+  program_barrier = std::make_unique<std::barrier<>>(lanes.size());
+  for (Lane& one : lanes) threads.emplace_back([&] { lane = &one, function(); });
+  for (std::thread& thread : threads) thread.join();
+  return nullptr;
+}
+#else
+constexpr size_t kStack = 256 << 10;
+
+struct Fiber {
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  ucontext_t begin;
+  jmp_buf at;
+  bool started;
+};
+struct Meeting { int arrived = 0, place = 0; };
+
+static Lane* lane;
+static std::vector<Fiber> fibers;
+static std::vector<int> ready;            // lanes that may run
+static std::vector<Meeting> meetings;     // of each warp, then of the program
+static jmp_buf finished;
+static int running;
+static uint32 turns;
+static const char* problem;
+static std::vector<Lane>* all_lanes;
+static void (*lane_main)();
+
+// Goes on with some lane that may run; leaves the current one for good if it has ended.
+__attribute__((noinline)) inline void give_turn(bool ended) {
+  if (ready.empty()) {
+    if (problem == nullptr && running > 0) problem = "lanes wait for others that never come";
+    longjmp(finished, 1);
+  }
+  turns ^= turns << 13, turns ^= turns >> 17, turns ^= turns << 5;
+  const size_t drawn = turns % ready.size();
+  const int next = ready[drawn], from = lane ? lane->thread.x : -1;
+  ready[drawn] = ready.back();
+  ready.pop_back();
+  if (next == from) return;
+  if (!ended && from >= 0 && _setjmp(fibers[from].at)) return;
+  lane = &(*all_lanes)[next];
+  if (fibers[next].started) _longjmp(fibers[next].at, 1);
+  fibers[next].started = true;
+  setcontext(&fibers[next].begin);
+}
+
+inline void meet(int place, bool whole_program) {
+  const int warp = lane->thread.x / 32, count = whole_program ? (int)fibers.size() : 32;
+  Meeting& meeting = meetings[whole_program ? meetings.size() - 1 : warp];
+  if (meeting.arrived++ == 0) meeting.place = place;
+  if (meeting.place != place) problem = "the lanes of a warp meet in different places";
+  if (problem != nullptr) _longjmp(finished, 1);
+  if (meeting.arrived == count) {
+    meeting.arrived = 0;
+    for (int i = 0; i < count; ++i) ready.push_back(whole_program ? i : 32 * warp + i);
+  }
+  give_turn(false);
+}
+
+inline void begin_lane() {
+  lane_main();
+  --running;
+  give_turn(true);
+}
+
+template <class Function>
+const char* run_lanes(std::vector<Lane>& lanes, uint32 seed, Function function) {
+  static Function* kept;
+  kept = &function;
+  lane_main = [] { (*kept)(); };
+  all_lanes = &lanes, lane = nullptr, problem = nullptr, turns = seed, running = lanes.size();
+  fibers.resize(lanes.size());
+  meetings.assign(lanes.size() / 32 + 1, Meeting{});
+  ready.clear();
+  for (size_t i = 0; i < lanes.size(); ++i) {
+    Fiber& fiber = fibers[i];
+    fiber.started = false;
+    getcontext(&fiber.begin);
+    fiber.begin.uc_stack.ss_sp = fiber.stack.get();
+    fiber.begin.uc_stack.ss_size = kStack;
+    fiber.begin.uc_link = nullptr;
+    makecontext(&fiber.begin, begin_lane, 0);
+    ready.push_back(i);
+  }
+  if (!_setjmp(finished)) give_turn(true);
+  return problem;
+}
+#endif
+
+inline void arrive(const Copy& c) {
+  memset(c.to, 0, c.bytes);
+  if (c.there) memcpy(c.to, c.from, c.bytes);
+}
+
+// What each lane of the warp sends, by where in the source it was asked.
+inline const uint32* exchange(uint32 sent, int place) {
+  Exchange& with = exchanges[lane->thread.x / 32];
+  uint32* of = with.sent[lane->exchanges++ % 2];
+  of[lane->thread.x % 32] = sent;
+  meet(place, false);
+  return of;
+}
+template <class T>
+T receive(T x, int from, int place) {
+  static_assert(sizeof(T) == 4);
+  uint32 bits;
+  memcpy(&bits, &x, 4);
+  bits = exchange(bits, place)[from];
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline uint32 ballot(bool predicate, int place) {
+  const uint32* sent = exchange(predicate, place);
+  uint32 bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= sent[i] << i;
+  return bits;
+}
+// Itself, or the lane so many further on where there is one.
+inline int lane_index() { return lane->thread.x % 32; }
+inline int lane_at(int further) {
+  const int at = lane_index() + further;
+  return at < 0 || at >= 32 ? lane_index() : at;
+}
+
+// Runs `programs` programs, one after the other; what is left in shared memory is no number. Null, or what went wrong.
+template <class Program>
+const char* run(const typename Program::Arguments& arguments, int programs, uint32 seed) {
+  constexpr size_t size = sizeof(typename Program::Shared);
+  const std::unique_ptr<char, void (*)(void*)> shared((char*)aligned_alloc(128, (size + 127) / 128 * 128), [](void* p) { free(p); });
+  for (int p = 0; p < programs; ++p) {
+    block = {p};
+    memset(shared.get(), 0xff, size);
+    std::vector<Lane> lanes(Program::kThreads);
+    exchanges.assign(lanes.size() / 32, Exchange{});
+    for (size_t i = 0; i < lanes.size(); ++i) lanes[i].thread = {(int)i}, lanes[i].seed = 0x9e3779b9u * (seed + 1) + 77 * i + 1;
+    const auto one = [&] { Program::run(arguments, *(typename Program::Shared*)shared.get()); };
+    if (const char* what = run_lanes(lanes, 0x85ebca6bu * (seed + 1) + p, one)) return what;
+  }
+  return nullptr;
+}
+
+}  // namespace emulated
+
+#define threadIdx (emulated::lane->thread)
+#define blockIdx (emulated::block)
+#define __syncwarp() emulated::meet(__LINE__, false)
+#define __syncthreads() emulated::meet(__LINE__, true)
+#define __shfl_sync(lanes, value, from) emulated::receive(value, from, __LINE__)
+#define __shfl_xor_sync(lanes, value, mask) emulated::receive(value, emulated::lane_index() ^ (mask), __LINE__)
+#define __shfl_up_sync(lanes, value, by) emulated::receive(value, emulated::lane_at(-(by)), __LINE__)
+#define __shfl_down_sync(lanes, value, by) emulated::receive(value, emulated::lane_at(by), __LINE__)
+#define __ballot_sync(lanes, predicate) emulated::ballot(predicate, __LINE__)
+
+// arguments: a pointer to Program::Arguments; programs: of the whole grid. Returns null, or what went wrong.
+#define STATEMIX_KERNEL(...)                                                              \
+  using Program = __VA_ARGS__;                                                            \
+  extern "C" const int numbers[] = {Program::kThreads, Program::kBlocks};                 \
+  extern "C" const char* kernel(const void* arguments, int programs, uint32 seed) {       \
+    return emulated::run<Program>(*(const Program::Arguments*)arguments, programs, seed); \
+  }
+
+inline float __uint_as_float(uint32 x) {
+  float y;
+  memcpy(&y, &x, 4);
+  return y;
+}
+inline uint32 __float_as_uint(float x) {
+  uint32 y;
+  memcpy(&y, &x, 4);
+  return y;
+}
+
+namespace statemix {
+
+constexpr uint32 kAll = ~0u;
+
+// What a GPU makes of numbers below the normal ones.
+inline float flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }
+inline float exp2_fast(float x) { return flushed(exp2f(x)); }
+inline float inverse_of_normal(float x) { return flushed(1.0f / x); }
+inline float inverse(float x) { return 1.0f / x; }
+
+inline float bfloat16_to_float(uint16 x) { return __uint_as_float(uint32(x) << 16); }
+inline uint16 float_to_bfloat16(float x) {
+  if (x != x) return 0x7fff;
+  const uint32 bits = __float_as_uint(x);
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+inline uint32 floats_to_bfloat16(float low, float high) { return float_to_bfloat16(low) | uint32(float_to_bfloat16(high)) << 16; }
+inline float float16_to_float(uint16 x) {
+  _Float16 y;
+  memcpy(&y, &x, 2);
+  return y;
+}
+inline uint16 float_to_float16(float x) {
+  const _Float16 y = x;
+  uint16 bits;
+  memcpy(&bits, &y, 2);
+  return bits;
+}
+inline uint32 floats_to_float16(float low, float high) { return float_to_float16(low) | uint32(float_to_float16(high)) << 16; }
+
+template <int bytes>
+void copy(void* to, const void* from, bool there) {
+  const emulated::Copy one{to, from, bytes, there};
+  if (reinterpret_cast<uintptr_t>(to) % bytes || (there && reinterpret_cast<uintptr_t>(from) % bytes)) {
+    fprintf(stderr, "a copy of %d bytes is not aligned\n", bytes);
+    abort();
+  }
+  if (emulated::lane->random() % 2)
+    emulated::arrive(one);
+  else
+    emulated::lane->open.push_back(one);
+}
+inline void commit() {
+  emulated::lane->groups.push_back(std::move(emulated::lane->open));
+  emulated::lane->open.clear();
+}
+template <int open>
+void wait() {
+  auto& groups = emulated::lane->groups;
+  while ((int)groups.size() > open) {
+    for (const emulated::Copy& one : groups.front()) emulated::arrive(one);
+    groups.erase(groups.begin());
+  }
+}
+
+}  // namespace statemix
