@@ -2,78 +2,518 @@
 //
 // A lane has all of U neighbouring blocks, so no number ever goes from lane to lane. A slab is W L steps in a row: each of
 // the W warps of a program takes L of them, for the same 32 U blocks, and
-//   1. makes the weights of its steps and their map, what they make of any state that enters them;
+//   1. makes the weights of its steps, and their map: what they make of any state that enters them;
 //   2. leaves the map where the other warps see it, and sends the state that enters the slab through the maps before its own;
-//   3. walks through its steps from there, with the weights still in registers.
+//   3. walks its steps from there, with the weights still in registers.
 // So every input is read once, and one sequence of few blocks keeps W warps busy.
 //
-// The backward is the same in reversed time. With r_t, what the steps after t hand back to the state h_t, and s_t = dL/dh_t + r_t,
-//   r_{t-1} = p_t^T s_t, and the gradients of scan/reference.py. A step is counted in the order of the walk: 0 is the last in time.
-//
-// Where programs are few, time is cut into chunks of whole slabs. A first kernel makes the map of every chunk but the last of
-// the walk, as in 1; then each chunk is a program of its own that sends the initial state through the maps before it.
+// The backward is the same in reversed time. With r_t, what the steps after t hand back to h_t, and s_t = dL/dh_t + r_t:
+//   r_{t-1} = p_t^T s_t; the gradients are those of gates.cuh.
+// Positions are counted in the order of the walk: the backward's position 0 is the last step of its chunk.
 //
 // A reset forgets by selection: a product with zero would let an infinity through.
 #pragma once
-#include "device.cuh"
-#include "gates.cuh"
+#include "scan.cuh"
+#include "staged.cuh"
 
 namespace statemix {
 
-enum Pass { kForward, kBackward };
+// The kernels; map and adjoint are those that come before the others where time is cut into chunks, see scan.cuh.
+enum class Pass { forward, map, backward, adjoint };
 
-// Pointers and strides of one scan, in elements. Of one step all blocks are contiguous, transitions (n, i, j), the others (n, i),
-// i and j up to the power of two at M or above. A step starts at a multiple of 16 bytes. The float states (B, N, M) are contiguous.
-template <class T>
-struct SlabArrays {
-  template <class Number>
-  struct Array {
-    Number* at;
-    int64_t batch;
-    int step;
-    __device__ Number* operator()(int64_t b, int64_t t) const { return at + b * batch + t * step; }
-  };
-  int length, blocks, groups;    // T; N; how many programs have one sequence's blocks
-  int slabs_of_chunk, chunks;    // chunks: 1 where time is not cut
-  Array<const T> gates, input_gates, given;  // given: values, or in the backward dL/dh
-  Array<const uint8_t> reset;
-  const float* entering;         // initial state, or in the backward the gradient of the final state
-  float* leaving;                // final state, or in the backward the gradient of the initial state
-  float* maps;                   // (B, chunks, groups, kNumbers, 32)
-  Array<T> states;               // the forward writes, the backward reads it
-  // for the backward
-  Array<const T> values;
-  const float* initial_state;
-  Array<T> grad_gates, grad_input_gates, grad_values;
+// What a warp reads for its L steps of a slab; given: values, or in the backward dL/dh.
+template <class Gates, class Rows, int L, bool walks_back>
+struct SlabInputs {
+  Gates gates[L];
+  Rows input_gates[L], given[L];
+};
+template <class Gates, class Rows, int L>
+struct SlabInputs<Gates, Rows, L, true> : SlabInputs<Gates, Rows, L, false> {
+  Rows values[L], states[L + 1];  // states[l] left the step at position l, states[l + 1] entered it
 };
 
-// M: order. U: blocks of a lane, 1 unless M is 1. W: warps. L: steps of a warp in a slab. D: slabs that are on their way from memory.
-template <class T, int M, int U, int W, int L, int D, Normalization norm, bool kReset, Pass pass, bool kMapOnly>
+// M: order. U: blocks of a lane, 1 unless M is 1. W: warps. L: steps of a warp in a slab. D: slabs on their way from memory.
+template <Pass pass, class S, int M, Normalization norm, bool has_reset, int U, int W, int L, int D>
 struct Slabs {
-  static constexpr int P = M == 3 ? 4 : M;        // the place of a block in memory
-  static constexpr int kRows = U * P;             // numbers of a lane in one step,
-  static constexpr int kGates = U * P * P;        // and transition gates
-  static constexpr bool kBack = pass == kBackward;
-  static constexpr bool kKeepsSlopes = norm != kSoftmax;  // softmax's slope is its weight
-  static constexpr int kNumbers = U * M * (M + 1) + (kReset ? 1 : 0);  // of a map, one for whether it forgets
-  static constexpr int kThreads = 32 * W;
+  static constexpr bool kBack = pass == Pass::backward || pass == Pass::adjoint;
+  static constexpr bool kWalks = pass == Pass::forward || pass == Pass::backward;
+  static constexpr int P = filled_order(M);            // the place of a component in memory
+  static constexpr int kRows = U * P, kGates = U * P * P;  // numbers of a lane in a step
+  static constexpr int kMap = U * M * (M + 1) + (has_reset ? 1 : 0);
+  static constexpr int kThreads = 32 * W, kBlocks = 32 * U;
 
-  using Rows = Staged<T, kRows>;
-  using Gates = Staged<T, kGates>;
+  using Arguments = Scan<S>;
   using State = float[U][M];
+  using Gates = Staged<S, kGates>;
+  using Rows = Staged<S, kRows>;
+  using Inputs = SlabInputs<Gates, Rows, L, pass == Pass::backward>;
+  using StagedMap = float[kMap][32];
 
-  // What a warp reads for its steps of a slab.
-  struct Inputs {
-    Gates gates[L];
-    Rows input_gates[L], given[L];
-  };
-  struct InputsOfBackward : Inputs {
-    Rows values[L], states[L + 1];  // states[l + 1] entered step l, states[l] left it
-  };
   struct Shared {
-    std::conditional_t<kBack && !kMapOnly, InputsOfBackward, Inputs> ring[D][W];
-    float maps[2][W][kNumbers][32], carry[2][U][M][32];
+    Inputs ring[D][W];
+    StagedMap maps[2][W];
+    float carry[2][U][M][32];
   };
 
+  // given: what a step adds to the state, or in the backward dL/dh, which it adds before it mixes.
+  struct Step {
+    float weight[U][M][M];
+    State input_gate, given;
+  };
+  // What steps make of a state h that enters them: column[M] + sum_j h[j] column[j], or column[M] alone if they forget it.
+  struct Map {
+    float column[M + 1][U][M];
+    bool forgets;
+  };
+
+  const Arguments& scan;
+  Shared& shared;
+  const Place place;
+  const int lane, warp, first_block, block, lanes, slabs;
+  uint32 resets = 0, next_resets = 0;  // bit l: there is a reset at the warp's position l of this slab, and of the next
+
+  static STATEMIX_DEVICE void run(const Arguments& scan, Shared& shared) { Slabs(scan, shared).run(); }
+
+  STATEMIX_DEVICE Slabs(const Arguments& scan, Shared& shared)
+      : scan(scan),
+        shared(shared),
+        place(scan),
+        lane(threadIdx.x % 32),
+        warp(threadIdx.x / 32),
+        first_block(place.program * 32 * U),
+        block(first_block + lane * U),
+        lanes((scan.blocks - first_block + U - 1) / U),
+        slabs((place.steps + W * L - 1) / (W * L)) {}
+
+  STATEMIX_DEVICE void run() {
+#pragma unroll
+    for (int d = 0; d < D; ++d) bring(d);
+    if constexpr (has_reset) next_resets = resets_of(0);
+    if constexpr (kWalks) {
+      if (warp == 0) enter_chunk();
+      for (int c = 0; c < slabs - 1; ++c) walk_slab<false>(c);
+      walk_slab<true>(slabs - 1);
+    } else {
+      map_chunk();
+    }
+  }
+
+  // The warp's first position in slab c. To make a map, each warp goes through a part of the chunk by itself.
+  STATEMIX_DEVICE int position(int c) const { return L * (kWalks ? c * W + warp : warp * slabs + c); }
+  STATEMIX_DEVICE int time(int position) const {
+    return place.first + (kBack ? place.steps - 1 - position : position);
+  }
+  // Where `array` has the program's blocks, `numbers` each, at the step of a position.
+  template <class Number>
+  STATEMIX_DEVICE Number* at(const Array<Number>& array, int position, int numbers) const {
+    return array(place.batch, time(position)) + (int64)first_block * numbers;
+  }
+
+  // Begins to bring the inputs of slab c.
+  STATEMIX_DEVICE void bring(int c) {
+    if (c < slabs) {
+      Inputs& in = shared.ring[c % D][warp];
+#pragma unroll
+      for (int l = 0; l < L; ++l) {
+        const int q = position(c) + l;
+        if (q >= place.steps) break;
+        in.gates[l].bring(at(scan.gates, q, P * P), lane, lanes);
+        in.input_gates[l].bring(at(scan.input_gates, q, P), lane, lanes);
+        in.given[l].bring(at(kBack ? scan.grad_states : scan.values, q, P), lane, lanes);
+        if constexpr (pass == Pass::backward) {
+          in.values[l].bring(at(scan.values, q, P), lane, lanes);
+          if (l == 0) in.states[0].bring(at(scan.states, q, P), lane, lanes);
+          if (time(q) > 0) in.states[l + 1].bring(at(scan.states, q + 1, P), lane, lanes);
+        }
+      }
+    }
+    commit();
+  }
+  STATEMIX_DEVICE void wait_for_slab() const {
+    wait<D - 1>();
+    __syncwarp();
+  }
+
+  // Which of the warp's positions in slab c have a reset: read a slab ahead, and one step a lane.
+  STATEMIX_DEVICE uint32 resets_of(int c) const {
+    const int q = position(c) + lane;
+    const bool mine = lane < L && q < place.steps;
+    return mine && scan.reset[(int64)place.batch * scan.length + time(q)];
+  }
+  STATEMIX_DEVICE void turn_resets(int c) {
+    if constexpr (has_reset) {
+      resets = __ballot_sync(kAll, next_resets);
+      next_resets = c + 1 < slabs ? resets_of(c + 1) : 0;
+    }
+  }
+  STATEMIX_DEVICE bool resets_at(int l) const { return has_reset && (resets >> l & 1); }
+
+  template <bool slopes>
+  using Weights = Row<norm, M, slopes>[U][M];
+
+  template <bool slopes>
+  STATEMIX_DEVICE void weigh_step(const Inputs& in, int l, Weights<slopes>& rows) const {
+    float gates[kGates], input_gates[kRows];
+    in.gates[l].take(lane, gates);
+    in.input_gates[l].take(lane, input_gates);
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+      for (int i = 0; i < M; ++i) {
+        float row[M];
+#pragma unroll
+        for (int j = 0; j < M; ++j) row[j] = gates[(u * P + i) * P + j];
+        weigh<norm, M, 1>(rows[u][i], row, input_gates[u * P + i], 0);
+      }
+  }
+
+  STATEMIX_DEVICE void make_step(const Inputs& in, int l, Step& step) const {
+    Weights<false> rows;
+    weigh_step<false>(in, l, rows);
+    float given[kRows];
+    in.given[l].take(lane, given);
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+      for (int i = 0; i < M; ++i) {
+        const Row<norm, M, false>& row = rows[u][i];
+#pragma unroll
+        for (int j = 0; j < M; ++j) step.weight[u][i][j] = row.p[j] * row.scale();
+        step.input_gate[u][i] = row.in * row.scale();
+        step.given[u][i] = kBack ? given[u * P + i] : given[u * P + i] * step.input_gate[u][i];
+      }
+  }
+
+  // What the transition carries from component j to component i of the state, or in the backward of what is handed back.
+  static STATEMIX_DEVICE float carried(const Step& step, int u, int i, int j) {
+    return kBack ? step.weight[u][j][i] : step.weight[u][i][j];
+  }
+  // h <- p h + given, or in the backward p^T (h + given); `linear`: as if nothing were given.
+  template <bool linear>
+  static STATEMIX_DEVICE void advance(const Step& step, State& h) {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      float from[M], to[M];
+#pragma unroll
+      for (int i = 0; i < M; ++i) {
+        from[i] = kBack && !linear ? h[u][i] + step.given[u][i] : h[u][i];
+        to[i] = kBack || linear ? 0.0f : step.given[u][i];
+      }
+#pragma unroll
+      for (int i = 0; i < M; ++i) {
+#pragma unroll
+        for (int j = 0; j < M; ++j) to[i] = fmaf(carried(step, u, i, j), from[j], to[i]);
+        h[u][i] = to[i];
+      }
+    }
+  }
+  static STATEMIX_DEVICE void clear(State& h) {
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+      for (int i = 0; i < M; ++i) h[u][i] = 0.0f;
+  }
+
+  STATEMIX_DEVICE void begin_map(const Step& step, Map& map) const {
+    map.forgets = resets_at(0);
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+      for (int i = 0; i < M; ++i) {
+#pragma unroll
+        for (int j = 0; j < M; ++j) map.column[j][u][i] = carried(step, u, i, j);
+        map.column[M][u][i] = kBack ? 0.0f : step.given[u][i];
+      }
+    if constexpr (kBack) {
+      advance<false>(step, map.column[M]);
+      if (resets_at(0)) clear(map.column[M]);
+    }
+  }
+  STATEMIX_DEVICE void extend_map(const Step& step, int l, Map& map) const {
+    if (!kBack && resets_at(l)) clear(map.column[M]);
+#pragma unroll
+    for (int j = 0; j < M; ++j) advance<true>(step, map.column[j]);
+    advance<false>(step, map.column[M]);
+    if (kBack && resets_at(l)) clear(map.column[M]);
+    map.forgets |= resets_at(l);
+  }
+
+  STATEMIX_DEVICE void leave(const Map& map, StagedMap& at) const {
+#pragma unroll
+    for (int j = 0; j <= M; ++j)
+#pragma unroll
+      for (int u = 0; u < U; ++u)
+#pragma unroll
+        for (int i = 0; i < M; ++i) at[(j * U + u) * M + i][lane] = map.column[j][u][i];
+    if constexpr (has_reset) at[kMap - 1][lane] = map.forgets ? 1.0f : 0.0f;
+  }
+  STATEMIX_DEVICE bool forgets(const StagedMap& map) const { return map[kMap - 1][lane] != 0; }
+  // h <- what the map makes of it; `linear`: as if nothing had been given.
+  template <bool linear>
+  STATEMIX_DEVICE void send(const StagedMap& map, State& h) const {
+    State to;
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+      for (int i = 0; i < M; ++i) {
+        const float offset = linear ? 0.0f : map[(M * U + u) * M + i][lane];
+        to[u][i] = offset;
+#pragma unroll
+        for (int j = 0; j < M; ++j) to[u][i] = fmaf(map[(j * U + u) * M + i][lane], h[u][j], to[u][i]);
+        if (has_reset && forgets(map)) to[u][i] = offset;
+      }
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+      for (int i = 0; i < M; ++i) h[u][i] = to[u][i];
+  }
+
+  // The state that enters the chunk, where every warp finds it: it comes before the first of them.
+  STATEMIX_DEVICE void enter_chunk() {
+    State h;
+    clear(h);
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+      for (int i = 0; i < M; ++i)
+        if (block + u < scan.blocks) h[u][i] = place.entering(scan, block + u, P, i);
+    put_carry(0, h);
+  }
+  STATEMIX_DEVICE void put_carry(int c, const State& h) {
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+      for (int i = 0; i < M; ++i) shared.carry[c % 2][u][i][lane] = h[u][i];
+  }
+  // Float states of the lane's blocks, (.., N, P) from block 0 on.
+  STATEMIX_DEVICE void store_state(float* at, const State& h) const {
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+      for (int i = 0; i < P; ++i)
+        if (block + u < scan.blocks) at[(int64)(block + u) * P + i] = i < M ? h[u][i] : 0.0f;
+  }
+  STATEMIX_DEVICE float* end() const { return scan.end + (int64)place.batch * scan.blocks * P; }
+
+  // Numbers of a lane in a step, kRows or kGates, to where the first lane's are.
+  template <int count>
+  STATEMIX_DEVICE void store(S* to, const float (&x)[count]) const {
+    constexpr int kOfBlock = count / U;
+    S* mine = to + lane * count;
+    if (block + U <= scan.blocks) {
+      store_numbers<count>(mine, x);
+    } else {
+#pragma unroll
+      for (int u = 0; u < U - 1; ++u)
+        if (block + u < scan.blocks) store_numbers<kOfBlock>(mine + u * kOfBlock, x + u * kOfBlock);
+    }
+  }
+
+  // last: the last slab of the chunk, which may end before its last position.
+  template <bool last>
+  STATEMIX_DEVICE void walk_slab(int c) {
+    Inputs& in = shared.ring[c % D][warp];
+    turn_resets(c);
+    wait_for_slab();
+    Step step[L];
+#pragma unroll
+    for (int l = 0; l < L; ++l) make_step(in, l, step[l]);
+    if constexpr (!kBack) {
+      __syncwarp();  // all lanes have taken what the next copies overwrite
+      bring(c + D);
+    }
+    Map map;
+    begin_map(step[0], map);
+#pragma unroll
+    for (int l = 1; l < L; ++l) extend_map(step[l], l, map);
+    leave(map, shared.maps[c % 2][warp]);
+    __syncthreads();
+
+    State h;
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+      for (int i = 0; i < M; ++i) h[u][i] = shared.carry[c % 2][u][i][lane];
+    for (int w = 0; w < warp; ++w) send<false>(shared.maps[c % 2][w], h);
+
+    if constexpr (kBack)
+      walk_back<last>(c, in, step, h);
+    else
+      walk<last>(c, step, h);
+    if constexpr (kBack) {
+      __syncwarp();
+      bring(c + D);
+    }
+    if (warp == W - 1) put_carry(c + 1, h);
+  }
+
+  template <bool last>
+  STATEMIX_DEVICE void walk(int c, const Step (&step)[L], State& h) {
+#pragma unroll
+    for (int l = 0; l < L; ++l) {
+      const int q = position(c) + l;
+      if (last && q >= place.steps) break;
+      if (resets_at(l)) clear(h);
+      advance<false>(step[l], h);
+      float out[kRows] = {};
+#pragma unroll
+      for (int u = 0; u < U; ++u)
+#pragma unroll
+        for (int i = 0; i < M; ++i) out[u * P + i] = h[u][i];
+      store(at(scan.new_states, q, P), out);
+      if (last && time(q) == scan.length - 1) store_state(end(), h);
+    }
+  }
+
+  // The rows of a step for its gradients. A weight of softmax is its own slope; other rows are weighed again, which costs
+  // fewer registers than to keep what they need.
+  STATEMIX_DEVICE void rows_of(const Inputs& in, int l, const Step& step, Weights<true>& rows) const {
+    if constexpr (norm != Normalization::softmax) {
+      weigh_step<true>(in, l, rows);
+    } else {
+#pragma unroll
+      for (int u = 0; u < U; ++u)
+#pragma unroll
+        for (int i = 0; i < M; ++i) {
+#pragma unroll
+          for (int j = 0; j < M; ++j) rows[u][i].p[j] = step.weight[u][i][j];
+          rows[u][i].in = step.input_gate[u][i];
+          rows[u][i].inverse = 1.0f;
+        }
+    }
+  }
+
+  template <bool last>
+  STATEMIX_DEVICE void walk_back(int c, Inputs& in, const Step (&step)[L], State& r) {
+    float after[kRows];
+    in.states[0].take(lane, after);
+#pragma unroll
+    for (int l = 0; l < L; ++l) {
+      const int q = position(c) + l;
+      if (last && q >= place.steps) break;
+      Weights<true> rows;
+      rows_of(in, l, step[l], rows);
+      float value[kRows], before[kRows];
+      in.values[l].take(lane, value);
+      in.states[l + 1].take(lane, before);
+      if (last && time(q) == 0) {
+        const float* initial = scan.initial + ((int64)place.batch * scan.blocks + block) * P;
+#pragma unroll
+        for (int k = 0; k < kRows; ++k)
+          if (block + k / P < scan.blocks) before[k] = initial[k];
+      }
+      float grad_gates[kGates] = {}, grad_input_gates[kRows] = {}, grad_values[kRows] = {};
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        float handed[M] = {};
+#pragma unroll
+        for (int i = 0; i < M; ++i) {
+          const Row<norm, M, true>& row = rows[u][i];
+          const int k = u * P + i;
+          const float s = (step[l].given[u][i] + r[u][i]) * row.scale();
+          grad_values[k] = s * row.in;
+          grad_input_gates[k] = row.gradient_in(s, value[k], after[k]);
+#pragma unroll
+          for (int j = 0; j < M; ++j) {
+            const float entered = resets_at(l) ? 0.0f : before[u * P + j];
+            grad_gates[k * P + j] = row.gradient(j, s, entered, after[k]);
+            handed[j] = fmaf(row.p[j], s, handed[j]);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < M; ++j) r[u][j] = handed[j];
+      }
+      if (resets_at(l)) clear(r);
+      if constexpr (Gates::kPieces > 1)
+        in.gates[l].put(lane, grad_gates);
+      else
+        store(at(scan.grad_gates, q, P * P), grad_gates);
+      store(at(scan.grad_input_gates, q, P), grad_input_gates);
+      store(at(scan.grad_values, q, P), grad_values);
+      if (last && time(q) == 0) store_state(end(), r);
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) after[k] = before[k];
+    }
+    if constexpr (Gates::kPieces > 1) {
+      __syncwarp();
+#pragma unroll
+      for (int l = 0; l < L; ++l) {
+        const int q = position(c) + l;
+        if (last && q >= place.steps) break;
+        in.gates[l].write_out(at(scan.grad_gates, q, P * P), lane, lanes);
+      }
+    }
+  }
+
+  // Each warp makes the map of its part of the chunk. Then columns of the chunk's map go through the parts.
+  STATEMIX_DEVICE void map_chunk() {
+    Map map;
+    identity(map);
+    for (int c = 0; c < slabs; ++c) {
+      turn_resets(c);
+      wait_for_slab();
+      Step step[L];
+#pragma unroll
+      for (int l = 0; l < L; ++l) make_step(shared.ring[c % D][warp], l, step[l]);
+      __syncwarp();
+      bring(c + D);
+#pragma unroll
+      for (int l = 0; l < L; ++l) {
+        if (position(c) + l >= place.steps) break;
+        extend_map(step[l], l, map);
+      }
+    }
+    leave(map, shared.maps[0][warp]);
+    __syncthreads();
+
+    if (warp == 0) {
+      State offset;
+      clear(offset);
+      for (int w = 0; w < W; ++w) send<false>(shared.maps[0][w], offset);
+      store_state(scan.offsets + place.state * P, offset);
+    }
+    if constexpr (pass == Pass::map) {
+      for (int j = warp; j < P; j += W) {
+        State column;
+        unit(j, column);
+        for (int w = 0; w < W; ++w) send<true>(shared.maps[0][w], column);
+        store_column(scan.maps + place.state * P * P, j, column);
+      }
+      if constexpr (has_reset) {
+        bool cut = false;
+        for (int w = 0; w < W; ++w) cut |= forgets(shared.maps[0][w]);
+        if (place.program == 0 && threadIdx.x == 0) scan.cuts[place.batch * scan.chunks + place.chunk] = cut;
+      }
+    }
+  }
+  static STATEMIX_DEVICE void unit(int j, State& h) {
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+      for (int i = 0; i < M; ++i) h[u][i] = i == j ? 1.0f : 0.0f;
+  }
+  static STATEMIX_DEVICE void identity(Map& map) {
+    map.forgets = false;
+#pragma unroll
+    for (int j = 0; j <= M; ++j) unit(j, map.column[j]);
+  }
+  // Column j of the matrices (.., N, P, P) of the lane's blocks.
+  STATEMIX_DEVICE void store_column(float* at, int j, const State& h) const {
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+      for (int i = 0; i < P; ++i)
+        if (block + u < scan.blocks) at[((int64)(block + u) * P + i) * P + j] = i < M && j < M ? h[u][i] : 0.0f;
+  }
 };
+
+template <class S, int M, Normalization norm, bool has_reset, int U, int W, int L, int D>
+using SlabsForward = Slabs<Pass::forward, S, M, norm, has_reset, U, W, L, D>;
+template <class S, int M, Normalization norm, bool has_reset, int U, int W, int L, int D>
+using SlabsMap = Slabs<Pass::map, S, M, norm, has_reset, U, W, L, D>;
+template <class S, int M, Normalization norm, bool has_reset, int U, int W, int L, int D>
+using SlabsBackward = Slabs<Pass::backward, S, M, norm, has_reset, U, W, L, D>;
+template <class S, int M, Normalization norm, bool has_reset, int U, int W, int L, int D>
+using SlabsAdjoint = Slabs<Pass::adjoint, S, M, norm, has_reset, U, W, L, D>;
+
 }  // namespace statemix
