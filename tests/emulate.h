@@ -5,17 +5,17 @@
 // then shows as a wrong result for some seed; lanes that meet in different places, or wait for one that has ended, are told.
 // With STATEMIX_THREADS every lane is a thread, for the sanitizers: they see races whatever the order was.
 #pragma once
-#include <algorithm>
-#include <cmath>
-#include <csetjmp>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
+#include <math.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
 #include <vector>
 #ifdef STATEMIX_THREADS
 #include <barrier>
+#include <memory>
 #include <thread>
 #else
 #include <ucontext.h>
@@ -25,8 +25,8 @@ using uint8 = uint8_t;
 using uint16 = uint16_t;
 using uint32 = uint32_t;
 using int64 = long long;
-using std::max;
-using std::min;
+inline int max(int x, int y) { return x > y ? x : y; }
+inline int min(int x, int y) { return x < y ? x : y; }
 
 struct uint2 { uint32 x, y; };
 struct alignas(16) uint4 { uint32 x, y, z, w; };
@@ -84,7 +84,7 @@ const char* run_lanes(std::vector<Lane>& lanes, uint32, Function function) {
 constexpr size_t kStack = 256 << 10;
 
 struct Fiber {
-  std::unique_ptr<char[]> stack{new char[kStack]};
+  char* stack = (char*)malloc(kStack);  // kept for the next program
   ucontext_t begin;
   jmp_buf at;
   bool started;
@@ -153,7 +153,7 @@ const char* run_lanes(std::vector<Lane>& lanes, uint32 seed, Function function) 
     Fiber& fiber = fibers[i];
     fiber.started = false;
     getcontext(&fiber.begin);
-    fiber.begin.uc_stack.ss_sp = fiber.stack.get();
+    fiber.begin.uc_stack.ss_sp = fiber.stack;
     fiber.begin.uc_stack.ss_size = kStack;
     fiber.begin.uc_link = nullptr;
     makecontext(&fiber.begin, begin_lane, 0);
@@ -204,17 +204,19 @@ inline int lane_at(int further) {
 template <class Program>
 const char* run(const typename Program::Arguments& arguments, int programs, uint32 seed) {
   constexpr size_t size = sizeof(typename Program::Shared);
-  const std::unique_ptr<char, void (*)(void*)> shared((char*)aligned_alloc(128, (size + 127) / 128 * 128), [](void* p) { free(p); });
-  for (int p = 0; p < programs; ++p) {
+  char* shared = (char*)aligned_alloc(128, (size + 127) / 128 * 128);
+  const char* problem = nullptr;
+  for (int p = 0; p < programs && problem == nullptr; ++p) {
     block = {p};
-    memset(shared.get(), 0xff, size);
+    memset(shared, 0xff, size);
     std::vector<Lane> lanes(Program::kThreads);
     exchanges.assign(lanes.size() / 32, Exchange{});
     for (size_t i = 0; i < lanes.size(); ++i) lanes[i].thread = {(int)i}, lanes[i].seed = 0x9e3779b9u * (seed + 1) + 77 * i + 1;
-    const auto one = [&] { Program::run(arguments, *(typename Program::Shared*)shared.get()); };
-    if (const char* what = run_lanes(lanes, 0x85ebca6bu * (seed + 1) + p, one)) return what;
+    const auto one = [&] { Program::run(arguments, *(typename Program::Shared*)shared); };
+    problem = run_lanes(lanes, 0x85ebca6bu * (seed + 1) + p, one);
   }
-  return nullptr;
+  free(shared);
+  return problem;
 }
 
 }  // namespace emulated
@@ -232,7 +234,7 @@ const char* run(const typename Program::Arguments& arguments, int programs, uint
 // arguments: a pointer to Program::Arguments; programs: of the whole grid. Returns null, or what went wrong.
 #define STATEMIX_KERNEL(...)                                                              \
   using Program = __VA_ARGS__;                                                            \
-  extern "C" const int numbers[] = {Program::kThreads, Program::kBlocks};                 \
+  extern "C" const int numbers[] = {Program::kThreads, Program::kBlocks, sizeof(Program::Shared)}; \
   extern "C" const char* kernel(const void* arguments, int programs, uint32 seed) {       \
     return emulated::run<Program>(*(const Program::Arguments*)arguments, programs, seed); \
   }
@@ -253,7 +255,7 @@ namespace statemix {
 constexpr uint32 kAll = ~0u;
 
 // What a GPU makes of numbers below the normal ones.
-inline float flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }
+inline float flushed(float x) { return fabsf(x) < 1.17549435e-38f ? copysignf(0.0f, x) : x; }
 inline float exp2_fast(float x) { return flushed(exp2f(x)); }
 inline float inverse_of_normal(float x) { return flushed(1.0f / x); }
 inline float inverse(float x) { return 1.0f / x; }
@@ -291,7 +293,7 @@ void copy(void* to, const void* from, bool there) {
     emulated::lane->open.push_back(one);
 }
 inline void commit() {
-  emulated::lane->groups.push_back(std::move(emulated::lane->open));
+  emulated::lane->groups.push_back(emulated::lane->open);
   emulated::lane->open.clear();
 }
 template <int open>

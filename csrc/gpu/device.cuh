@@ -15,7 +15,7 @@ using int64 = long long;
 // serves) and run(Arguments, Shared&). Whoever launches it reads its three numbers in the mangled name of `numbers`.
 #define STATEMIX_KERNEL(...)                                                                \
   using Program = __VA_ARGS__;                                                              \
-  extern "C" __global__ void __launch_bounds__(Program::kThreads)                           \
+  extern "C" __global__ void __launch_bounds__(Program::kThreads, 1)                           \
       kernel(const __grid_constant__ Program::Arguments arguments) {                        \
     extern __shared__ __align__(16) char shared[];                                          \
     Program::run(arguments, *reinterpret_cast<Program::Shared*>(shared));                   \

@@ -15,14 +15,16 @@ namespace statemix {
 enum class Normalization { softmax, sigmoid, relu, tanh, silu, linear, none };
 
 constexpr float kReluFloor = 1e-3f;              // RELU_FLOOR in gates.py
-constexpr float kSmallestNormal = 1.17549435e-38f;
+constexpr float kSmallestNormal = 1.17549435e-38f, kLargest = 3.40282347e+38f;
 constexpr float kLog2E = 1.4426950408889634f;
 
-constexpr bool is_signed(Normalization n) {
-  return n == Normalization::tanh || n == Normalization::silu || n == Normalization::linear;
+constexpr bool is_unbounded(Normalization n) {
+  return n == Normalization::relu || n == Normalization::silu || n == Normalization::linear;
 }
-// Whether f' is kept beside f, because f does not tell it.
-constexpr bool keeps_slopes(Normalization n) { return n == Normalization::sigmoid || n == Normalization::silu; }
+// Whether f' is kept beside f, because f and S do not tell it.
+constexpr bool keeps_slopes(Normalization n) {
+  return n == Normalization::sigmoid || n == Normalization::tanh || n == Normalization::silu;
+}
 
 // Combines x of the `lanes` neighbours that share a row or a block; all of them get the result.
 template <int lanes>
@@ -71,36 +73,39 @@ STATEMIX_DEVICE float f_of(float z, float& slope) {
   } else if constexpr (norm == Normalization::relu) {
     return z < 0 ? 0.0f : z;
   } else if constexpr (norm == Normalization::tanh) {
-    return tanh_of(z);
+    const float f = tanh_of(z);
+    slope = 1.0f - f * f;
+    return f;
   } else {
     return z;
   }
 }
 
-// A lane's part of a row, as f(z) and 1 / S; a weight is f times inverse.
+// A lane's part of a row. A weight is p times scale(): softmax, whose S is between 1 and M + 1, leaves 1 / S to whoever has
+// summed up; the others would leave the range of float32.
 template <Normalization norm, int E, bool backward>
 struct Row {
-  float f[E], in;  // of the transition gates and of the input gate
-  float inverse;
-  float slopes[backward && keeps_slopes(norm) ? E : 1], slope_in;
+  static constexpr bool kSlopes = backward && keeps_slopes(norm);
+  float p[E], in;  // of the transition gates and of the input gate
+  float inverse;   // 1 / S
+  float slopes[kSlopes ? E : 1], slope_in;  // f' / S
 
-  static STATEMIX_DEVICE float sign(float f) {
-    if constexpr (is_signed(norm)) return f > 0 ? 1.0f : f < 0 ? -1.0f : 0.0f;
-    return norm == Normalization::none ? 0.0f : 1.0f;
-  }
-  static STATEMIX_DEVICE float slope(float f, float kept) {
-    if constexpr (keeps_slopes(norm)) return kept;
-    if constexpr (norm == Normalization::softmax) return f;
-    if constexpr (norm == Normalization::relu) return f > 0 ? 1.0f : 0.0f;
-    if constexpr (norm == Normalization::tanh) return 1.0f - f * f;
-    return 1.0f;
-  }
-  // dL/dz, from s / S, u and h as above.
+  STATEMIX_DEVICE float scale() const { return norm == Normalization::softmax ? inverse : 1.0f; }
+
+  // dL/dz of gate j and of the input gate, from s scale(), u and h as above.
   STATEMIX_DEVICE float gradient(int j, float s, float u, float h) const {
-    return s * slope(f[j], slopes[keeps_slopes(norm) ? j : 0]) * (u - sign(f[j]) * h);
+    return gradient_of(p[j], slopes[kSlopes ? j : 0], s, u, h);
   }
-  STATEMIX_DEVICE float gradient_in(float s, float v, float h) const {
-    return s * slope(in, slope_in) * (v - sign(in) * h);
+  STATEMIX_DEVICE float gradient_in(float s, float v, float h) const { return gradient_of(in, slope_in, s, v, h); }
+
+ private:
+  STATEMIX_DEVICE float gradient_of(float weight, float slope, float s, float u, float h) const {
+    if constexpr (norm == Normalization::softmax) return s * weight * (u - h);
+    if constexpr (norm == Normalization::sigmoid) return s * slope * (u - h);
+    if constexpr (norm == Normalization::relu) return weight > 0 ? s * inverse * (u - h) : 0.0f;
+    if constexpr (norm == Normalization::none) return s * u;
+    const float mean = weight > 0 ? h : weight < 0 ? -h : 0.0f;
+    return s * (norm == Normalization::linear ? inverse : slope) * (u - mean);
   }
 };
 
@@ -110,7 +115,7 @@ STATEMIX_DEVICE bool is_gate(int index) {
   return order == capacity || index < order;
 }
 
-// The row of order `order` that K lanes have; z: this lane's gates, from the row's `first` on; z_in: the input gate.
+// The row of `order` gates that K lanes have; raw: this lane's gates, from the row's `first` on; z_in: the input gate.
 template <Normalization norm, int order, int K, bool backward, int E>
 STATEMIX_DEVICE void weigh(Row<norm, E, backward>& row, const float (&raw)[E], float z_in, int first) {
   constexpr bool exponential = norm == Normalization::softmax || norm == Normalization::sigmoid;
@@ -119,6 +124,14 @@ STATEMIX_DEVICE void weigh(Row<norm, E, backward>& row, const float (&raw)[E], f
   for (int j = 0; j < E; ++j)
     z[j] = is_gate<order, K * E>(first + j) ? raw[j] : exponential ? __uint_as_float(0xff800000u) : 0.0f;
 
+  if constexpr (norm == Normalization::softmax && K * E == 1) {
+    // One exponential for two gates, kept finite, so that its inverse is normal. A gate of +inf makes NaN, as in any softmax.
+    const float apart = fmaf(fmaxf(z[0], z_in), 0.0f, z_in - z[0]) * kLog2E;
+    row.p[0] = 1.0f;
+    row.in = exp2_fast(apart > 126.0f ? 126.0f : apart);
+    row.inverse = inverse_of_normal(1.0f + row.in);
+    return;
+  }
   float peak = z_in;
   if constexpr (exponential) {
 #pragma unroll
@@ -130,33 +143,40 @@ STATEMIX_DEVICE void weigh(Row<norm, E, backward>& row, const float (&raw)[E], f
     const float shift = -peak * kLog2E;
 #pragma unroll
     for (int j = 0; j < E; ++j) {
-      row.f[j] = exp2_fast(fmaf(z[j], kLog2E, shift));
-      sum[j % 2] += row.f[j];
+      row.p[j] = exp2_fast(fmaf(z[j], kLog2E, shift));
+      sum[j % 2] += row.p[j];
     }
     row.in = exp2_fast(fmaf(z_in, kLog2E, shift));
-  } else {
-    // below -80 the sigmoid is exp to the last bit, and a row of exp may be shifted to keep its largest away from underflow
-    const float shift = norm == Normalization::sigmoid ? fmaxf(-80.0f - peak, 0.0f) : 0.0f;
-#pragma unroll
-    for (int j = 0; j < E; ++j) {
-      float slope = 0;
-      row.f[j] = f_of<norm>(z[j] + shift, slope);
-      if constexpr (backward && keeps_slopes(norm)) row.slopes[j] = slope;
-      sum[j % 2] += is_signed(norm) ? fabsf(row.f[j]) : row.f[j];
-    }
-    row.in = f_of<norm>(z_in + shift, row.slope_in);
-  }
-  if constexpr (norm == Normalization::none) {
-    row.inverse = 1.0f;
+    row.inverse = inverse_of_normal(sum_of_lanes<K>(sum[0] + sum[1]) + row.in);
     return;
   }
-  float total = sum_of_lanes<K>(sum[0] + sum[1]) + (is_signed(norm) ? fabsf(row.in) : row.in);
-  if constexpr (norm == Normalization::softmax) {
-    row.inverse = inverse_of_normal(total);  // of 1 to M + 1
-  } else {
-    if constexpr (norm == Normalization::relu) total += kReluFloor * (order + 1);
-    row.inverse = inverse(total < kSmallestNormal ? 1.0f : total);  // a row of zeros has weights of 0
+  // below -80 the sigmoid is exp to the last bit, and a row of exp may be shifted to keep its largest away from underflow
+  const float shift = norm == Normalization::sigmoid ? fmaxf(-80.0f - peak, 0.0f) : 0.0f;
+  float shrunk = 0;  // the sum of f / 128, for rows whose own sum overflows
+#pragma unroll
+  for (int j = 0; j < E; ++j) {
+    float slope = 0;
+    row.p[j] = f_of<norm>(z[j] + shift, slope);
+    if constexpr (Row<norm, E, backward>::kSlopes) row.slopes[j] = slope;
+    sum[j % 2] += fabsf(row.p[j]);
+    if constexpr (is_unbounded(norm)) shrunk = fmaf(fabsf(row.p[j]), 1.0f / 128, shrunk);
   }
+  row.in = f_of<norm>(z_in + shift, row.slope_in);
+  if constexpr (norm == Normalization::none) return;
+  const float floor = norm == Normalization::relu ? kReluFloor * (order + 1) : 0.0f;
+  const float total = sum_of_lanes<K>(sum[0] + sum[1]) + fabsf(row.in) + floor;
+  row.inverse = inverse(total < kSmallestNormal ? 1.0f : total);  // a row of zeros has weights of 0
+  if constexpr (is_unbounded(norm)) {
+    shrunk = fmaf(fabsf(row.in) + floor, 1.0f / 128, sum_of_lanes<K>(shrunk));
+    if (total > kLargest) row.inverse = inverse(shrunk) * (1.0f / 128);
+  }
+#pragma unroll
+  for (int j = 0; j < E; ++j) {
+    row.p[j] *= row.inverse;
+    if constexpr (Row<norm, E, backward>::kSlopes) row.slopes[j] *= row.inverse;
+  }
+  row.in *= row.inverse;
+  if constexpr (Row<norm, E, backward>::kSlopes) row.slope_in *= row.inverse;
 }
 
 }  // namespace statemix

@@ -11,12 +11,19 @@
 // Chunks of time: where blocks are few, a first kernel makes the map of each chunk (h -> P h + q, the same walk with M + 1
 // states at once: the columns of the identity, and zero), `relay` hands the state from chunk to chunk, and the scan then
 // walks all chunks at once. The backward hands adjoints from the last chunk to the first with the transposed P that the
-// forward kept and a q of its own. Without chunks the carry of the only chunk is the initial state.
+// forward kept and a q of its own.
 #pragma once
 #include "gates.cuh"
 #include "storage.cuh"
 
 namespace statemix {
+
+// The order filled up.
+constexpr int filled_order(int order) {
+  int filled = 1;
+  while (filled < order) filled *= 2;
+  return filled;
+}
 
 template <class S>
 struct Array {
@@ -32,7 +39,8 @@ struct Scan {
   Array<S> new_states, grad_gates, grad_input_gates, grad_values;            // written
   const uint8* reset;    // (B, T), or null: the state is zero before that step
   const float* initial;  // (B, N, M): the state before step 0; companion: the last M values, the newest first
-  const float* carry;    // (B, chunks, N, M): what enters each chunk, in the direction of the walk; null: zeros
+  const float* start;    // (B, N, M): what enters the walk: the initial state, or the gradient of the final one; null: zeros
+  float* carry;          // (B, chunks, N, M): what enters each chunk, in the direction of the walk: `relay`. Not without chunks
   float* end;            // (B, N, M): what leaves the walk: the final state, or the gradient of the initial one
   float* maps;           // (B, chunks, N, M, M): P of each chunk
   float* offsets;        // (B, chunks, N, M): q of each chunk
@@ -45,6 +53,7 @@ struct Scan {
 struct Place {
   int batch, chunk, program;
   int first, steps;  // of the chunk
+  int64 state;       // of block 0 in what is kept once for a chunk, in blocks: carry, offsets and maps
   template <class S>
   STATEMIX_DEVICE explicit Place(const Scan<S>& scan) {
     const int index = blockIdx.x / scan.programs;
@@ -53,6 +62,13 @@ struct Place {
     batch = index / scan.chunks;
     first = chunk * scan.chunk_size;
     steps = min(scan.length - first, scan.chunk_size);
+    state = (int64)index * scan.blocks;
+  }
+  // Number i of M of block n in what enters this chunk.
+  template <class S>
+  STATEMIX_DEVICE float entering(const Scan<S>& scan, int n, int M, int i) const {
+    if (scan.chunks > 1) return scan.carry[(state + n) * M + i];
+    return scan.start == nullptr ? 0.0f : scan.start[(state + n) * M + i];
   }
 };
 

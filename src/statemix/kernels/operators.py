@@ -22,8 +22,11 @@ class Operator:
         fake: Callable[..., Any],
         save: Callable[..., None],
         derivative: Callable[..., Any],
+        device_types: str | None = "cpu",
     ) -> None:
-        self.operator = torch.library.custom_op(f"statemix::{name}", function, mutates_args=(), device_types="cpu")
+        self.operator = torch.library.custom_op(
+            f"statemix::{name}", function, mutates_args=(), device_types=device_types
+        )
         self.operator.register_fake(fake)
         self.operator.register_autograd(derivative, setup_context=save)
 

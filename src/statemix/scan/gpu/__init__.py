@@ -1,358 +1,285 @@
-"""The fused Triton kernels as torch custom operators: float32 and bfloat16, M up to 16, forward and first derivative.
+"""The fused CUDA kernels of csrc/gpu as torch custom operators: float32, bfloat16 and float16, M up to 16, forward and
+first derivative.
 
-A kernel reads the raw gates and normalises them in registers; a transition is never in memory, forward or backward.
-The modules of this package that import triton are imported at the first call. With TRITON_INTERPRET=1 in the
-environment, triton's interpreter runs them on CPU tensors: slowly, for tests. More: docs/gpu.md.
+A kernel reads the raw gates and normalises them in registers; a transition is never in memory, forward or backward. With
+STATEMIX_EMULATE_GPU=1 in the environment the same sources run on a CPU, slowly, for tests. More: docs/gpu.md.
 """
 
 import functools
-import importlib.util
-import os
+import struct
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from statemix.scan.gpu_model import MAX_ORDER, Card, Configuration, Scan, card_of, choose
+from statemix.kernels.operators import Operator, save_nothing
+from statemix.scan.gpu import plan
+from statemix.scan.gpu.compile import STORAGES, load, load_problem, unserved_device
+from statemix.scan.gpu.plan import MAX_ORDER, Signature, filled_order
 from statemix.scan.problem import Problem
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up now: torch.compile could not trace that
+__all__ = ["MAX_ORDER", "load_problem", "scan", "scan_blocks", "unserved"]
 
-
-class Launch(NamedTuple):
-    """A kernel and what it is compiled with.
-
-    constants: of its tl.constexpr parameters. pointers: dtype behind each pointer parameter. All others are integers.
-    per: what an iteration of its loop takes, a "step" or a "chunk".
-    """
-
-    kernel: Any
-    constants: dict[str, Any]
-    pointers: dict[str, torch.dtype]
-    num_warps: int
-    num_stages: int
-    per: str = "step"
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+ALIGNMENT = 16  # bytes: of every array and of its steps in time, csrc/gpu/scan.cuh
 
 
 def unserved(problem: Problem) -> str | None:
-    """Why the kernels are not here or do not serve the problem; None if they do.
-
-    The interpreter serves tensors of a CPU alone.
-    """
-    if not _HAS_TRITON:
-        return "it needs triton, which is not installed: pip install 'statemix[gpu]'."
-    if not torch.cuda.is_available() and not _interpreted():
-        return "it needs a GPU, and torch finds none here."
-    device, order = problem.values.device, problem.initial_state.shape[1]
-    if device.type != ("cpu" if _interpreted() else "cuda"):
-        return f"it needs {'CPU' if _interpreted() else 'CUDA'} tensors, got device {device}."
-    if problem.values.dtype == torch.float64:
+    """Why the kernels are not here or do not serve the problem; None if they do."""
+    missing = load_problem() or unserved_device(problem.values.device)
+    if missing is not None:
+        return missing
+    order = problem.initial_state.shape[1]
+    if problem.values.dtype not in STORAGES:
         return f"it computes in float32, got {problem.values.dtype}."
     return f"it serves M up to {MAX_ORDER}, got M = {order}." if order > MAX_ORDER else None
 
 
-def launches(
-    kind: str,
-    direction: str,
-    order: int,
-    dtype: torch.dtype,
-    configuration: Configuration,
-    normalization: str = "softmax",
-    reset: bool = False,
-    blocks: int = 512,
-    keep: bool = True,
-) -> list[Launch]:
-    """The kernels that a scan of this configuration runs, in their order, each with what it is compiled with.
-
-    Args:
-        kind: "block", "companion" or "observer".
-        direction: "forward" or "backward".
-        order: M.
-        dtype: of raw gates, values and states.
-        configuration: from `statemix.scan.gpu_model`.
-        normalization: of the raw gates.
-        reset: whether there is a reset mask.
-        blocks: N.
-        keep: whether a forward keeps what its backward needs.
-
-    Returns:
-        One launch for each kernel; in chunks of time these are a summary, a relay and the scan.
-    """
-    from statemix.scan.gpu import block, lagged, tiles
-
-    forward, wide = direction == "forward", torch.float32
-    family = "lagged" if kind != "block" else "tile" if configuration.tile else "block"
-    kernel = getattr({"block": block, "lagged": lagged, "tile": tiles}[family], f"{family}_{direction}")
-    constants: dict[str, Any] = {"M": order, "N": blocks, "BLOCK_N": configuration.block_n}
-    constants |= {"NORMALIZATION": normalization, "HAS_RESET": reset}
-    constants |= {"HAS_RESIDUAL": dtype != wide and (keep or not forward)}
-    if family == "tile":
-        constants |= {"STEPS": configuration.tile, "STAGES": configuration.num_stages}
-    else:
-        constants |= {"AHEAD": configuration.num_stages - 1}
-    if family == "block":
-        constants |= {"GROUPS": _groups(order, configuration.block_n)}
-    elif family == "lagged":
-        constants |= {"OBSERVER": kind == "observer"}
-    pointers = {"raw_gates_ptr": dtype, "values_ptr": dtype, "carry_ptr": wide, "reset_ptr": torch.uint8}
-    pointers |= {"states_ptr": dtype, "residual_ptr": dtype}
-    if forward:
-        pointers |= {"final_state_ptr": wide}
-    else:
-        pointers |= {"initial_state_ptr": wide, "grad_states_ptr": dtype, "grad_initial_state_ptr": wide}
-        pointers |= {"grad_raw_gates_ptr": dtype, "grad_values_ptr": dtype}
-    scan = Launch(kernel, constants, pointers, configuration.num_warps, 1)
-    return [*_carry_launches(kind, scan, configuration, not forward), scan] if configuration.chunk_size else [scan]
-
-
-def _groups(order: int, block_n: int) -> int:
-    """Lanes that share out the rows of a block: those of a warp that the blocks leave free."""
-    return max(1, min(32 // block_n, 1 << (order - 1).bit_length()))
-
-
-def _carry_launches(kind: str, scan: Launch, configuration: Configuration, adjoint: bool) -> list[Launch]:
-    """The summary and the relay that make the carries of a scan in chunks."""
-    from statemix.scan.gpu import chunks
-
-    order, wide = scan.constants["M"], torch.float32
-    shared = {"M": order, "N": scan.constants["N"], "ADJOINT": adjoint}
-    constants = shared | {name: scan.constants[name] for name in ("NORMALIZATION", "HAS_RESET")}
-    constants |= {"COLUMNS": 1 << (order - 1).bit_length(), "AHEAD": configuration.num_stages - 1}
-    if kind == "block":
-        kernel = chunks.block_summary
-        constants |= {"BLOCK_N": configuration.block_n, "GROUPS": _groups(order, configuration.block_n)}
-    else:
-        kernel = chunks.lagged_summary
-        # above M 8 the columns of the product are more than a lane has registers for
-        constants |= {"BLOCK_N": min(configuration.block_n, 32 if order <= 8 else 8), "OBSERVER": kind == "observer"}
-    pointers = {name: scan.pointers[name] for name in ("raw_gates_ptr", "values_ptr", "reset_ptr")} | {"maps_ptr": wide}
-    summary = Launch(kernel, constants, pointers, 1, 1)
-
-    groups = _groups(order, 8)  # 8 lanes and more read whole sectors of the maps
-    loads = -(-order // groups) * (order + 1)
-    constants = shared | {"BLOCK_N": 32 // groups, "GROUPS": groups, "AHEAD": max(1, 32 // loads)}
-    pointers = dict.fromkeys(("maps_ptr", "start_ptr", "carry_ptr"), wide)
-    return [summary, Launch(chunks.relay, constants, pointers, 1, 1, "chunk")]
-
-
 def scan(problem: Problem) -> tuple[Tensor, Tensor]:
-    """In one pass over time, or in chunks of it: the states, and the state (B, M, N) after the last step."""
-    if problem.values.dtype == torch.float16:
-        problem = problem.widened()
+    """The states, and the state (B, M, N) after the last step. Numbers are put in the kernels' order, one copy each."""
     kind, raw_gates, values, initial_state, reset, normalization = problem
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (raw_gates, values, initial_state))
-    states, final_state, _ = _forward(raw_gates, values, initial_state, reset, normalization, kind, keep)
-    return states, final_state
+    order = initial_state.shape[1]
+    fill = filled_order(order) - order
+    coefficients, input_gates = raw_gates.split([order, 1], dim=-2)
+    input_gates = input_gates.squeeze(-2)
+    if kind == "block":  # (B, T, N, M, M), and (B, T, N, M) for what has one number a row
+        coefficients = _filled(coefficients.permute(0, 1, 4, 2, 3), fill, fill)
+        input_gates, values = (_filled(x.transpose(2, 3), fill) for x in (input_gates, values))
+    else:
+        coefficients = _filled(coefficients.transpose(2, 3), fill)
+    initial_state = _filled(initial_state.transpose(1, 2), fill)
+    states, final_state = scan_blocks(
+        coefficients, input_gates, values, initial_state, reset, normalization, kind, order
+    )
+    if kind != "companion":
+        states = states[..., :order].transpose(2, 3)
+    return states, final_state[..., :order].transpose(1, 2)
 
 
-_choose = functools.cache(choose)
+def _filled(x: Tensor, *fills: int) -> Tensor:
+    """`x` with its last axes longer by `fills`."""
+    if not any(fills):
+        return x
+    return torch.nn.functional.pad(x, [size for fill in fills for size in (0, fill)])
 
 
-@functools.cache
-def _card(device: torch.device) -> Card:
-    return card_of(torch.cuda.get_device_properties(device))
+class Launch(NamedTuple):
+    """A compiled kernel, and how many of its programs serve the blocks of a sequence, and how many there are."""
+
+    run: Callable[[bytes, int], None]
+    of_sequence: int
+    programs: int
+
+    def __call__(self, arguments: bytes) -> None:
+        """Run it; `arguments` are all but the last field of its struct."""
+        self.run(arguments + struct.pack("i", self.of_sequence), self.programs)
 
 
-def configure(kind: str, direction: str, values: Tensor, order: int) -> Configuration:
-    """The configuration that a scan runs with: the model's choice for the card.
+class Plan(NamedTuple):
+    """The kernels of a scan in their order, for the chunks of time that it is cut into."""
 
-    In the interpreter, where an operation takes the same time at any width, it is one wide program.
-    """
-    batch, length, blocks = values.shape[0], values.shape[1], values.shape[-1]
-    if _interpreted():
-        return Configuration(max(8, 1 << (blocks - 1).bit_length()), 1, 2)
-    dtype = str(values.dtype).removeprefix("torch.")
-    return _choose(Scan(kind, direction, order, dtype, batch, length, blocks), _card(values.device))
+    chunk_size: int
+    chunks: int
+    forward: tuple[Launch, ...]
+    backward: tuple[Launch, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(signature: Signature, device: torch.device, chunk_size: int | None = None) -> Plan:
+    def launch(kernel: plan.Kernel, chunks: int) -> Launch:
+        run, size = load(kernel, device)
+        of_sequence = -(-signature.blocks // size.blocks)
+        return Launch(run, of_sequence, signature.batch * chunks * of_sequence)
+
+    _, size = load(plan.kernel(signature, "Forward"), device)
+    warps = -(-signature.blocks // size.blocks) * signature.batch * size.threads // 32
+    chunk_size = chunk_size or plan.chunk_size(signature, warps, device)
+    chunks = -(-signature.length // chunk_size)
+    forward, backward = (launch(plan.kernel(signature, program), chunks) for program in ("Forward", "Backward"))
+    if chunks == 1:
+        return Plan(chunk_size, chunks, (forward,), (backward,))
+    maps, adjoint = (launch(plan.kernel(signature, program), chunks) for program in ("Map", "Adjoint"))
+    relay, relay_back = (launch(plan.relay(signature, back), 1) for back in (False, True))
+    return Plan(chunk_size, chunks, (maps, relay, forward), (maps, adjoint, relay_back, backward))
 
 
 def _run(
-    launch: Launch, tensors: dict[str, Tensor | None], integers: tuple[int, ...], batch: int, chunks: int = 1
+    launches: tuple[Launch, ...],
+    chosen: Plan,
+    signature: Signature,
+    arrays: tuple[Tensor | None, ...],
+    reset: Tensor | None,
+    initial_state: Tensor,
+    start: Tensor | None,
+    end: Tensor,
 ) -> None:
-    """Launch a kernel on tensors named like its pointers; for one that is None any other stands in, and is not read."""
-    grid = (-(-launch.constants["N"] // launch.constants["BLOCK_N"]), batch, chunks)
-    some = next(x for x in tensors.values() if x is not None)
-    names = [name for name in launch.kernel.arg_names if name.endswith("_ptr")]
-    pointers = [some if tensors[name] is None else tensors[name] for name in names]
-    with torch.cuda.device_of(some):
-        launch.kernel[grid](
-            *pointers, *integers, **launch.constants, num_warps=launch.num_warps, num_stages=launch.num_stages
-        )
+    """Run the kernels of a scan on `arrays`, which are those of `Scan` in csrc/gpu/scan.cuh, None where there is none."""
+    carry, maps, offsets, cuts = None, None, None, None
+    if chosen.chunks > 1:
+        batch, blocks, filled = initial_state.shape
+        carry, offsets = (initial_state.new_empty(batch, chosen.chunks, blocks, filled) for _ in range(2))
+        maps = initial_state.new_empty(batch, chosen.chunks, blocks, filled, filled)
+        cuts = initial_state.new_empty(batch, chosen.chunks, dtype=torch.uint8)
+    fields: list[int] = []
+    for array in arrays:
+        fields += (0, 0, 0) if array is None else (array.data_ptr(), array.stride(0), array.stride(1))
+    for tensor in (reset, initial_state, start, carry, end, maps, offsets, cuts):
+        fields.append(0 if tensor is None else tensor.data_ptr())
+    fields += (signature.batch, signature.length, signature.blocks, chosen.chunks, chosen.chunk_size)
+    arguments = _STRUCT.pack(*fields)
+    for launch in launches:
+        launch(arguments)
 
 
-def _carry(
-    before: list[Launch], raw_gates: Tensor, values: Tensor, reset: Tensor | None, start: Tensor, chunk_size: int
-) -> Tensor:
-    """What enters each chunk, (B, C, M, N), with `start` for the first: by a summary and a relay, where C is above 1.
-
-    In a backward `values` are the gradients of the states, and the first chunk is the last.
-    """
-    (batch, order, blocks), length = start.shape, values.shape[1]
-    chunks = -(-length // chunk_size)
-    if chunks == 1:
-        return start
-    summary, relay = before
-    maps = start.new_empty(batch, chunks - 1, order, order + 1, blocks)
-    carry = start.new_empty(batch, chunks, order, blocks)
-    tensors = {"raw_gates_ptr": raw_gates, "values_ptr": values, "reset_ptr": _bytes(reset), "maps_ptr": maps}
-    integers = (length, chunk_size, *raw_gates.stride()[:2], *values.stride()[:2])
-    _run(summary, tensors, integers, batch, chunks - 1)
-    _run(relay, {"maps_ptr": maps, "start_ptr": start, "carry_ptr": carry}, (chunks,), batch)
-    return carry
+_STRUCT = struct.Struct("35q5i")  # nine arrays, eight pointers and five numbers
 
 
-def _scan_forward(
-    raw_gates: Tensor,
+def _signature(values: Tensor, gates: Tensor, reset: Tensor | None, normalization: str, kind: str, order: int) -> Signature:
+    batch, length, blocks = gates.shape[:3]
+    return Signature(kind, values.dtype, order, normalization, reset is not None, batch, length, blocks)
+
+
+def _forward(
+    gates: Tensor,
+    input_gates: Tensor,
     values: Tensor,
     initial_state: Tensor,
     reset: Tensor | None,
     normalization: str,
     kind: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    raw_gates, values = _strided(raw_gates), _strided(values)
-    states, final_state, residual = _states_like(values, initial_state, kind, keep)
-    length, blocks, order = values.shape[1], values.shape[-1], initial_state.shape[1]
-    configuration = configure(kind, "forward", values, order)
-    *before, launch = launches(
-        kind, "forward", order, values.dtype, configuration, normalization, reset is not None, blocks, keep
-    )
-    chunk_size = configuration.chunk_size or length
-    carry = _carry(before, raw_gates, values, reset, initial_state.contiguous(), chunk_size)
-    tensors = {
-        "raw_gates_ptr": raw_gates,
-        "values_ptr": values,
-        "carry_ptr": carry,
-        "reset_ptr": _bytes(reset),
-        "states_ptr": states,
-        "residual_ptr": residual,
-        "final_state_ptr": final_state,
-    }
-    integers = (length, chunk_size, *raw_gates.stride()[:2], *values.stride()[:2])
-    _run(launch, tensors, integers, values.shape[0], -(-length // chunk_size))
-    return states, final_state, residual
+    order: int,
+) -> tuple[Tensor, Tensor]:
+    states, final_state = _results(gates, input_gates, values, initial_state, reset, normalization, kind, order)
+    signature = _signature(values, gates, reset, normalization, kind, order)
+    chosen = _plan(signature, values.device)
+    gates, input_gates, values = _aligned(gates), _aligned(input_gates), _aligned(values)
+    initial_state, reset = initial_state.contiguous(), reset if reset is None else reset.contiguous()
+    arrays = (gates, input_gates, values, None, None, states, None, None, None)
+    _run(chosen.forward, chosen, signature, arrays, reset, initial_state, initial_state, final_state)
+    return states, final_state
 
 
-def _scan_forward_fake(
-    raw_gates: Tensor,
-    values: Tensor,
-    initial_state: Tensor,
-    reset: Tensor | None,
-    normalization: str,
-    kind: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _states_like(values, initial_state, kind, keep)
+def _results(
+    gates: Tensor, input_gates: Tensor, values: Tensor, initial_state: Tensor, *others: Any
+) -> tuple[Tensor, Tensor]:
+    """Room for the states of every step, and for the state to go on from."""
+    *_, kind, _ = others
+    states = _room(values, (*values.shape[:3], initial_state.shape[2])) if kind == "observer" else _room(values)
+    return states, initial_state.new_empty(initial_state.shape)
 
 
-def _scan_backward(
+def _backward(
     grad_states: Tensor,
     grad_final_state: Tensor | None,
-    raw_gates: Tensor,
+    gates: Tensor,
+    input_gates: Tensor,
     values: Tensor,
     initial_state: Tensor,
     reset: Tensor | None,
     states: Tensor,
-    residual: Tensor,
     normalization: str,
     kind: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    raw_gates, values = _strided(raw_gates), _strided(values)
-    grads = _grads_like(raw_gates, values, initial_state)
-    length, blocks, order = values.shape[1], values.shape[-1], initial_state.shape[1]
-    configuration = configure(kind, "backward", values, order)
-    *before, launch = launches(
-        kind, "backward", order, values.dtype, configuration, normalization, reset is not None, blocks
-    )
-    chunk_size, grad_states = configuration.chunk_size or length, grad_states.contiguous()
-    start = initial_state.new_zeros(initial_state.shape) if grad_final_state is None else grad_final_state.contiguous()
-    carry = _carry(before, raw_gates, grad_states, reset, start, chunk_size)
-    tensors = {
-        "raw_gates_ptr": raw_gates,
-        "values_ptr": values,
-        "initial_state_ptr": initial_state.contiguous(),
-        "reset_ptr": _bytes(reset),
-        "states_ptr": states,
-        "residual_ptr": residual,
-        "grad_states_ptr": grad_states,
-        "carry_ptr": carry,
-        "grad_raw_gates_ptr": grads[0],
-        "grad_values_ptr": grads[1],
-        "grad_initial_state_ptr": grads[2],
-    }
-    integers = (length, chunk_size, *raw_gates.stride()[:2], *values.stride()[:2])
-    _run(launch, tensors, integers, values.shape[0], -(-length // chunk_size))
+    order: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads = _grads(grad_states, grad_final_state, gates, input_gates, values, initial_state)
+    signature = _signature(values, gates, reset, normalization, kind, order)
+    chosen = _plan(signature, values.device)
+    gates, input_gates, values, grad_states = (_aligned(x) for x in (gates, input_gates, values, grad_states))
+    initial_state, reset = initial_state.contiguous(), reset if reset is None else reset.contiguous()
+    if grad_final_state is not None:
+        grad_final_state = grad_final_state.contiguous()
+    arrays = (gates, input_gates, values, states, grad_states, None, *grads[:3])
+    _run(chosen.backward, chosen, signature, arrays, reset, initial_state, grad_final_state, grads[3])
     return grads
 
 
-def _scan_backward_fake(
+def _grads(
     grad_states: Tensor,
     grad_final_state: Tensor | None,
-    raw_gates: Tensor,
+    gates: Tensor,
+    input_gates: Tensor,
     values: Tensor,
     initial_state: Tensor,
-    reset: Tensor | None,
-    states: Tensor,
-    residual: Tensor,
-    normalization: str,
-    kind: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _grads_like(raw_gates, values, initial_state)
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for the gradients of the four inputs."""
+    return _room(gates), _room(input_gates), _room(values), initial_state.new_empty(initial_state.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.normalization, ctx.kind, _ = inputs
+def _room(like: Tensor, shape: torch.Size | tuple[int, ...] | None = None) -> Tensor:
+    """An empty tensor of a shape (B, T, ...), dense below a time step, whose steps are aligned."""
+    shape = like.shape if shape is None else shape
+    batch, length, *step = shape
+    size = 1
+    for count in step:
+        size *= count
+    unit = ALIGNMENT // like.element_size()
+    padded = -(-size // unit) * unit
+    strides = [padded * length, padded]
+    for count in step:
+        size //= count
+        strides.append(size)
+    return like.new_empty(batch * length * padded).as_strided(shape, strides)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x` itself if it is dense below a time step and its steps are aligned, or a copy."""
+    unit = ALIGNMENT // x.element_size()
+    if x[0, 0].is_contiguous() and x.data_ptr() % ALIGNMENT == 0 and x.stride(0) % unit == 0 == x.stride(1) % unit:
+        return x
+    return _room(x).copy_(x)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.normalization, ctx.kind, ctx.order = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*tensors, output[0], output[2])
+    ctx.save_for_backward(*tensors, output[0])
 
 
-def _derivative(
-    ctx: Any, grad_states: Tensor | None, grad_final_state: Tensor | None, unused: None
-) -> tuple[Tensor | None, ...]:
+def _derivative(ctx: Any, grad_states: Tensor | None, grad_final_state: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     if grad_states is None:
-        grad_states = torch.zeros_like(saved[4])
-    grads = _backward(grad_states, grad_final_state, *saved, ctx.normalization, ctx.kind)
+        grad_states = torch.zeros_like(saved[-1])
+    grads = _differentiate(grad_states, grad_final_state, *saved, ctx.normalization, ctx.kind, ctx.order)
     return *grads, None, None, None, None
-
-
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError("scan: the 'gpu' backend has no second derivative. Use backend='associative'.")
 
 
-_forward = torch.library.custom_op("statemix::gpu_scan_forward", _scan_forward, mutates_args=())
-_forward.register_fake(_scan_forward_fake)
-_backward = torch.library.custom_op("statemix::gpu_scan_backward", _scan_backward, mutates_args=())
-_backward.register_fake(_scan_backward_fake)
-_forward.register_autograd(_derivative, setup_context=_save)
-_backward.register_autograd(_no_second_derivative, setup_context=_save_nothing)
+_operator = Operator("gpu_scan_forward", _forward, _results, _save, _derivative, device_types=None)
+_differentiate = Operator(
+    "gpu_scan_backward", _backward, _grads, save_nothing, _no_second_derivative, device_types=None
+)
 
 
-def _bytes(reset: Tensor | None) -> Tensor | None:
-    return None if reset is None else reset.contiguous().view(torch.uint8)
+def scan_blocks(
+    gates: Tensor,
+    input_gates: Tensor,
+    values: Tensor,
+    initial_state: Tensor,
+    reset: Tensor | None,
+    normalization: str,
+    kind: str,
+    order: int,
+) -> tuple[Tensor, Tensor]:
+    """The scan of tensors in the kernels' own order, where a block's numbers are together; M is filled up to a power of two.
 
+    Nothing is copied if each tensor is dense below a time step, and its steps are a multiple of 16 bytes apart: columns of
+    a larger tensor will do. What lies where M is filled up is not read, and has gradients of zero.
 
-def _strided(x: Tensor) -> Tensor:
-    """`x` itself if everything below a time step is contiguous (the kernels take batch and time strides), or a copy."""
-    return x if x[0, 0].is_contiguous() else x.contiguous()
+    Args:
+        gates: (B, T, N, M, M), [..., i, j] carries old component j to new component i; (B, T, N, M) for lags.
+        input_gates, values: (B, T, N, M); (B, T, N) for lags.
+        initial_state: (B, N, M), float32.
+        reset: (B, T) bool, or None.
+        normalization: a name in `NORMALIZATIONS`.
+        kind: "block", "companion" or "observer".
+        order: M before it was filled up.
 
-
-def _states_like(values: Tensor, initial_state: Tensor, kind: str, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the states, the state to go on from, and what rounding the states to bfloat16 left, if it is kept."""
-    batch, length, blocks = values.shape[0], values.shape[1], values.shape[-1]
-    shape = (batch, length, blocks) if kind == "companion" else (batch, length, initial_state.shape[1], blocks)
-    kept = shape if keep and values.dtype != torch.float32 else (0,)
-    return values.new_empty(shape), initial_state.new_empty(initial_state.shape), values.new_empty(kept)
-
-
-def _grads_like(raw_gates: Tensor, values: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the three gradients, contiguous also where an input was expanded."""
-    return tuple(x.new_empty(x.shape) for x in (raw_gates, values, initial_state))  # type: ignore[return-value]
+    Returns:
+        The states, (B, T, N, M), for the companion (B, T, N), in the dtype of `values`, and the final state, (B, N, M), in
+        float32.
+    """
+    return _operator(gates, input_gates, values, initial_state, reset, normalization, kind, order)

@@ -1,0 +1,224 @@
+"""The kernels of csrc/gpu, compiled when they are first asked for: for a GPU by NVRTC, for its emulation on a CPU by g++.
+
+A kernel is a program of csrc/gpu with its template arguments. It is called with the bytes of one struct, `Scan` in
+csrc/gpu/scan.cuh. NVIDIA's own bindings are imported at the first call for a GPU.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+STORAGES = {torch.float32: "float", torch.bfloat16: "Bfloat16", torch.float16: "Float16"}
+OLDEST_ARCHITECTURE = 80  # copies to shared memory that nobody waits for begin with it
+EMULATED = os.environ.get("STATEMIX_EMULATE_GPU") == "1"  # the backend serves CPU tensors, slowly, for tests
+
+_HAS_BINDINGS = importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
+_CHECKOUT = Path(__file__).parents[4]  # of the sources, unless the package was installed without them
+_INSTALLED = Path(__file__).parent / "csrc"
+_COMPILER_OPTIONS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fno-gnu-unique", "-DSTATEMIX_EMULATE"]
+
+
+class Kernel(NamedTuple):
+    """A program of csrc/gpu and its template arguments.
+
+    family: its file. numbers: what it shares out time and threads by, and may be chosen freely.
+    """
+
+    family: str
+    program: str
+    dtype: torch.dtype
+    order: int
+    normalization: str
+    has_reset: bool
+    numbers: tuple[int | str, ...]
+
+    @property
+    def source(self) -> str:
+        """All that is compiled, but for what it includes."""
+        arguments = [
+            STORAGES[self.dtype],
+            str(self.order),
+            f"statemix::Normalization::{self.normalization}",
+            str(self.has_reset).lower(),
+            *(str(number).lower() for number in self.numbers),
+        ]
+        program = f"statemix::{self.program}<{', '.join(arguments)}>"
+        return f'#include "{self.family}.cuh"\nusing namespace statemix;\nSTATEMIX_KERNEL({program})\n'
+
+
+class Size(NamedTuple):
+    """Threads of a program of a compiled kernel, blocks n that it serves, and bytes that it shares."""
+
+    threads: int
+    blocks: int
+    shared_bytes: int
+
+
+def load_problem() -> str | None:
+    """Why no kernel can be run here, in a sentence; None if one can."""
+    if EMULATED:
+        return None
+    if torch.version.hip is not None:
+        return "its kernels are for NVIDIA cards, and this torch was built for AMD's."
+    if not torch.cuda.is_available():
+        return "it needs a GPU, and torch finds none here."
+    if not _HAS_BINDINGS:
+        return "it needs cuda-bindings and NVRTC, which are not installed: pip install 'statemix[gpu]'."
+    return None
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """90 for compute capability 9.0."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def unserved_device(device: torch.device) -> str | None:
+    """Why kernels do not serve tensors of this device; None if they do."""
+    wanted = "cpu" if EMULATED else "cuda"
+    if device.type != wanted:
+        return f"it needs {wanted.upper()} tensors, got device {device}."
+    if not EMULATED and architecture(device) < OLDEST_ARCHITECTURE:
+        found = architecture(device)
+        return f"it needs compute capability 8.0, got {found // 10}.{found % 10}."
+    return None
+
+
+@functools.cache
+def headers() -> dict[str, str]:
+    """The text of every file of csrc/gpu by its name."""
+    checkout = _CHECKOUT / "csrc" / "gpu"
+    folder = checkout if checkout.is_dir() else _INSTALLED
+    return {path.name: path.read_text() for path in sorted(folder.glob("*.cuh"))}
+
+
+def compile_for_gpu(kernel: Kernel, target: int) -> tuple[bytes, Size]:
+    """Machine code for cards of compute capability `target`, 90 for 9.0. No card is needed.
+
+    Raises:
+        RuntimeError: NVRTC refuses the source; its log is the message.
+    """
+    from cuda.bindings import nvrtc
+
+    def check(result: Any, *values: Any) -> Any:
+        if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            _, size = nvrtc.nvrtcGetProgramLogSize(program)
+            log = bytes(size)
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise RuntimeError(f"scan: NVRTC cannot compile {kernel}: {result.name}\n{log.decode()}")
+        return values[0] if values else None
+
+    texts = headers()
+    _, program = nvrtc.nvrtcCreateProgram(
+        kernel.source.encode(),
+        b"kernel.cu",
+        len(texts),
+        [text.encode() for text in texts.values()],
+        [name.encode() for name in texts],
+    )
+    sizes = b"numbers<Program::kThreads, Program::kBlocks, sizeof(Program::Shared)>"
+    options = [f"--gpu-architecture=sm_{target}".encode(), b"-std=c++17", b"-default-device"]
+    check(*nvrtc.nvrtcAddNameExpression(program, sizes))
+    check(*nvrtc.nvrtcCompileProgram(program, len(options), options))
+    name = check(*nvrtc.nvrtcGetLoweredName(program, sizes)).decode()
+    code = bytes(check(*nvrtc.nvrtcGetCUBINSize(program)))
+    check(*nvrtc.nvrtcGetCUBIN(program, code))
+    nvrtc.nvrtcDestroyProgram(program)
+    return code, Size(*(int(number) for number in re.findall(r"Li(\d+)E", name)))
+
+
+@functools.cache
+def load(kernel: Kernel, device: torch.device) -> tuple[Callable[[bytes, int], None], Size]:
+    """A function that runs a kernel for the bytes of its struct and a number of programs; and the kernel's size."""
+    return _load_emulated(kernel) if EMULATED else _load_on_gpu(kernel, device)
+
+
+def _load_on_gpu(kernel: Kernel, device: torch.device) -> tuple[Callable[[bytes, int], None], Size]:
+    from cuda.bindings import driver
+
+    def check(result: Any, *values: Any) -> Any:
+        if result != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"scan: {result.name} from the CUDA driver for {kernel}.")
+        return values[0] if values else None
+
+    code, size = compile_for_gpu(kernel, architecture(device))
+    with torch.cuda.device(device):
+        module = check(*driver.cuModuleLoadData(code))
+        function = check(*driver.cuModuleGetFunction(module, b"kernel"))
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        check(*driver.cuFuncSetAttribute(function, attribute, size.shared_bytes))
+    current_stream, index = torch._C._cuda_getCurrentRawStream, device.index
+
+    def run(arguments: bytes, programs: int) -> None:
+        parameters = (ctypes.c_void_p * 1)(ctypes.cast(arguments, ctypes.c_void_p).value)
+        check(
+            *driver.cuLaunchKernel(
+                function,
+                programs,
+                1,
+                1,
+                size.threads,
+                1,
+                1,
+                size.shared_bytes,
+                current_stream(index),
+                ctypes.addressof(parameters),
+                0,
+            )
+        )
+
+    return run, size
+
+
+def _load_emulated(kernel: Kernel) -> tuple[Callable[[bytes, int], None], Size]:
+    library = ctypes.CDLL(str(build_emulated(kernel)))
+    library.kernel.restype = ctypes.c_char_p
+    library.kernel.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_uint]
+
+    def run(arguments: bytes, programs: int) -> None:
+        problem = library.kernel(arguments, programs, int(os.environ.get("STATEMIX_EMULATE_SEED", "0")))
+        if problem is not None:
+            raise RuntimeError(f"scan: {problem.decode()} in {kernel}.")
+
+    return run, Size(*(ctypes.c_int * 3).in_dll(library, "numbers"))
+
+
+def build_emulated(kernel: Kernel, options: tuple[str, ...] = ()) -> Path:
+    """A library with the kernel for a CPU, made by g++ unless the user's cache has it.
+
+    Raises:
+        RuntimeError: there is no g++ or it refuses the source.
+    """
+    emulator = (_CHECKOUT / "tests" / "emulate.h").read_text()
+    texts = {**headers(), "emulate.h": emulator, "kernel.cpp": kernel.source}
+    command = [os.environ.get("CXX", "g++"), *_COMPILER_OPTIONS, *options]
+    key = hashlib.sha256(repr((command, texts)).encode()).hexdigest()[:32]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "statemix"
+    library = cache / f"{key}.so"
+    if library.exists():
+        return library
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as name:
+        folder = Path(name)
+        for file, text in texts.items():
+            (folder / file).write_text(text)
+        built = subprocess.run(
+            [*command, f"-I{folder}", str(folder / "kernel.cpp"), "-o", str(folder / "kernel.so")],
+            capture_output=True,
+            text=True,
+        )
+        if built.returncode != 0:
+            raise RuntimeError(f"scan: {command[0]} cannot compile {kernel}:\n{built.stderr}")
+        (folder / "kernel.so").replace(library)  # whole or not at all, also where two processes build it
+    return library
