@@ -29,11 +29,12 @@ struct SlabInputs {
 };
 template <class Gates, class Rows, int L>
 struct SlabInputs<Gates, Rows, L, true> : SlabInputs<Gates, Rows, L, false> {
-  Rows values[L], states[L + 1];  // states[l] left the step at position l, states[l + 1] entered it
+  Rows values[L], states[L];  // the states that entered
 };
 
 // M: order. U: blocks of a lane, 1 unless M is 1. W: warps. L: steps of a warp in a slab. D: slabs on their way from memory.
-template <Pass pass, class S, int M, Normalization norm, bool has_reset, int U, int W, int L, int D>
+// ragged: N is no multiple of U.
+template <Pass pass, class S, int M, Normalization norm, bool has_reset, int U, int W, int L, int D, bool ragged>
 struct Slabs {
   static constexpr bool kBack = pass == Pass::backward || pass == Pass::adjoint;
   static constexpr bool kWalks = pass == Pass::forward || pass == Pass::backward;
@@ -86,7 +87,7 @@ struct Slabs {
         slabs((place.steps + W * L - 1) / (W * L)) {}
 
   STATEMIX_DEVICE void run() {
-#pragma unroll
+#pragma unroll 1
     for (int d = 0; d < D; ++d) bring(d);
     if constexpr (has_reset) next_resets = resets_of(0);
     if constexpr (kWalks) {
@@ -103,29 +104,44 @@ struct Slabs {
   STATEMIX_DEVICE int time(int position) const {
     return place.first + (kBack ? place.steps - 1 - position : position);
   }
-  // Where `array` has the program's blocks, `numbers` each, at the step of a position.
+  // Where an array has the program's blocks at the warp's positions of a slab.
   template <class Number>
-  STATEMIX_DEVICE Number* at(const Array<Number>& array, int position, int numbers) const {
-    return array(place.batch, time(position)) + (int64)first_block * numbers;
+  struct Steps {
+    Number* first;
+    int64 further;
+    STATEMIX_DEVICE Number* operator[](int l) const { return first + l * further; }
+  };
+  template <class Number>
+  STATEMIX_DEVICE Steps<Number> steps_of(const Array<Number>& array, int c, int numbers_of_block) const {
+    Number* first = array(place.batch, time(position(c))) + (int64)first_block * numbers_of_block;
+    return {first, kBack ? -array.time : array.time};
   }
 
-  // Begins to bring the inputs of slab c.
+  // Begins to bring the inputs of slab c; `careful` where steps may be missing, or step 0 among them, which no state precedes.
+  template <bool careful>
+  STATEMIX_DEVICE void bring_steps(int c) {
+    Inputs& in = shared.ring[c % D][warp];
+    const Steps<const S> gates = steps_of(scan.gates, c, P * P), input_gates = steps_of(scan.input_gates, c, P);
+    const Steps<const S> given = steps_of(kBack ? scan.grad_states : scan.values, c, P);
+    const Steps<const S> values = steps_of(scan.values, c, P), states = steps_of(scan.states, c, P);
+#pragma unroll
+    for (int l = 0; l < L; ++l) {
+      if (careful && position(c) + l >= place.steps) break;
+      in.gates[l].bring(gates[l], lane, lanes);
+      in.input_gates[l].bring(input_gates[l], lane, lanes);
+      in.given[l].bring(given[l], lane, lanes);
+      if constexpr (pass == Pass::backward) {
+        in.values[l].bring(values[l], lane, lanes);
+        if (!careful || time(position(c) + l) > 0) in.states[l].bring(states[l + 1], lane, lanes);
+      }
+    }
+  }
   STATEMIX_DEVICE void bring(int c) {
     if (c < slabs) {
-      Inputs& in = shared.ring[c % D][warp];
-#pragma unroll
-      for (int l = 0; l < L; ++l) {
-        const int q = position(c) + l;
-        if (q >= place.steps) break;
-        in.gates[l].bring(at(scan.gates, q, P * P), lane, lanes);
-        in.input_gates[l].bring(at(scan.input_gates, q, P), lane, lanes);
-        in.given[l].bring(at(kBack ? scan.grad_states : scan.values, q, P), lane, lanes);
-        if constexpr (pass == Pass::backward) {
-          in.values[l].bring(at(scan.values, q, P), lane, lanes);
-          if (l == 0) in.states[0].bring(at(scan.states, q, P), lane, lanes);
-          if (time(q) > 0) in.states[l + 1].bring(at(scan.states, q + 1, P), lane, lanes);
-        }
-      }
+      if (position(c) + L < place.steps)
+        bring_steps<false>(c);
+      else
+        bring_steps<true>(c);
     }
     commit();
   }
@@ -300,9 +316,9 @@ struct Slabs {
   STATEMIX_DEVICE void store(S* to, const float (&x)[count]) const {
     constexpr int kOfBlock = count / U;
     S* mine = to + lane * count;
-    if (block + U <= scan.blocks) {
+    if (ragged ? block + U <= scan.blocks : block < scan.blocks) {
       store_numbers<count>(mine, x);
-    } else {
+    } else if constexpr (ragged) {
 #pragma unroll
       for (int u = 0; u < U - 1; ++u)
         if (block + u < scan.blocks) store_numbers<kOfBlock>(mine + u * kOfBlock, x + u * kOfBlock);
@@ -318,7 +334,7 @@ struct Slabs {
     Step step[L];
 #pragma unroll
     for (int l = 0; l < L; ++l) make_step(in, l, step[l]);
-    if constexpr (!kBack) {
+    if constexpr (!kBack && !last) {
       __syncwarp();  // all lanes have taken what the next copies overwrite
       bring(c + D);
     }
@@ -340,6 +356,7 @@ struct Slabs {
       walk_back<last>(c, in, step, h);
     else
       walk<last>(c, step, h);
+    if constexpr (last) return;
     if constexpr (kBack) {
       __syncwarp();
       bring(c + D);
@@ -349,6 +366,7 @@ struct Slabs {
 
   template <bool last>
   STATEMIX_DEVICE void walk(int c, const Step (&step)[L], State& h) {
+    const Steps<S> states = steps_of(scan.new_states, c, P);
 #pragma unroll
     for (int l = 0; l < L; ++l) {
       const int q = position(c) + l;
@@ -360,7 +378,7 @@ struct Slabs {
       for (int u = 0; u < U; ++u)
 #pragma unroll
         for (int i = 0; i < M; ++i) out[u * P + i] = h[u][i];
-      store(at(scan.new_states, q, P), out);
+      store(states[l], out);
       if (last && time(q) == scan.length - 1) store_state(end(), h);
     }
   }
@@ -385,8 +403,8 @@ struct Slabs {
 
   template <bool last>
   STATEMIX_DEVICE void walk_back(int c, Inputs& in, const Step (&step)[L], State& r) {
-    float after[kRows];
-    in.states[0].take(lane, after);
+    const Steps<S> grad_gates_at = steps_of(scan.grad_gates, c, P * P), grad_values_at = steps_of(scan.grad_values, c, P);
+    const Steps<S> grad_input_gates_at = steps_of(scan.grad_input_gates, c, P);
 #pragma unroll
     for (int l = 0; l < L; ++l) {
       const int q = position(c) + l;
@@ -395,7 +413,7 @@ struct Slabs {
       rows_of(in, l, step[l], rows);
       float value[kRows], before[kRows];
       in.values[l].take(lane, value);
-      in.states[l + 1].take(lane, before);
+      in.states[l].take(lane, before);
       if (last && time(q) == 0) {
         const float* initial = scan.initial + ((int64)place.batch * scan.blocks + block) * P;
 #pragma unroll
@@ -405,18 +423,24 @@ struct Slabs {
       float grad_gates[kGates] = {}, grad_input_gates[kRows] = {}, grad_values[kRows] = {};
 #pragma unroll
       for (int u = 0; u < U; ++u) {
-        float handed[M] = {};
+        float entered[M], handed[M] = {};
+#pragma unroll
+        for (int j = 0; j < M; ++j) entered[j] = resets_at(l) ? 0.0f : before[u * P + j];
 #pragma unroll
         for (int i = 0; i < M; ++i) {
           const Row<norm, M, true>& row = rows[u][i];
           const int k = u * P + i;
+          // the state that left, from the same rounded numbers, or their rounding would drown u - h where a decay is slow
+          float h = row.in * value[k];
+#pragma unroll
+          for (int j = 0; j < M; ++j) h = fmaf(row.p[j], entered[j], h);
+          h *= row.scale();
           const float s = (step[l].given[u][i] + r[u][i]) * row.scale();
           grad_values[k] = s * row.in;
-          grad_input_gates[k] = row.gradient_in(s, value[k], after[k]);
+          grad_input_gates[k] = row.gradient_in(s, value[k], h);
 #pragma unroll
           for (int j = 0; j < M; ++j) {
-            const float entered = resets_at(l) ? 0.0f : before[u * P + j];
-            grad_gates[k * P + j] = row.gradient(j, s, entered, after[k]);
+            grad_gates[k * P + j] = row.gradient(j, s, entered[j], h);
             handed[j] = fmaf(row.p[j], s, handed[j]);
           }
         }
@@ -427,20 +451,17 @@ struct Slabs {
       if constexpr (Gates::kPieces > 1)
         in.gates[l].put(lane, grad_gates);
       else
-        store(at(scan.grad_gates, q, P * P), grad_gates);
-      store(at(scan.grad_input_gates, q, P), grad_input_gates);
-      store(at(scan.grad_values, q, P), grad_values);
+        store(grad_gates_at[l], grad_gates);
+      store(grad_input_gates_at[l], grad_input_gates);
+      store(grad_values_at[l], grad_values);
       if (last && time(q) == 0) store_state(end(), r);
-#pragma unroll
-      for (int k = 0; k < kRows; ++k) after[k] = before[k];
     }
     if constexpr (Gates::kPieces > 1) {
       __syncwarp();
 #pragma unroll
       for (int l = 0; l < L; ++l) {
-        const int q = position(c) + l;
-        if (last && q >= place.steps) break;
-        in.gates[l].write_out(at(scan.grad_gates, q, P * P), lane, lanes);
+        if (last && position(c) + l >= place.steps) break;
+        in.gates[l].write_out(grad_gates_at[l], lane, lanes);
       }
     }
   }
@@ -507,13 +528,13 @@ struct Slabs {
   }
 };
 
-template <class S, int M, Normalization norm, bool has_reset, int U, int W, int L, int D>
-using SlabsForward = Slabs<Pass::forward, S, M, norm, has_reset, U, W, L, D>;
-template <class S, int M, Normalization norm, bool has_reset, int U, int W, int L, int D>
-using SlabsMap = Slabs<Pass::map, S, M, norm, has_reset, U, W, L, D>;
-template <class S, int M, Normalization norm, bool has_reset, int U, int W, int L, int D>
-using SlabsBackward = Slabs<Pass::backward, S, M, norm, has_reset, U, W, L, D>;
-template <class S, int M, Normalization norm, bool has_reset, int U, int W, int L, int D>
-using SlabsAdjoint = Slabs<Pass::adjoint, S, M, norm, has_reset, U, W, L, D>;
+template <class S, int M, Normalization norm, bool has_reset, int U, int W, int L, int D, bool ragged>
+using SlabsForward = Slabs<Pass::forward, S, M, norm, has_reset, U, W, L, D, ragged>;
+template <class S, int M, Normalization norm, bool has_reset, int U, int W, int L, int D, bool ragged>
+using SlabsMap = Slabs<Pass::map, S, M, norm, has_reset, U, W, L, D, ragged>;
+template <class S, int M, Normalization norm, bool has_reset, int U, int W, int L, int D, bool ragged>
+using SlabsBackward = Slabs<Pass::backward, S, M, norm, has_reset, U, W, L, D, ragged>;
+template <class S, int M, Normalization norm, bool has_reset, int U, int W, int L, int D, bool ragged>
+using SlabsAdjoint = Slabs<Pass::adjoint, S, M, norm, has_reset, U, W, L, D, ragged>;
 
 }  // namespace statemix

@@ -24,8 +24,7 @@ struct Staged {
 #pragma unroll
     for (int p = 0; p < kPieces; ++p) {
       const int piece = 32 * p + lane;
-      const bool there = piece / kPieces < lanes;
-      copy<kPiece>(bytes + place(piece), (const char*)from + (there ? piece * kPiece : 0), there);
+      copy<kPiece>(bytes + place(piece), (const char*)from + lane * kPiece + p * 32 * kPiece, piece / kPieces < lanes);
     }
   }
 
