@@ -56,6 +56,9 @@ struct Slabs {
     float carry[2][U][M][32];
   };
 
+  // as many programs as a multiprocessor of 228 KB has shared memory for: each keeps 1 KB more
+  static constexpr int kResident = 228 * 1024 / (sizeof(Shared) + 1024) > 0 ? 228 * 1024 / (sizeof(Shared) + 1024) : 1;
+
   // given: what a step adds to the state, or in the backward dL/dh, which it adds before it mixes.
   struct Step {
     float weight[U][M][M];
@@ -74,6 +77,15 @@ struct Slabs {
   uint32 resets = 0, next_resets = 0;  // bit l: there is a reset at the warp's position l of this slab, and of the next
 
   static STATEMIX_DEVICE void run(const Arguments& scan, Shared& shared) { Slabs(scan, shared).run(); }
+
+  // For component i of block u of the lane, all of them.
+  template <class Function>
+  static STATEMIX_DEVICE void each(Function function) {
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+      for (int i = 0; i < M; ++i) function(u, i);
+  }
 
   STATEMIX_DEVICE Slabs(const Arguments& scan, Shared& shared)
       : scan(scan),
@@ -172,15 +184,12 @@ struct Slabs {
     float gates[kGates], input_gates[kRows];
     in.gates[l].take(lane, gates);
     in.input_gates[l].take(lane, input_gates);
+    each([&](int u, int i) {
+      float row[M];
 #pragma unroll
-    for (int u = 0; u < U; ++u)
-#pragma unroll
-      for (int i = 0; i < M; ++i) {
-        float row[M];
-#pragma unroll
-        for (int j = 0; j < M; ++j) row[j] = gates[(u * P + i) * P + j];
-        weigh<norm, M, 1>(rows[u][i], row, input_gates[u * P + i], 0);
-      }
+      for (int j = 0; j < M; ++j) row[j] = gates[(u * P + i) * P + j];
+      weigh<norm, M, 1>(rows[u][i], row, input_gates[u * P + i], 0);
+    });
   }
 
   STATEMIX_DEVICE void make_step(const Inputs& in, int l, Step& step) const {
@@ -188,16 +197,13 @@ struct Slabs {
     weigh_step<false>(in, l, rows);
     float given[kRows];
     in.given[l].take(lane, given);
+    each([&](int u, int i) {
+      const Row<norm, M, false>& row = rows[u][i];
 #pragma unroll
-    for (int u = 0; u < U; ++u)
-#pragma unroll
-      for (int i = 0; i < M; ++i) {
-        const Row<norm, M, false>& row = rows[u][i];
-#pragma unroll
-        for (int j = 0; j < M; ++j) step.weight[u][i][j] = row.p[j] * row.scale();
-        step.input_gate[u][i] = row.in * row.scale();
-        step.given[u][i] = kBack ? given[u * P + i] : given[u * P + i] * step.input_gate[u][i];
-      }
+      for (int j = 0; j < M; ++j) step.weight[u][i][j] = row.p[j] * row.scale();
+      step.input_gate[u][i] = row.in * row.scale();
+      step.given[u][i] = kBack ? given[u * P + i] : given[u * P + i] * step.input_gate[u][i];
+    });
   }
 
   // What the transition carries from component j to component i of the state, or in the backward of what is handed back.
@@ -224,22 +230,16 @@ struct Slabs {
     }
   }
   static STATEMIX_DEVICE void clear(State& h) {
-#pragma unroll
-    for (int u = 0; u < U; ++u)
-#pragma unroll
-      for (int i = 0; i < M; ++i) h[u][i] = 0.0f;
+    each([&](int u, int i) { h[u][i] = 0.0f; });
   }
 
   STATEMIX_DEVICE void begin_map(const Step& step, Map& map) const {
     map.forgets = resets_at(0);
+    each([&](int u, int i) {
 #pragma unroll
-    for (int u = 0; u < U; ++u)
-#pragma unroll
-      for (int i = 0; i < M; ++i) {
-#pragma unroll
-        for (int j = 0; j < M; ++j) map.column[j][u][i] = carried(step, u, i, j);
-        map.column[M][u][i] = kBack ? 0.0f : step.given[u][i];
-      }
+      for (int j = 0; j < M; ++j) map.column[j][u][i] = carried(step, u, i, j);
+      map.column[M][u][i] = kBack ? 0.0f : step.given[u][i];
+    });
     if constexpr (kBack) {
       advance<false>(step, map.column[M]);
       if (resets_at(0)) clear(map.column[M]);
@@ -256,11 +256,7 @@ struct Slabs {
 
   STATEMIX_DEVICE void leave(const Map& map, StagedMap& at) const {
 #pragma unroll
-    for (int j = 0; j <= M; ++j)
-#pragma unroll
-      for (int u = 0; u < U; ++u)
-#pragma unroll
-        for (int i = 0; i < M; ++i) at[(j * U + u) * M + i][lane] = map.column[j][u][i];
+    for (int j = 0; j <= M; ++j) each([&](int u, int i) { at[(j * U + u) * M + i][lane] = map.column[j][u][i]; });
     if constexpr (has_reset) at[kMap - 1][lane] = map.forgets ? 1.0f : 0.0f;
   }
   STATEMIX_DEVICE bool forgets(const StagedMap& map) const { return map[kMap - 1][lane] != 0; }
@@ -268,38 +264,27 @@ struct Slabs {
   template <bool linear>
   STATEMIX_DEVICE void send(const StagedMap& map, State& h) const {
     State to;
+    each([&](int u, int i) {
+      const float offset = linear ? 0.0f : map[(M * U + u) * M + i][lane];
+      to[u][i] = offset;
 #pragma unroll
-    for (int u = 0; u < U; ++u)
-#pragma unroll
-      for (int i = 0; i < M; ++i) {
-        const float offset = linear ? 0.0f : map[(M * U + u) * M + i][lane];
-        to[u][i] = offset;
-#pragma unroll
-        for (int j = 0; j < M; ++j) to[u][i] = fmaf(map[(j * U + u) * M + i][lane], h[u][j], to[u][i]);
-        if (has_reset && forgets(map)) to[u][i] = offset;
-      }
-#pragma unroll
-    for (int u = 0; u < U; ++u)
-#pragma unroll
-      for (int i = 0; i < M; ++i) h[u][i] = to[u][i];
+      for (int j = 0; j < M; ++j) to[u][i] = fmaf(map[(j * U + u) * M + i][lane], h[u][j], to[u][i]);
+      if (has_reset && forgets(map)) to[u][i] = offset;
+    });
+    each([&](int u, int i) { h[u][i] = to[u][i]; });
   }
 
   // The state that enters the chunk, where every warp finds it: it comes before the first of them.
   STATEMIX_DEVICE void enter_chunk() {
     State h;
     clear(h);
-#pragma unroll
-    for (int u = 0; u < U; ++u)
-#pragma unroll
-      for (int i = 0; i < M; ++i)
-        if (block + u < scan.blocks) h[u][i] = place.entering(scan, block + u, P, i);
+    each([&](int u, int i) {
+      if (block + u < scan.blocks) h[u][i] = place.entering(scan, block + u, P, i);
+    });
     put_carry(0, h);
   }
   STATEMIX_DEVICE void put_carry(int c, const State& h) {
-#pragma unroll
-    for (int u = 0; u < U; ++u)
-#pragma unroll
-      for (int i = 0; i < M; ++i) shared.carry[c % 2][u][i][lane] = h[u][i];
+    each([&](int u, int i) { shared.carry[c % 2][u][i][lane] = h[u][i]; });
   }
   // Float states of the lane's blocks, (.., N, P) from block 0 on.
   STATEMIX_DEVICE void store_state(float* at, const State& h) const {
@@ -346,10 +331,7 @@ struct Slabs {
     __syncthreads();
 
     State h;
-#pragma unroll
-    for (int u = 0; u < U; ++u)
-#pragma unroll
-      for (int i = 0; i < M; ++i) h[u][i] = shared.carry[c % 2][u][i][lane];
+    each([&](int u, int i) { h[u][i] = shared.carry[c % 2][u][i][lane]; });
     for (int w = 0; w < warp; ++w) send<false>(shared.maps[c % 2][w], h);
 
     if constexpr (kBack)
@@ -374,10 +356,7 @@ struct Slabs {
       if (resets_at(l)) clear(h);
       advance<false>(step[l], h);
       float out[kRows] = {};
-#pragma unroll
-      for (int u = 0; u < U; ++u)
-#pragma unroll
-        for (int i = 0; i < M; ++i) out[u * P + i] = h[u][i];
+      each([&](int u, int i) { out[u * P + i] = h[u][i]; });
       store(states[l], out);
       if (last && time(q) == scan.length - 1) store_state(end(), h);
     }
@@ -389,15 +368,12 @@ struct Slabs {
     if constexpr (norm != Normalization::softmax) {
       weigh_step<true>(in, l, rows);
     } else {
+      each([&](int u, int i) {
 #pragma unroll
-      for (int u = 0; u < U; ++u)
-#pragma unroll
-        for (int i = 0; i < M; ++i) {
-#pragma unroll
-          for (int j = 0; j < M; ++j) rows[u][i].p[j] = step.weight[u][i][j];
-          rows[u][i].in = step.input_gate[u][i];
-          rows[u][i].inverse = 1.0f;
-        }
+        for (int j = 0; j < M; ++j) rows[u][i].p[j] = step.weight[u][i][j];
+        rows[u][i].in = step.input_gate[u][i];
+        rows[u][i].inverse = 1.0f;
+      });
     }
   }
 
@@ -508,10 +484,7 @@ struct Slabs {
     }
   }
   static STATEMIX_DEVICE void unit(int j, State& h) {
-#pragma unroll
-    for (int u = 0; u < U; ++u)
-#pragma unroll
-      for (int i = 0; i < M; ++i) h[u][i] = i == j ? 1.0f : 0.0f;
+    each([&](int u, int i) { h[u][i] = i == j ? 1.0f : 0.0f; });
   }
   static STATEMIX_DEVICE void identity(Map& map) {
     map.forgets = false;
