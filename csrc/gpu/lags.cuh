@@ -539,12 +539,13 @@ struct LagsWalk {
       }
       commit();
     };
-    float z[P], in, v;
-    const auto take = [&](int c) {
+    float v;
+    const auto prepare = [&](Row<norm, P, false>& weights, int c) {
       const auto& slot = shared.ring[c % slots];
+      float z[P];
       slot.gates.get(lane.index, z);
-      in = widen(slot.numbers.of[0][lane.index]);
       v = widen(slot.numbers.of[1][lane.index]);
+      weigh<norm, order, 1>(weights, z, widen(slot.numbers.of[0][lane.index]), 0);
     };
 
     typename Walk::Forward walk;
@@ -555,9 +556,8 @@ struct LagsWalk {
     walk.begin(lane, [&](int i) { return is_map ? float(i == column) : place.entering(scan, lane.block, P, i); });
     wait<slots - 1>();
     meet();
-    take(0);
-    Row<norm, P, false> row;
-    weigh<norm, order, 1>(row, z, in, 0);
+    Row<norm, P, false> row, next;
+    prepare(row, 0);
     bool any_cut = false;
     for (int c = 0; c < lane.groups; ++c) {
       const float value = column == order ? v : 0.0f;
@@ -567,15 +567,15 @@ struct LagsWalk {
       wait<slots - 2>();
       meet();
       bring(c + slots);
-      if constexpr (!is_map) take(c + 1);  // and weigh below: it waits for nothing that `walk` makes
+      if constexpr (!is_map) prepare(next, c + 1);  // beside `walk`, which mostly waits
       walk.walk(row, value, resets, lane);
-      if constexpr (is_map) take(c + 1);  // so many warps hide it, and have few registers each
+      if constexpr (is_map) prepare(next, c + 1);  // the other warps have work meanwhile, and all have few registers
       if constexpr (!is_map) {
         float h[kWidth];
         walk.states(h);
         states.write(c, lane.index, h, &shared.states);
       }
-      weigh<norm, order, 1>(row, z, in, 0);
+      row = next;
     }
 
     const int last = place.steps - 1 - (lane.groups - 1) * K;
