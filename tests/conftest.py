@@ -1,6 +1,5 @@
 """How the tests run, and their fixtures. What they share besides is in helpers.py."""
 
-import importlib.util
 import os
 
 # before torch: threads that wait for work sleep, or with two in each of two workers they keep each other from working
@@ -11,12 +10,6 @@ import torch
 
 from statemix import available_backends, kernels
 from statemix.kernels import library
-
-# Triton's own functions are made when it is imported, for a GPU or for its interpreter (test_gpu.py).
-if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        importlib.import_module("triton")
 
 torch.set_num_threads(2)
 torch.use_deterministic_algorithms(True)  # with it, torch.empty is filled with NaN: test_cpu.py holds that it is

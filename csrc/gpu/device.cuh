@@ -12,10 +12,11 @@ using int64 = long long;
 #define STATEMIX_DEVICE __device__ __forceinline__
 
 // The kernel of a program: a struct with Arguments, Shared (what its threads share), kThreads, kBlocks (how many blocks n it
-// serves) and run(Arguments, Shared&). Whoever launches it reads its three numbers in the mangled name of `numbers`.
+// serves), kResident (how many programs a multiprocessor should have registers for) and run(Arguments, Shared&). Whoever
+// launches it reads three numbers in the mangled name of `numbers`.
 #define STATEMIX_KERNEL(...)                                                                \
   using Program = __VA_ARGS__;                                                              \
-  extern "C" __global__ void __launch_bounds__(Program::kThreads, 1)                           \
+  extern "C" __global__ void __launch_bounds__(Program::kThreads, Program::kResident)       \
       kernel(const __grid_constant__ Program::Arguments arguments) {                        \
     extern __shared__ __align__(16) char shared[];                                          \
     Program::run(arguments, *reinterpret_cast<Program::Shared*>(shared));                   \

@@ -8,7 +8,7 @@ namespace statemix {
 template <class S, int order, Normalization norm, bool has_reset, bool backward>
 struct Relay {
   using Arguments = Scan<S>;
-  static constexpr int M = filled_order(order), kThreads = 128, kBlocks = kThreads / M;
+  static constexpr int M = filled_order(order), kThreads = 128, kBlocks = kThreads / M, kResident = 1;
   struct Shared {};
 
   struct Map {

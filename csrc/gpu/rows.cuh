@@ -55,7 +55,7 @@ struct Rows {
     if (is_row) return;
 #pragma unroll
     for (int j = 0; j < E; ++j) weights.p[j] = 0.0f;
-    weights.in = 0.0f;
+    weights.in = weights.inverse = 0.0f;
   }
 
   // An array's number of the lane's row, zero where the row fills up.
@@ -226,7 +226,7 @@ struct RowsWalk {
   static constexpr int kArrays = 2;
   using Layout = Rows<S, order, kArrays>;
   using Arguments = Scan<S>;
-  static constexpr int M = Layout::M, K = Layout::K, kThreads = 32 * warps, kBlocks = warps * Layout::kBlocks;
+  static constexpr int M = Layout::M, K = Layout::K, kThreads = 32 * warps, kBlocks = warps * Layout::kBlocks, kResident = 1;
   static constexpr bool is_map = columns > 1;
   static_assert(group % 2 == 0, "a state goes from one of two places to the other, and back by the end of a group");
 
@@ -324,7 +324,7 @@ struct RowsReturn {
   static constexpr int kArrays = gradients ? 4 : 2;
   using Layout = Rows<S, order, kArrays>;
   using Arguments = Scan<S>;
-  static constexpr int M = Layout::M, K = Layout::K, kThreads = 32 * warps, kBlocks = warps * Layout::kBlocks;
+  static constexpr int M = Layout::M, K = Layout::K, kThreads = 32 * warps, kBlocks = warps * Layout::kBlocks, kResident = 1;
 
   struct Shared {
     typename Layout::Step ring[warps][slots][group];

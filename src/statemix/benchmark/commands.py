@@ -25,7 +25,6 @@ from statemix.benchmark.results import plot, table
 from statemix.benchmark.scans import SCAN_CONTENDERS, SCANS, own_scan
 from statemix.files import write_whole
 from statemix.mixers.base import check_choice, check_sizes
-from statemix.scan.gpu_model import CARDS, card_of
 
 SCALING_LENGTH = 1024
 
@@ -343,12 +342,10 @@ def _on_threads(contender: Contender, threads: int) -> Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class GpuBenchmark(LayerBenchmark):
-    """The GPU kernels beside their prediction: scan, layer and training step against torch, cuDNN's LSTM and peers.
+    """The GPU kernels: scan, layer and training step against torch, cuDNN's LSTM and peers.
 
     Args:
         kinds: of block, companion and observer.
-        plan: print, instead, what the model predicts of every configuration; no GPU is needed.
-        gpu: the card of the plan.
     """
 
     sizes: str = "1x512,2x512,4x512,8x512,16x512"
@@ -356,50 +353,31 @@ class GpuBenchmark(LayerBenchmark):
     length: int = 4096
     d_model: int = 512
     kinds: str = "block"
-    plan: bool = False
-    gpu: str = "H100"
 
     what = "gpu"
 
     def groups(self) -> list[Comparison]:
-        """A table per kind, size and part, and where it is measured one for the layer and one for the training step."""
+        """A table per kind, size and part, and one for the layer and one for the training step."""
         kinds = self.kinds.split(",")
         for kind in kinds:
             check_choice("bench", "kinds", kind, tuple(SCANS))
-        check_choice("bench", "gpu", self.gpu, tuple(CARDS))
-        if not self.plan and not torch.cuda.is_available():
-            raise RuntimeError(
-                "bench: gpu measures on a GPU, and torch finds none here. `statemix bench gpu --plan` prints what the "
-                "model predicts for one."
-            )
-        contenders = () if self.plan else gpu.scan_contenders(card_of(torch.cuda.get_device_properties()))
+        if not torch.cuda.is_available():
+            raise RuntimeError("bench: gpu measures on a GPU, and torch finds none here.")
         groups = [
-            Comparison(f"{kind} scan, {part}", replace(shape, kind=kind, part=part), contenders, (gpu.LEAST,))
+            Comparison(f"{kind} scan, {part}", replace(shape, kind=kind, part=part), gpu.SCAN_CONTENDERS, (gpu.LEAST,))
             for kind, shape, part in itertools.product(kinds, self.shapes(), (FORWARD, BACKWARD))
         ]
-        if self.plan:
-            return groups
         modules = itertools.product((gpu.LAYER, gpu.STEP), self.shapes())
         return groups + [
             Comparison(part, replace(shape, part=part), gpu.MODULE_CONTENDERS, ("lstm",)) for part, shape in modules
         ]
 
-    def result(self, group: Comparison) -> dict[str, Any]:
-        """Measured, or predicted."""
-        return gpu.plan(group.panel, group.shape, CARDS[self.gpu]) if self.plan else super().result(group)
-
-    def table(self, group: Comparison, result: Mapping[str, Any]) -> Table:
-        """The table as it is shown."""
-        return gpu.plan_table(self.title(group), result) if self.plan else super().table(group, result)
-
     def name(self, facts: Mapping[str, Any]) -> str:
         """Of the results, where `out` is None."""
-        return f"gpu-plan-{self.gpu}" if self.plan else "gpu"
+        return "gpu"
 
     def conditions(self, facts: Mapping[str, Any]) -> str:
         """What all numbers hold for."""
-        if self.plan:
-            return f"Predicted for {self.gpu} from compiled code; nothing was measured. *: what the scan takes."
         return f"{torch.cuda.get_device_name()}, torch {facts['torch']}, {facts['date']}"
 
 

@@ -1,12 +1,9 @@
-"""The fused GPU kernels: what the model predicts for a card, and what is measured where there is one."""
+"""The fused GPU kernels beside others, measured where there is a card."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 from statemix.benchmark.contender import (
@@ -20,62 +17,14 @@ from statemix.benchmark.contender import (
     inputs,
 )
 from statemix.benchmark.layers import VOCABULARY, nearest_width
-from statemix.benchmark.results import amount
 from statemix.benchmark.scans import SCANS, sizes
 from statemix.gates import normalize
 from statemix.mixers import BDLRU
 from statemix.model import SequenceModel
-from statemix.scan.gpu_model import BOUNDS, CONFIGURATIONS, Card, Scan, choose, fits, known_costs, predict
 
 CALLS = 20  # of a kernel between two looks at the clock
 LAYER, STEP = "layer", "training step"  # parts of a shape besides those of a scan
 LEAST = "least bytes"  # a copy of them, where it is measured
-
-
-def scan_of(shape: Shape) -> Scan:
-    """What the model predicts of a shape whose part is forward or backward."""
-    return Scan(shape.kind, shape.part, shape.order, shape.dtype, shape.batch, shape.length, shape.blocks)
-
-
-def plan(panel: str, shape: Shape, card: Card) -> dict[str, Any]:
-    """What the model predicts of every configuration, in the form of `measure.measured`."""
-    scan = scan_of(shape)
-    chosen, floor, rows = choose(scan, card), scan.floor(card), []
-    for configuration in CONFIGURATIONS:
-        if fits(scan, configuration, card):
-            kernels, prediction = known_costs(scan, configuration), predict(scan, configuration, card)
-            numbers = dataclasses.asdict(configuration)
-            rows.append(
-                {
-                    **{
-                        "name": " ".join(map(str, numbers.values())),
-                        "ratios": {LEAST: [prediction.seconds / floor] * 3},
-                    },
-                    **{"configuration": numbers, "chosen": configuration == chosen, "bound": prediction.bound},
-                    **{"kernels": [dataclasses.asdict(kernel) for kernel in kernels], **dataclasses.asdict(prediction)},
-                }
-            )
-    return {
-        **{"panel": panel, "size": shape.size, "shape": dataclasses.asdict(shape), "card": dataclasses.asdict(card)},
-        **{"unit": "s", "ratio": "predicted time", "baselines": (LEAST,), "floor": floor, "contenders": rows},
-    }
-
-
-def plan_table(title: str, result: Mapping[str, Any]) -> Table:
-    """A row per configuration: what is predicted, what binds it, and * at the one that the scan takes."""
-    drawn = Table(title=f"{title}; {LEAST} {amount(result['floor'], 's')}", title_justify="left")
-    for header in (*("", "blocks", "warps", "stages", "chunk", "tile", "predicted", f"/ {LEAST}"), *BOUNDS):
-        drawn.add_column(header, justify="right", no_wrap=True)
-    for header in ("bound by", "registers", "occupancy"):
-        drawn.add_column(header, justify="right", no_wrap=True)
-    for row in result["contenders"]:
-        drawn.add_row(
-            *("*" if row["chosen"] else "", *(str(number or "none") for number in row["configuration"].values())),
-            *(amount(row["seconds"], "s"), f"{row['ratios'][LEAST][0]:.2f}"),
-            *(amount(row[name], "s") for name in BOUNDS),
-            *(row["bound"], str(max(kernel["registers"] for kernel in row["kernels"])), f"{row['occupancy']:.0%}"),
-        )
-    return drawn
 
 
 def _on_gpu(*tensors: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -113,11 +62,8 @@ def _reference(shape: Shape) -> Work:
     return scan_work(shape, partial(SCANS[shape.kind], backend="reference"))
 
 
-def _own_scan(shape: Shape, card: Card) -> Work:
-    scan = scan_of(shape)
-    prediction = predict(scan, choose(scan, card), card)
-    note = f"predicted {amount(prediction.seconds, 's')}, bound by {prediction.bound}"
-    return scan_work(shape, partial(SCANS[shape.kind], backend="gpu"), note)
+def _own_scan(shape: Shape) -> Work:
+    return scan_work(shape, partial(SCANS[shape.kind], backend="gpu"))
 
 
 def _associative(shape: Shape, *, compiled: bool) -> Work:
@@ -127,8 +73,12 @@ def _associative(shape: Shape, *, compiled: bool) -> Work:
 
 def _copy(shape: Shape) -> Work:
     """A copy of as many bytes as the scan must move, half of them read and half written."""
-    scan = scan_of(shape)
-    count = scan.least_bytes * shape.batch * shape.length * shape.blocks // 2
+    rows = shape.order if shape.kind == "block" else 1
+    states = 1 if shape.kind == "companion" else shape.order
+    forward = rows * (shape.order + 2) + states  # numbers of a block and step: raw gates and values in, states out
+    # a backward reads these and the states' gradients, and writes gradients of the first two
+    numbers = forward if shape.part != BACKWARD else forward + states + rows * (shape.order + 2)
+    count = numbers * getattr(torch, shape.dtype).itemsize * shape.batch * shape.length * shape.blocks // 2
     source = torch.zeros(count, dtype=torch.uint8, device="cuda")
     target = torch.zeros_like(source)
     return _timed(lambda: (target.copy_(source),))
@@ -150,15 +100,13 @@ def _accelerated_scan(shape: Shape) -> Work:
     return scan_work(shape, states)
 
 
-def scan_contenders(card: Card) -> tuple[Contender, ...]:
-    """Ours, the associative scan of torch, a copy of the bytes, and accelerated-scan."""
-    return (
-        Contender("gpu", partial(_own_scan, card=card), _reference),
-        Contender("associative", partial(_associative, compiled=False), _reference),
-        Contender("associative compiled", partial(_associative, compiled=True), _reference),
-        Contender(LEAST, _copy),
-        Contender("accelerated-scan", _accelerated_scan, _reference),
-    )
+SCAN_CONTENDERS = (
+    Contender("gpu", _own_scan, _reference),
+    Contender("associative", partial(_associative, compiled=False), _reference),
+    Contender("associative compiled", partial(_associative, compiled=True), _reference),
+    Contender(LEAST, _copy),
+    Contender("accelerated-scan", _accelerated_scan, _reference),
+)
 
 
 def _module_work(shape: Shape, module: nn.Module) -> Work:

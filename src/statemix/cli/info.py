@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> None:
             f"of {', '.join(kernels.instruction_sets())} (set {kernels.INSTRUCTION_SET_VARIABLE} to choose)"
         )
     if backend_problem("gpu") is None:
-        facts["gpu"] = "fused Triton kernels, CUDA tensors"
+        facts["gpu"] = "fused CUDA kernels, compiled when first used"
     print("backends of the scans; backend='auto' takes the first that serves a call:")
     for name in BACKENDS:
         print(f"  {name:<12} {facts.get(name) or f'NOT AVAILABLE: {backend_problem(name)}'}")

@@ -1,8 +1,8 @@
 """The fused CUDA kernels of csrc/gpu as torch custom operators: float32, bfloat16 and float16, M up to 16, forward and
 first derivative.
 
-A kernel reads the raw gates and normalises them in registers; a transition is never in memory, forward or backward. With
-STATEMIX_EMULATE_GPU=1 in the environment the same sources run on a CPU, slowly, for tests. More: docs/gpu.md.
+A kernel reads the raw gates and normalises them in registers; a transition is never in memory, forward or backward.
+With STATEMIX_EMULATE_GPU=1 in the environment the same sources run on a CPU, slowly, for tests. More: docs/gpu.md.
 """
 
 import functools
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from statemix.kernels.operators import Operator, save_nothing
 from statemix.scan.gpu import plan
-from statemix.scan.gpu.compile import STORAGES, load, load_problem, unserved_device
+from statemix.scan.gpu.compile import STORAGES, Kernel, load, load_problem, unserved_device
 from statemix.scan.gpu.plan import MAX_ORDER, Signature, filled_order
 from statemix.scan.problem import Problem
 
@@ -85,20 +85,22 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(signature: Signature, device: torch.device, chunk_size: int | None = None) -> Plan:
-    def launch(kernel: plan.Kernel, chunks: int) -> Launch:
-        run, size = load(kernel, device)
+def _plan(signature: Signature, device: torch.device) -> Plan:
+    def launch(kernel: Kernel, chunks: int) -> Launch:
+        run, size = load(plan.fitting(kernel, device), device)
         of_sequence = -(-signature.blocks // size.blocks)
         return Launch(run, of_sequence, signature.batch * chunks * of_sequence)
 
-    _, size = load(plan.kernel(signature, "Forward"), device)
+    forward_kernel = plan.kernel(signature, "Forward", False)
+    _, size = load(plan.fitting(forward_kernel, device), device)
     warps = -(-signature.blocks // size.blocks) * signature.batch * size.threads // 32
-    chunk_size = chunk_size or plan.chunk_size(signature, warps, device)
+    chunk_size = plan.chunk_size(signature, warps, device)
     chunks = -(-signature.length // chunk_size)
-    forward, backward = (launch(plan.kernel(signature, program), chunks) for program in ("Forward", "Backward"))
+    many = warps * chunks >= plan.MANY * plan.schedulers(device)
+    forward, backward = (launch(plan.kernel(signature, program, many), chunks) for program in ("Forward", "Backward"))
     if chunks == 1:
         return Plan(chunk_size, chunks, (forward,), (backward,))
-    maps, adjoint = (launch(plan.kernel(signature, program), chunks) for program in ("Map", "Adjoint"))
+    maps, adjoint = (launch(plan.kernel(signature, program, many), chunks) for program in ("Map", "Adjoint"))
     relay, relay_back = (launch(plan.relay(signature, back), 1) for back in (False, True))
     return Plan(chunk_size, chunks, (maps, relay, forward), (maps, adjoint, relay_back, backward))
 
@@ -113,7 +115,7 @@ def _run(
     start: Tensor | None,
     end: Tensor,
 ) -> None:
-    """Run the kernels of a scan on `arrays`, which are those of `Scan` in csrc/gpu/scan.cuh, None where there is none."""
+    """Run the kernels of a scan. arrays: those of `Scan` in csrc/gpu/scan.cuh, None where there is none."""
     carry, maps, offsets, cuts = None, None, None, None
     if chosen.chunks > 1:
         batch, blocks, filled = initial_state.shape
@@ -264,10 +266,10 @@ def scan_blocks(
     kind: str,
     order: int,
 ) -> tuple[Tensor, Tensor]:
-    """The scan of tensors in the kernels' own order, where a block's numbers are together; M is filled up to a power of two.
+    """The scan of tensors in the kernels' own order: a block's numbers together, M filled up to a power of two.
 
-    Nothing is copied if each tensor is dense below a time step, and its steps are a multiple of 16 bytes apart: columns of
-    a larger tensor will do. What lies where M is filled up is not read, and has gradients of zero.
+    Nothing is copied if each tensor is dense below a time step, and its steps are a multiple of 16 bytes apart: columns
+    of a larger tensor will do. What lies where M is filled up is not read, and has gradients of zero.
 
     Args:
         gates: (B, T, N, M, M), [..., i, j] carries old component j to new component i; (B, T, N, M) for lags.
@@ -279,7 +281,7 @@ def scan_blocks(
         order: M before it was filled up.
 
     Returns:
-        The states, (B, T, N, M), for the companion (B, T, N), in the dtype of `values`, and the final state, (B, N, M), in
-        float32.
+        The states, (B, T, N, M), for the companion (B, T, N), in the dtype of `values`, and the final state,
+        (B, N, M), in float32.
     """
     return _operator(gates, input_gates, values, initial_state, reset, normalization, kind, order)

@@ -1,4 +1,4 @@
-"""The kernels of csrc/gpu, compiled when they are first asked for: for a GPU by NVRTC, for its emulation on a CPU by g++.
+"""The kernels of csrc/gpu, compiled at first use: for a GPU by NVRTC, for its emulation on a CPU by g++.
 
 A kernel is a program of csrc/gpu with its template arguments. It is called with the bytes of one struct, `Scan` in
 csrc/gpu/scan.cuh. NVIDIA's own bindings are imported at the first call for a GPU.
@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -50,7 +51,7 @@ class Kernel(NamedTuple):
             str(self.order),
             f"statemix::Normalization::{self.normalization}",
             str(self.has_reset).lower(),
-            *(str(number).lower() for number in self.numbers),
+            *(str(number) for number in self.numbers),
         ]
         program = f"statemix::{self.program}<{', '.join(arguments)}>"
         return f'#include "{self.family}.cuh"\nusing namespace statemix;\nSTATEMIX_KERNEL({program})\n'
@@ -103,6 +104,7 @@ def headers() -> dict[str, str]:
     return {path.name: path.read_text() for path in sorted(folder.glob("*.cuh"))}
 
 
+@functools.cache
 def compile_for_gpu(kernel: Kernel, target: int) -> tuple[bytes, Size]:
     """Machine code for cards of compute capability `target`, 90 for 9.0. No card is needed.
 
@@ -138,6 +140,20 @@ def compile_for_gpu(kernel: Kernel, target: int) -> tuple[bytes, Size]:
     return code, Size(*(int(number) for number in re.findall(r"Li(\d+)E", name)))
 
 
+def size_of(kernel: Kernel, device: torch.device) -> Size:
+    """The size of a kernel as it is compiled for a device."""
+    return load(kernel, device)[1] if EMULATED else compile_for_gpu(kernel, architecture(device))[1]
+
+
+@functools.cache
+def shared_limit(device: torch.device) -> int:
+    """How many bytes the threads of a program may share."""
+    if EMULATED:
+        return 227 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined] # its annotations lack it
+
+
 @functools.cache
 def load(kernel: Kernel, device: torch.device) -> tuple[Callable[[bytes, int], None], Size]:
     """A function that runs a kernel for the bytes of its struct and a number of programs; and the kernel's size."""
@@ -161,7 +177,7 @@ def _load_on_gpu(kernel: Kernel, device: torch.device) -> tuple[Callable[[bytes,
     current_stream, index = torch._C._cuda_getCurrentRawStream, device.index
 
     def run(arguments: bytes, programs: int) -> None:
-        parameters = (ctypes.c_void_p * 1)(ctypes.cast(arguments, ctypes.c_void_p).value)
+        parameters = (ctypes.c_char_p * 1)(arguments)  # the address of the struct
         check(
             *driver.cuLaunchKernel(
                 function,
@@ -179,6 +195,32 @@ def _load_on_gpu(kernel: Kernel, device: torch.device) -> tuple[Callable[[bytes,
         )
 
     return run, size
+
+
+class Resources(NamedTuple):
+    """What a thread of a compiled kernel takes: registers, and bytes of local memory, which are spills."""
+
+    registers: int
+    spilled: int
+
+
+def resources(code: bytes) -> Resources:
+    """Of machine code that `compile_for_gpu` made, as NVIDIA's cuobjdump reads it.
+
+    Raises:
+        RuntimeError: cuobjdump is not there: pip install nvidia-cuda-cuobjdump.
+    """
+    found = [Path(folder) / "cuobjdump" for folder in sorted(Path(torch.__file__).parents[1].glob("nvidia/*/bin"))]
+    program = shutil.which("cuobjdump") or next((str(path) for path in found if path.exists()), None)
+    if program is None:
+        raise RuntimeError("scan: cuobjdump is not there: pip install nvidia-cuda-cuobjdump.")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        command = [program, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"(\w+):(\d+)", text[text.index("Function kernel:") :]))
+    return Resources(int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"]))
 
 
 def _load_emulated(kernel: Kernel) -> tuple[Callable[[bytes, int], None], Size]:

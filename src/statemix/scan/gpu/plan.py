@@ -1,20 +1,24 @@
 """Which kernels run a scan, and with which numbers: a few rules, from measurements on an H200 (docs/gpu.md).
 
-Every family has four programs: Forward; Backward; and for scans in chunks of time Map, what a chunk makes of any state that
-enters it, and Adjoint, what its own steps hand back to that state. `Relay` takes the state from chunk to chunk.
+Every family has four programs: Forward; Backward; and for scans in chunks of time Map, what a chunk makes of any state
+that enters it, and Adjoint, what its own steps hand back to that state. `Relay` takes the state from chunk to chunk.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
 
+from statemix.gates import NORMALIZATIONS
 from statemix.scan.gpu import compile
 from statemix.scan.gpu.compile import Kernel
 
 MAX_ORDER = 16
 FULL = 2  # warps for each scheduler, below which time is cut into chunks
-SCHEDULERS = 4  # of a processor of a card
+MANY = 4  # warps for each scheduler, from which on no single one has to be fast
+PROGRAMS = ("Forward", "Backward", "Map", "Adjoint")
+SCHEDULERS = 4  # of a multiprocessor
 
 
 class Signature(NamedTuple):
@@ -35,26 +39,15 @@ def filled_order(order: int) -> int:
     return 1 << (order - 1).bit_length()
 
 
-def numbers(kind: str, program: str, dtype: torch.dtype, order: int, normalization: str) -> tuple[str, tuple[int | str, ...]]:
-    """The family of the kernels that serve a scan, and the numbers of one of its programs.
-
-    Returns:
-        "slabs" with blocks of a lane, warps of a program, steps of a warp, slabs on their way; "rows" with steps of a
-        group, groups on their way, warps; "lags" with the kind, lanes of a row, tiles on their way.
-    """
-    half = dtype != torch.float32
-    if kind != "block":
-        return "lags", (kind.title(), 2 if order <= 8 else 4, 3)
-    if order > 4:
-        return "rows", (4, 4, 1)
-    if order == 1:
-        return "slabs", (2 if half else 1, 4, 8, 2)
-    return "slabs", (1, 4, 4, 2)
-
-
-def kernel(signature: Signature, program: str) -> Kernel:
-    """A program for a signature, "Forward" for example, with its numbers."""
-    family, chosen = numbers(signature.kind, program, signature.dtype, signature.order, signature.normalization)
+def kernel(signature: Signature, program: str, many: bool) -> Kernel:
+    """A program for a signature, "Forward" for example, and the numbers that suit it. many: blocks fill the card."""
+    numbers: tuple[int | str, ...]
+    if signature.kind != "block":
+        family, numbers = "lags", lags_numbers(signature, program)
+    elif signature.order <= 4:
+        family, numbers = "slabs", slabs_numbers(signature, program)
+    else:
+        family, numbers = "rows", rows_numbers(signature, program, many)
     return Kernel(
         family=family,
         program=family.title() + program,
@@ -62,8 +55,45 @@ def kernel(signature: Signature, program: str) -> Kernel:
         order=signature.order,
         normalization=signature.normalization,
         has_reset=signature.has_reset,
-        numbers=chosen,
+        numbers=numbers,
     )
+
+
+def slabs_numbers(signature: Signature, program: str) -> tuple[int, ...]:
+    """Blocks of a lane, warps, steps of a warp in a slab, slabs on their way, and whether blocks are left over."""
+    lane_blocks, warps, steps = (2, 8, 8) if signature.order == 1 else (1, 4, 4)
+    if signature.order == 2:
+        half, back = signature.dtype != torch.float32, program in ("Backward", "Adjoint")
+        warps, steps = (16, 4) if half and back else (8, 8 if half else 4)
+    if program == "Backward" and signature.normalization != "softmax":
+        steps //= 2  # its rows are weighed twice
+    return lane_blocks, warps, steps, 2, signature.blocks % lane_blocks
+
+
+def rows_numbers(signature: Signature, program: str, many: bool) -> tuple[int, ...]:
+    """Steps of a group, groups on their way, and warps. Long groups leave no registers for slopes."""
+    if program == "Backward" and signature.dtype != torch.float32:
+        if many:
+            return 4, 4, 2
+        if signature.normalization not in ("sigmoid", "tanh", "silu"):
+            return 8, 2, 1
+    return 4, 4, 1
+
+
+def lags_numbers(signature: Signature, program: str) -> tuple[int | str, ...]:
+    """The kind, steps of a group, and groups on their way: those of 16 KB of gates, which few warps need to keep up."""
+    observer, back = signature.kind == "observer", program in ("Backward", "Adjoint")
+    of_step = filled_order(signature.order) * signature.dtype.itemsize * (2 if observer and back else 1)
+    steps = 8 if observer or back else 4  # twice the warps, where these wait for each other's steps anyway
+    return signature.kind.title(), steps, max(4, min(16, 512 // of_step))
+
+
+def fitting(kernel: Kernel, device: torch.device) -> Kernel:
+    """The kernel, or one with shorter slabs for a card that has less shared memory."""
+    while kernel.family == "slabs" and compile.size_of(kernel, device).shared_bytes > compile.shared_limit(device):
+        lane_blocks, warps, steps, *others = kernel.numbers
+        kernel = kernel._replace(numbers=(lane_blocks, warps, int(steps) // 2, *others))
+    return kernel
 
 
 def relay(signature: Signature, backward: bool) -> Kernel:
@@ -90,10 +120,21 @@ def schedulers(device: torch.device) -> int:
 def chunk_size(signature: Signature, warps: int, device: torch.device) -> int:
     """Steps of a chunk, or all of them where chunks would not help. warps: of the scan without chunks.
 
-    A map costs about as much as `columns` scans, so the chunks must be more than that to be faster.
+    With a map that costs as much as `maps` scans, it takes more chunks than 1 + maps to be faster.
     """
-    columns = 1 + (signature.order + 1) / (1 if signature.order <= 4 and signature.kind == "block" else 4)
+    maps = 1 if signature.kind == "block" and signature.order <= 4 else (signature.order + 1) / 4
     chunks = min(FULL * schedulers(device) // warps, signature.length // 256)
-    if chunks < 2 * columns:
+    if chunks < 1.5 * (1 + maps):
         return signature.length
     return -(-signature.length // (16 * chunks)) * 16
+
+
+def kernels(kind: str, order: int) -> list[Kernel]:
+    """Every kernel that some scan of a kind and order may run."""
+    found: dict[Kernel, None] = {}
+    for dtype, normalization, has_reset in itertools.product(compile.STORAGES, NORMALIZATIONS, (False, True)):
+        for blocks, many, program in itertools.product((1, 2), (False, True), PROGRAMS):
+            signature = Signature(kind, dtype, order, normalization, has_reset, 1, 1, blocks)
+            found[kernel(signature, program, many)] = None
+        found.update(dict.fromkeys(relay(signature, backward) for backward in (False, True)))
+    return list(found)
