@@ -56,8 +56,10 @@ struct Slabs {
     float carry[2][U][M][32];
   };
 
-  // as many programs as a multiprocessor of 228 KB has shared memory for: each keeps 1 KB more
-  static constexpr int kResident = 228 * 1024 / (sizeof(Shared) + 1024) > 0 ? 228 * 1024 / (sizeof(Shared) + 1024) : 1;
+  // As many programs as a multiprocessor has room for, of 228 KB, where each keeps 1 KB more, and of 64 K registers.
+  static constexpr int kRegisters = (M > 2 ? 160 : 80) + (kBack ? 32 : 0);  // enough for a lane: fewer are spilled
+  static constexpr int kByMemory = 228 * 1024 / (sizeof(Shared) + 1024), kByRegisters = 65536 / (kThreads * kRegisters);
+  static constexpr int kLess = kByMemory < kByRegisters ? kByMemory : kByRegisters, kResident = kLess < 1 ? 1 : kLess;
 
   // given: what a step adds to the state, or in the backward dL/dh, which it adds before it mixes.
   struct Step {
@@ -339,10 +341,7 @@ struct Slabs {
     else
       walk<last>(c, step, h);
     if constexpr (last) return;
-    if constexpr (kBack) {
-      __syncwarp();
-      bring(c + D);
-    }
+    if constexpr (kBack) bring(c + D);  // over pieces that the same lane has written out or taken
     if (warp == W - 1) put_carry(c + 1, h);
   }
 
