@@ -1,13 +1,13 @@
 // The block scan of small blocks, M 1 to 4, in slabs of time.
 //
-// A lane has all of U neighbouring blocks, so no number ever goes from lane to lane. A slab is W L steps in a row: each of
-// the W warps of a program takes L of them, for the same 32 U blocks, and
+// A lane has all of U neighbouring blocks, so no number ever goes from lane to lane. A slab is W L steps in a row: each
+// of the W warps of a program takes L of them, for the same 32 U blocks, and
 //   1. makes the weights of its steps, and their map: what they make of any state that enters them;
-//   2. leaves the map where the other warps see it, and sends the state that enters the slab through the maps before its own;
+//   2. leaves the map where the other warps see it, and sends what enters the slab through those before its own;
 //   3. walks its steps from there, with the weights still in registers.
 // So every input is read once, and one sequence of few blocks keeps W warps busy.
 //
-// The backward is the same in reversed time. With r_t, what the steps after t hand back to h_t, and s_t = dL/dh_t + r_t:
+// The backward is the same in reversed time. With r_t, what later steps hand back to h_t, and s_t = dL/dh_t + r_t,
 //   r_{t-1} = p_t^T s_t; the gradients are those of gates.cuh.
 // Positions are counted in the order of the walk: the backward's position 0 is the last step of its chunk.
 //
@@ -32,8 +32,8 @@ struct SlabInputs<Gates, Rows, L, true> : SlabInputs<Gates, Rows, L, false> {
   Rows values[L], states[L];  // the states that entered
 };
 
-// M: order. U: blocks of a lane, 1 unless M is 1. W: warps. L: steps of a warp in a slab. D: slabs on their way from memory.
-// ragged: N is no multiple of U.
+// M: order. U: blocks of a lane, 1 unless M is 1. W: warps. L: steps of a warp in a slab. D: slabs on their way from
+// memory. ragged: N is no multiple of U.
 template <Pass pass, class S, int M, Normalization norm, bool has_reset, int U, int W, int L, int D, bool ragged>
 struct Slabs {
   static constexpr bool kBack = pass == Pass::backward || pass == Pass::adjoint;
@@ -66,7 +66,7 @@ struct Slabs {
     float weight[U][M][M];
     State input_gate, given;
   };
-  // What steps make of a state h that enters them: column[M] + sum_j h[j] column[j], or column[M] alone if they forget it.
+  // What steps make of a state h that enters them: column[M] + sum_j h[j] column[j]; column[M] alone if they forget it.
   struct Map {
     float column[M + 1][U][M];
     bool forgets;
@@ -76,7 +76,7 @@ struct Slabs {
   Shared& shared;
   const Place place;
   const int lane, warp, first_block, block, lanes, slabs;
-  uint32 resets = 0, next_resets = 0;  // bit l: there is a reset at the warp's position l of this slab, and of the next
+  uint32 resets = 0, next_resets = 0;  // bit l of this slab's, at the warp's position l; of the next, at the lane's
 
   static STATEMIX_DEVICE void run(const Arguments& scan, Shared& shared) { Slabs(scan, shared).run(); }
 
@@ -131,7 +131,7 @@ struct Slabs {
     return {first, kBack ? -array.time : array.time};
   }
 
-  // Begins to bring the inputs of slab c; `careful` where steps may be missing, or step 0 among them, which no state precedes.
+  // Begins to bring the inputs of slab c; `careful` where steps may be missing, or no state precedes one.
   template <bool careful>
   STATEMIX_DEVICE void bring_steps(int c) {
     Inputs& in = shared.ring[c % D][warp];
@@ -208,7 +208,7 @@ struct Slabs {
     });
   }
 
-  // What the transition carries from component j to component i of the state, or in the backward of what is handed back.
+  // What a step carries from component j to component i of the state, or in the backward of what is handed back.
   static STATEMIX_DEVICE float carried(const Step& step, int u, int i, int j) {
     return kBack ? step.weight[u][j][i] : step.weight[u][i][j];
   }
@@ -361,7 +361,7 @@ struct Slabs {
     }
   }
 
-  // The rows of a step for its gradients. A weight of softmax is its own slope; other rows are weighed again, which costs
+  // The rows of a step for its gradients. A weight of softmax is its own slope; others are weighed again, which takes
   // fewer registers than to keep what they need.
   STATEMIX_DEVICE void rows_of(const Inputs& in, int l, const Step& step, Weights<true>& rows) const {
     if constexpr (norm != Normalization::softmax) {
@@ -378,7 +378,8 @@ struct Slabs {
 
   template <bool last>
   STATEMIX_DEVICE void walk_back(int c, Inputs& in, const Step (&step)[L], State& r) {
-    const Steps<S> grad_gates_at = steps_of(scan.grad_gates, c, P * P), grad_values_at = steps_of(scan.grad_values, c, P);
+    const Steps<S> grad_gates_at = steps_of(scan.grad_gates, c, P * P);
+    const Steps<S> grad_values_at = steps_of(scan.grad_values, c, P);
     const Steps<S> grad_input_gates_at = steps_of(scan.grad_input_gates, c, P);
 #pragma unroll
     for (int l = 0; l < L; ++l) {
@@ -405,7 +406,7 @@ struct Slabs {
         for (int i = 0; i < M; ++i) {
           const Row<norm, M, true>& row = rows[u][i];
           const int k = u * P + i;
-          // the state that left, from the same rounded numbers, or their rounding would drown u - h where a decay is slow
+          // the state that left, from the same rounded numbers: their rounding would drown u - h where a decay is slow
           float h = row.in * value[k];
 #pragma unroll
           for (int j = 0; j < M; ++j) h = fmaf(row.p[j], entered[j], h);

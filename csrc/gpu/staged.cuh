@@ -4,9 +4,10 @@
 
 namespace statemix {
 
-// `count` numbers of each lane, which lie one lane after the other in global memory. They travel in pieces of up to 16 bytes:
-// in each turn, neighbouring lanes move neighbouring pieces, and so whole sectors, whoever they belong to. A lane's own pieces
-// are shuffled here by lane, or the lanes of a quarter of a warp would meet on the same banks when each takes its own.
+// `count` numbers of each lane, which lie one lane after the other in global memory. They travel in pieces of up to 16
+// bytes: in each turn, neighbouring lanes move neighbouring pieces, and so whole sectors, whoever they belong to. A lane's
+// own pieces are shuffled here by lane, or the lanes of a quarter of a warp would meet on the same banks when each takes
+// its own.
 template <class S, int count>
 struct Staged {
   static constexpr int kBytes = count * sizeof(S), kPiece = kBytes < 16 ? kBytes : 16, kPieces = kBytes / kPiece;
