@@ -25,7 +25,7 @@ EMULATED = os.environ.get("STATEMIX_EMULATE_GPU") == "1"  # the backend serves C
 
 _HAS_BINDINGS = importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
 _CHECKOUT = Path(__file__).parents[4]  # of the sources, unless the package was installed without them
-_INSTALLED = Path(__file__).parent / "csrc"
+_INSTALLED = Path(__file__).parent / "csrc" / "gpu"
 _COMPILER_OPTIONS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fno-gnu-unique", "-DSTATEMIX_EMULATE"]
 
 
