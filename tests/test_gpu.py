@@ -145,13 +145,13 @@ def test_chunks_equal_the_loop(case, in_chunks):
     assert_problem(problem.map(lambda x: x.to(DEVICE)), "gpu", {k: x.to(DEVICE) for k, x in expected.items()})
     values = problem.values.to(DEVICE)
     shape = (case.kind, values.dtype, case.order, case.normalization, case.has_reset, 2, case.length, 5)
-    assert gpu._plan(plan.Problem(*shape), values.device).chunks == -(-case.length // 16)
+    assert gpu._plan(plan.Signature(*shape), values.device).chunks == -(-case.length // 16)
 
 
 @pytest.mark.parametrize("processors", [1, 132])
 def test_time_is_cut_where_the_blocks_do_not_fill_the_card(processors, monkeypatch):
     monkeypatch.setattr(plan, "schedulers", lambda device: 4 * processors)
-    problem = plan.Problem("block", torch.bfloat16, 4, "softmax", False, 1, 65536, 302)
+    problem = plan.Signature("block", torch.bfloat16, 4, "softmax", False, 1, 65536, 302)
     size = plan.chunk_size(problem, 40, torch.device(DEVICE))
     assert (size < problem.length) == (processors == 132)
     assert size % 16 == 0
@@ -342,7 +342,7 @@ TARGETS = (
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: "-".join(map(str, target)))
 def test_the_compiler_for_gpus_keeps_everything_in_registers(target):
     pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed: pip install statemix[gpu]")
-    problem = plan.Problem(target.kind, target.dtype, target.order, target.normalization, True, 1, 1, 2)
+    problem = plan.Signature(target.kind, target.dtype, target.order, target.normalization, True, 1, 1, 2)
     kernels = [plan.kernel(problem, program, many) for program in plan.PROGRAMS for many in (False, True)]
     for kernel in dict.fromkeys([*kernels, plan.relay(problem, False)]):
         code, size = compile.compile_for_gpu(kernel, target.card)
@@ -357,7 +357,7 @@ def test_a_card_with_little_shared_memory_has_shorter_slabs(order, monkeypatch):
     forget()
     problem, expected = problem_here("block", "softmax", order=order, length=65, dtype=torch.float32)
     assert_problem(problem, "gpu", expected)
-    chosen = plan.kernel(plan.Problem("block", torch.float32, order, "softmax", False, 2, 65, 3), "Backward", False)
+    chosen = plan.kernel(plan.Signature("block", torch.float32, order, "softmax", False, 2, 65, 3), "Backward", False)
     fitted = plan.fitting(chosen, torch.device("cpu"))
     assert fitted != chosen
     assert compile.size_of(fitted, torch.device("cpu")).shared_bytes <= 64 << 10
@@ -368,7 +368,7 @@ def test_every_kernel_is_listed():
     for kind, order in itertools.product(SCANS, ORDERS):
         listed = plan.kernels(kind, order)
         assert len(set(listed)) == len(listed)
-        problem = plan.Problem(kind, torch.float16, order, "tanh", True, 3, 70, 7)
+        problem = plan.Signature(kind, torch.float16, order, "tanh", True, 3, 70, 7)
         assert {plan.kernel(problem, program, many) for program in plan.PROGRAMS for many in (0, 1)} <= set(listed)
 
 

@@ -16,8 +16,7 @@ import torch
 from rich.table import Table
 
 from statemix import kernels
-from statemix.benchmark import gpu
-from statemix.benchmark.contender import BACKWARD, BOTH, FORWARD, PARTS, Contender, Shape, Work
+from statemix.benchmark.contender import BOTH, PARTS, Contender, Shape, Work
 from statemix.benchmark.layers import DECODE_CONTENDERS, LAYER_CONTENDERS, TRAIN_CONTENDERS
 from statemix.benchmark.measure import Comparison, Samples, interleave, machine, measured, settings
 from statemix.benchmark.memory import LAYERS, MEMORY_CONTENDERS
@@ -340,47 +339,6 @@ def _on_threads(contender: Contender, threads: int) -> Contender:
     return Contender(f"{threads} thread{'s' if threads > 1 else ''}", make)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GpuBenchmark(LayerBenchmark):
-    """The GPU kernels: scan, layer and training step against torch, cuDNN's LSTM and peers.
-
-    Args:
-        kinds: of block, companion and observer.
-    """
-
-    sizes: str = "1x512,2x512,4x512,8x512,16x512"
-    batch: int = 8
-    length: int = 4096
-    d_model: int = 512
-    kinds: str = "block"
-
-    what = "gpu"
-
-    def groups(self) -> list[Comparison]:
-        """A table per kind, size and part, and one for the layer and one for the training step."""
-        kinds = self.kinds.split(",")
-        for kind in kinds:
-            check_choice("bench", "kinds", kind, tuple(SCANS))
-        if not torch.cuda.is_available():
-            raise RuntimeError("bench: gpu measures on a GPU, and torch finds none here.")
-        groups = [
-            Comparison(f"{kind} scan, {part}", replace(shape, kind=kind, part=part), gpu.SCAN_CONTENDERS, (gpu.LEAST,))
-            for kind, shape, part in itertools.product(kinds, self.shapes(), (FORWARD, BACKWARD))
-        ]
-        modules = itertools.product((gpu.LAYER, gpu.STEP), self.shapes())
-        return groups + [
-            Comparison(part, replace(shape, part=part), gpu.MODULE_CONTENDERS, ("lstm",)) for part, shape in modules
-        ]
-
-    def name(self, facts: Mapping[str, Any]) -> str:
-        """Of the results, where `out` is None."""
-        return "gpu"
-
-    def conditions(self, facts: Mapping[str, Any]) -> str:
-        """What all numbers hold for."""
-        return f"{torch.cuda.get_device_name()}, torch {facts['torch']}, {facts['date']}"
-
-
 BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
     benchmark.what: benchmark
     for benchmark in (
@@ -390,6 +348,5 @@ BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
         DecodeBenchmark,
         MemoryBenchmark,
         ScalingBenchmark,
-        GpuBenchmark,
     )
 }

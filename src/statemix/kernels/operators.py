@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# a subclass of Tensor, or of a number, looks at the operations made with it
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), str, bool, int, float))
+
 
 class Operator:
     """A function of tensors, with its derivative, as torch needs it in two places.
@@ -35,6 +38,7 @@ class Operator:
             save(ctx, inputs, outputs)
             return outputs
 
+        self.function = function
         eager = {"forward": forward, "backward": derivative}
         functorch = {"forward": function, "setup_context": save, "backward": derivative, "vmap": self._each}
         self.eager, self.functorch = (
@@ -44,13 +48,16 @@ class Operator:
 
     def __call__(self, *inputs: Any) -> Any:
         """The function, seen by whatever looks at the operations now made."""
-        tensors = [x for x in inputs if isinstance(x, Tensor)]
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return self.operator(*inputs)
-        if any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
+        if not _PLAIN.issuperset(map(type, inputs)):
             return self.operator(*inputs)
-        transformed = torch._C._are_functorch_transforms_active()
-        return (self.functorch if transformed else self.eager).apply(*inputs)  # type: ignore[attr-defined]
+        if torch._C._are_functorch_transforms_active():
+            return self.functorch.apply(*inputs)  # type: ignore[attr-defined]
+        # forward-mode derivatives go on without grad mode: the autograd.Function refuses them
+        if not torch.is_grad_enabled() and torch.autograd.forward_ad._current_level < 0:
+            return self.function(*inputs)
+        return self.eager.apply(*inputs)  # type: ignore[attr-defined]
 
     def _each(self, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         """Under vmap, one call for each."""

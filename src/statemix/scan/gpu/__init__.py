@@ -6,6 +6,7 @@ With STATEMIX_EMULATE_GPU=1 in the environment the same sources run on a CPU, sl
 """
 
 import functools
+import math
 import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from statemix.kernels.operators import Operator, save_nothing
-from statemix.scan.gpu import plan
-from statemix.scan.gpu.compile import STORAGES, Kernel, load, load_problem, unserved_device
+from statemix.scan.gpu import compile, plan
+from statemix.scan.gpu.compile import STORAGES, Kernel, load_problem, unserved_device
 from statemix.scan.gpu.plan import MAX_ORDER, Signature, filled_order
 from statemix.scan.problem import Problem
 
@@ -87,12 +88,12 @@ class Plan(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def _plan(signature: Signature, device: torch.device) -> Plan:
     def launch(kernel: Kernel, chunks: int) -> Launch:
-        run, size = load(plan.fitting(kernel, device), device)
+        run, size = compile.load(plan.fitting(kernel, device), device)
         of_sequence = -(-signature.blocks // size.blocks)
         return Launch(run, of_sequence, signature.batch * chunks * of_sequence)
 
     forward_kernel = plan.kernel(signature, "Forward", False)
-    _, size = load(plan.fitting(forward_kernel, device), device)
+    _, size = compile.load(plan.fitting(forward_kernel, device), device)
     warps = -(-signature.blocks // size.blocks) * signature.batch * size.threads // 32
     chunk_size = plan.chunk_size(signature, warps, device)
     chunks = -(-signature.length // chunk_size)
@@ -124,7 +125,11 @@ def _run(
         cuts = initial_state.new_empty(batch, chosen.chunks, dtype=torch.uint8)
     fields: list[int] = []
     for array in arrays:
-        fields += (0, 0, 0) if array is None else (array.data_ptr(), array.stride(0), array.stride(1))
+        if array is None:
+            fields += (0, 0, 0)
+        else:
+            batch_stride, time_stride, *_ = array.stride()
+            fields += (array.data_ptr(), batch_stride, time_stride)
     for tensor in (reset, initial_state, start, carry, end, maps, offsets, cuts):
         fields.append(0 if tensor is None else tensor.data_ptr())
     fields += (signature.batch, signature.length, signature.blocks, chosen.chunks, chosen.chunk_size)
@@ -167,7 +172,7 @@ def _results(
     """Room for the states of every step, and for the state to go on from."""
     *_, kind, _ = others
     states = _room(values, (*values.shape[:3], initial_state.shape[2])) if kind == "observer" else _room(values)
-    return states, initial_state.new_empty(initial_state.shape)
+    return states, torch.empty_like(initial_state, memory_format=torch.contiguous_format)
 
 
 def _backward(
@@ -205,18 +210,24 @@ def _grads(
     *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Room for the gradients of the four inputs."""
-    return _room(gates), _room(input_gates), _room(values), initial_state.new_empty(initial_state.shape)
+    return (
+        _room(gates),
+        _room(input_gates),
+        _room(values),
+        torch.empty_like(initial_state, memory_format=torch.contiguous_format),
+    )
 
 
 def _room(like: Tensor, shape: torch.Size | tuple[int, ...] | None = None) -> Tensor:
     """An empty tensor of a shape (B, T, ...), dense below a time step, whose steps are aligned."""
     shape = like.shape if shape is None else shape
     batch, length, *step = shape
-    size = 1
-    for count in step:
-        size *= count
-    unit = ALIGNMENT // like.element_size()
+    size, unit = math.prod(step), ALIGNMENT // like.element_size()
     padded = -(-size // unit) * unit
+    if padded == size:
+        if like.shape == shape and like.is_contiguous():
+            return torch.empty_like(like)  # takes a quarter of the time of the line below
+        return like.new_empty(shape)
     strides = [padded * length, padded]
     for count in step:
         size //= count
@@ -227,9 +238,20 @@ def _room(like: Tensor, shape: torch.Size | tuple[int, ...] | None = None) -> Te
 def _aligned(x: Tensor) -> Tensor:
     """`x` itself if it is dense below a time step and its steps are aligned, or a copy."""
     unit = ALIGNMENT // x.element_size()
-    if x[0, 0].is_contiguous() and x.data_ptr() % ALIGNMENT == 0 and x.stride(0) % unit == 0 == x.stride(1) % unit:
+    batch, length, *_ = strides = x.stride()
+    aligned = batch % unit == 0 == length % unit and x.data_ptr() % ALIGNMENT == 0
+    if aligned and (x.is_contiguous() or _is_dense(x.shape[2:], strides[2:])):
         return x
     return _room(x).copy_(x)
+
+
+def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    size = 1
+    for count, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if count != 1 and stride != size:
+            return False
+        size *= count
+    return True
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

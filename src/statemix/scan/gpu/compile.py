@@ -174,12 +174,19 @@ def _load_on_gpu(kernel: Kernel, device: torch.device) -> tuple[Callable[[bytes,
         function = check(*driver.cuModuleGetFunction(module, b"kernel"))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         check(*driver.cuFuncSetAttribute(function, attribute, size.shared_bytes))
-    current_stream, index = torch._C._cuda_getCurrentRawStream, device.index
+    stream = functools.partial(torch._C._cuda_getCurrentRawStream, device.index)
+    return launcher(driver.cuLaunchKernel, check, function, size, stream), size
+
+
+def launcher(
+    launch: Callable[..., Any], check: Callable[..., Any], function: Any, size: Size, stream: Callable[[], int]
+) -> Callable[[bytes, int], None]:
+    """What runs a function of the driver, by its `launch`, on the stream of the moment."""
 
     def run(arguments: bytes, programs: int) -> None:
         parameters = (ctypes.c_char_p * 1)(arguments)  # the address of the struct
         check(
-            *driver.cuLaunchKernel(
+            *launch(
                 function,
                 programs,
                 1,
@@ -188,13 +195,13 @@ def _load_on_gpu(kernel: Kernel, device: torch.device) -> tuple[Callable[[bytes,
                 1,
                 1,
                 size.shared_bytes,
-                current_stream(index),
+                stream(),
                 ctypes.addressof(parameters),
                 0,
             )
         )
 
-    return run, size
+    return run
 
 
 class Resources(NamedTuple):

@@ -6,13 +6,14 @@ that enters it, and Adjoint, what its own steps hand back to that state. `Relay`
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from statemix.gates import NORMALIZATIONS
 from statemix.scan.gpu import compile
-from statemix.scan.gpu.compile import Kernel
+from statemix.scan.gpu.compile import Kernel, Size
 
 MAX_ORDER = 16
 FULL = 2  # warps for each scheduler, below which time is cut into chunks
@@ -90,7 +91,12 @@ def lags_numbers(signature: Signature, program: str) -> tuple[int | str, ...]:
 
 def fitting(kernel: Kernel, device: torch.device) -> Kernel:
     """The kernel, or one with shorter slabs for a card that has less shared memory."""
-    while kernel.family == "slabs" and compile.size_of(kernel, device).shared_bytes > compile.shared_limit(device):
+    return shortened(kernel, lambda kernel: compile.size_of(kernel, device), compile.shared_limit(device))
+
+
+def shortened(kernel: Kernel, size_of: Callable[[Kernel], Size], limit: int) -> Kernel:
+    """The kernel with slabs so short that its programs share at most `limit` bytes."""
+    while kernel.family == "slabs" and size_of(kernel).shared_bytes > limit:
         lane_blocks, warps, steps, *others = kernel.numbers
         kernel = kernel._replace(numbers=(lane_blocks, warps, int(steps) // 2, *others))
     return kernel
