@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := src tests experiments
-KERNELS := $(wildcard csrc/*.h csrc/*.cpp)
+KERNELS := $(wildcard csrc/*.h csrc/*.cpp csrc/gpu/*.cuh)
 BUDGET ?= quick
 CLAIMS := state_tracking exact structure normalization memory language regular
 

@@ -454,8 +454,7 @@ def test_what_is_lacking_is_said(monkeypatch):
 def test_a_card_that_is_too_old_is_refused(monkeypatch):
     monkeypatch.setattr(compile, "EMULATED", False)
     monkeypatch.setattr(compile, "architecture", lambda device: 75)
-    served = gpu.unserved(torch.device("cuda", 0), torch.float32, 4)
-    assert served == "it needs compute capability 8.0, got 7.5."
+    assert compile.unserved_device(torch.device("cuda", 0)) == "it needs compute capability 8.0, got 7.5."
 
 
 def test_auto_never_takes_the_emulator(monkeypatch):

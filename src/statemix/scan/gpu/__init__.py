@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from statemix.kernels.memory import address, dense
 from statemix.kernels.operators import Operator, save_nothing
 from statemix.scan.gpu import compile, plan
 from statemix.scan.gpu.compile import STORAGES, Kernel, load_problem, unserved_device
@@ -129,9 +130,9 @@ def _run(
             fields += (0, 0, 0)
         else:
             batch_stride, time_stride, *_ = array.stride()
-            fields += (array.data_ptr(), batch_stride, time_stride)
+            fields += (address(array) or 0, batch_stride, time_stride)
     for tensor in (reset, initial_state, start, carry, end, maps, offsets, cuts):
-        fields.append(0 if tensor is None else tensor.data_ptr())
+        fields.append(address(tensor) or 0)
     fields += (signature.batch, signature.length, signature.blocks, chosen.chunks, chosen.chunk_size)
     arguments = _STRUCT.pack(*fields)
     for launch in launches:
@@ -141,7 +142,9 @@ def _run(
 _STRUCT = struct.Struct("35q5i")  # nine arrays, eight pointers and five numbers
 
 
-def _signature(values: Tensor, gates: Tensor, reset: Tensor | None, normalization: str, kind: str, order: int) -> Signature:
+def _signature(
+    values: Tensor, gates: Tensor, reset: Tensor | None, normalization: str, kind: str, order: int
+) -> Signature:
     batch, length, blocks = gates.shape[:3]
     return Signature(kind, values.dtype, order, normalization, reset is not None, batch, length, blocks)
 
@@ -160,7 +163,7 @@ def _forward(
     signature = _signature(values, gates, reset, normalization, kind, order)
     chosen = _plan(signature, values.device)
     gates, input_gates, values = _aligned(gates), _aligned(input_gates), _aligned(values)
-    initial_state, reset = initial_state.contiguous(), reset if reset is None else reset.contiguous()
+    initial_state, reset = dense(initial_state), None if reset is None else dense(reset)
     arrays = (gates, input_gates, values, None, None, states, None, None, None)
     _run(chosen.forward, chosen, signature, arrays, reset, initial_state, initial_state, final_state)
     return states, final_state
@@ -192,9 +195,9 @@ def _backward(
     signature = _signature(values, gates, reset, normalization, kind, order)
     chosen = _plan(signature, values.device)
     gates, input_gates, values, grad_states = (_aligned(x) for x in (gates, input_gates, values, grad_states))
-    initial_state, reset = initial_state.contiguous(), reset if reset is None else reset.contiguous()
+    initial_state, reset = dense(initial_state), None if reset is None else dense(reset)
     if grad_final_state is not None:
-        grad_final_state = grad_final_state.contiguous()
+        grad_final_state = dense(grad_final_state)
     arrays = (gates, input_gates, values, states, grad_states, None, *grads[:3])
     _run(chosen.backward, chosen, signature, arrays, reset, initial_state, grad_final_state, grads[3])
     return grads
@@ -237,9 +240,10 @@ def _room(like: Tensor, shape: torch.Size | tuple[int, ...] | None = None) -> Te
 
 def _aligned(x: Tensor) -> Tensor:
     """`x` itself if it is dense below a time step and its steps are aligned, or a copy."""
+    x = x.resolve_neg()  # its memory may hold the numbers with the other sign
     unit = ALIGNMENT // x.element_size()
     batch, length, *_ = strides = x.stride()
-    aligned = batch % unit == 0 == length % unit and x.data_ptr() % ALIGNMENT == 0
+    aligned = batch % unit == 0 == length % unit and (address(x) or 0) % ALIGNMENT == 0
     if aligned and (x.is_contiguous() or _is_dense(x.shape[2:], strides[2:])):
         return x
     return _room(x).copy_(x)
