@@ -1,4 +1,5 @@
-// What only a GPU has; tests/emulate.h has the same names for a CPU. The kernels include one of the two, by this file's first lines.
+// What only a GPU has; tests/emulate.h has the same names for a CPU. The kernels include one of the two, by this file's first
+// lines.
 #pragma once
 #ifdef STATEMIX_EMULATE
 #include "emulate.h"
@@ -14,14 +15,14 @@ using int64 = long long;
 // The kernel of a program: a struct with Arguments, Shared (what its threads share), kThreads, kBlocks (how many blocks n it
 // serves), kResident (how many programs a multiprocessor should have registers for) and run(Arguments, Shared&). Whoever
 // launches it reads three numbers in the mangled name of `numbers`.
-#define STATEMIX_KERNEL(...)                                                                \
-  using Program = __VA_ARGS__;                                                              \
-  extern "C" __global__ void __launch_bounds__(Program::kThreads, Program::kResident)       \
-      kernel(const __grid_constant__ Program::Arguments arguments) {                        \
-    extern __shared__ __align__(16) char shared[];                                          \
-    Program::run(arguments, *reinterpret_cast<Program::Shared*>(shared));                   \
-  }                                                                                         \
-  template <int threads, int blocks, int shared_bytes>                                      \
+#define STATEMIX_KERNEL(...)                                                          \
+  using Program = __VA_ARGS__;                                                        \
+  extern "C" __global__ void __launch_bounds__(Program::kThreads, Program::kResident) \
+      kernel(const __grid_constant__ Program::Arguments arguments) {                  \
+    extern __shared__ __align__(16) char shared[];                                    \
+    Program::run(arguments, *reinterpret_cast<Program::Shared*>(shared));             \
+  }                                                                                   \
+  template <int threads, int blocks, int shared_bytes>                                \
   __global__ void numbers() {}
 
 namespace statemix {

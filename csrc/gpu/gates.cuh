@@ -14,7 +14,7 @@ namespace statemix {
 
 enum class Normalization { softmax, sigmoid, relu, tanh, silu, linear, none };
 
-constexpr float kReluFloor = 1e-3f;              // RELU_FLOOR in gates.py
+constexpr float kReluFloor = 1e-3f;  // RELU_FLOOR in gates.py
 constexpr float kSmallestNormal = 1.17549435e-38f, kLargest = 3.40282347e+38f;
 constexpr float kLog2E = 1.4426950408889634f;
 
@@ -86,8 +86,8 @@ STATEMIX_DEVICE float f_of(float z, float& slope) {
 template <Normalization norm, int E, bool backward>
 struct Row {
   static constexpr bool kSlopes = backward && keeps_slopes(norm);
-  float p[E], in;  // of the transition gates and of the input gate
-  float inverse;   // 1 / S
+  float p[E], in;                           // of the transition gates and of the input gate
+  float inverse;                            // 1 / S
   float slopes[kSlopes ? E : 1], slope_in;  // f' / S
 
   STATEMIX_DEVICE float scale() const { return norm == Normalization::softmax ? inverse : 1.0f; }
@@ -121,8 +121,7 @@ STATEMIX_DEVICE void weigh(Row<norm, E, backward>& row, const float (&raw)[E], f
   constexpr bool exponential = norm == Normalization::softmax || norm == Normalization::sigmoid;
   float z[E];
 #pragma unroll
-  for (int j = 0; j < E; ++j)
-    z[j] = is_gate<order, K * E>(first + j) ? raw[j] : exponential ? __uint_as_float(0xff800000u) : 0.0f;
+  for (int j = 0; j < E; ++j) z[j] = is_gate<order, K * E>(first + j) ? raw[j] : exponential ? __uint_as_float(0xff800000u) : 0.0f;
 
   if constexpr (norm == Normalization::softmax && K * E == 1) {
     // One exponential for two gates, kept finite, so that its inverse is normal. A gate of +inf makes NaN, as in any softmax.

@@ -39,9 +39,8 @@ struct LagsLane {
 
   template <class S>
   STATEMIX_DEVICE LagsLane(const Scan<S>& scan, const Place& place)
-      : index(threadIdx.x % 32), step(index / kChannels), first(place.program * kChannels),
-        channels(scan.blocks - first), batch(place.batch), begin(place.first), steps(place.steps),
-        groups((place.steps + K - 1) / K) {
+      : index(threadIdx.x % 32), step(index / kChannels), first(place.program * kChannels), channels(scan.blocks - first),
+        batch(place.batch), begin(place.first), steps(place.steps), groups((place.steps + K - 1) / K) {
     inside = index % kChannels < channels;
     block = inside ? first + index % kChannels : scan.blocks - 1;
     state = (int64)batch * scan.blocks + block;
@@ -51,9 +50,7 @@ struct LagsLane {
   // x of the same channel, `by` steps further on; the first step comes after the last.
   STATEMIX_DEVICE float further(float x, int by) const { return __shfl_sync(kAll, x, (index + by * kChannels) % 32); }
   // x of the same channel at that step of the group.
-  STATEMIX_DEVICE float at_step(float x, int of) const {
-    return __shfl_sync(kAll, x, of * kChannels + index % kChannels);
-  }
+  STATEMIX_DEVICE float at_step(float x, int of) const { return __shfl_sync(kAll, x, of * kChannels + index % kChannels); }
 };
 
 // Numbers of an array that a lane moves in each group from `first` up to `end`: those of one step.
@@ -64,8 +61,8 @@ struct LagsPiece {
   int first, end;
 
   template <int K>
-  STATEMIX_DEVICE LagsPiece(const Array<Number>& array, const LagsLane<K>& lane, int start, int direction, int step,
-                            int64 number, bool there)
+  STATEMIX_DEVICE LagsPiece(const Array<Number>& array, const LagsLane<K>& lane, int start, int direction, int step, int64 number,
+                            bool there)
       : at(array(lane.batch, lane.begin + start * K + step) + number), advance(direction * K * array.time), first(0),
         end(there ? lane.groups_with(step) : 0) {}
   LagsPiece() = default;
@@ -168,8 +165,7 @@ struct LagsNumbers {
       const int step = byte / Tile::kRun, of = lane.index / kPieces;
 #pragma unroll
       for (int a = 0; a < arrays; ++a)
-        if (of == a || a == 0)
-          mine = {array[a], lane, start, direction, step, lane.first + number, number < lane.channels};
+        if (of == a || a == 0) mine = {array[a], lane, start, direction, step, lane.first + number, number < lane.channels};
       if (back > 0 && of == arrays - 1) {
         mine.at -= back * array[arrays - 1].time;
         mine.first = max(0, (back - lane.begin - step + K - 1) / K);
@@ -200,9 +196,7 @@ struct LagsResets {
   STATEMIX_DEVICE bool any() const { return has_reset && flags & ((1u << K) - 1); }  // in the group
   STATEMIX_DEVICE bool at(int step) const { return has_reset && flags >> (K - 1 - step) & 1; }
   // Whether what was `lag` steps before a step of the group still counts there; step K is the one after the group.
-  STATEMIX_DEVICE bool counts(int step, int lag) const {
-    return !has_reset || (flags << 1 >> (K - step) & ((1u << lag) - 1)) == 0;
-  }
+  STATEMIX_DEVICE bool counts(int step, int lag) const { return !has_reset || (flags << 1 >> (K - step) & ((1u << lag) - 1)) == 0; }
 };
 
 // The values of a companion before the steps of a group: of[r][q] is that of K q + r steps before the lane's own.
@@ -326,8 +320,7 @@ struct Companion {
       }
     }
     template <bool gradients>
-    STATEMIX_DEVICE void walk(const Row<norm, P, gradients>& row, const float (&g)[1], const Resets& resets,
-                              const Lane& lane) {
+    STATEMIX_DEVICE void walk(const Row<norm, P, gradients>& row, const float (&g)[1], const Resets& resets, const Lane& lane) {
       float near[K];  // near[lag]: the weight with which the lane's step enters the one so much later
 #pragma unroll
       for (int lag = 1; lag < K; ++lag)
@@ -361,8 +354,8 @@ struct Companion {
       for (int q = 0; q < History::kDeep; ++q) pending[q] = pending[q + 1];
       pending[History::kDeep] = 0;
     }
-    STATEMIX_DEVICE void gradients(const Row<norm, P, true>& row, float v, const Resets& resets, const Lane& lane,
-                                   float (&dz)[P], float& dz_in, float& dv) const {
+    STATEMIX_DEVICE void gradients(const Row<norm, P, true>& row, float v, const Resets& resets, const Lane& lane, float (&dz)[P],
+                                   float& dz_in, float& dv) const {
       const float share = s * row.scale();
       float mean[2] = {row.in * v, 0}, u[order];
 #pragma unroll
@@ -454,8 +447,7 @@ struct Observer {
       d = 0, cut = false;
     }
     template <bool gradients>
-    STATEMIX_DEVICE void walk(const Row<norm, P, gradients>& row, const float (&g)[P], const Resets& resets,
-                              const Lane& lane) {
+    STATEMIX_DEVICE void walk(const Row<norm, P, gradients>& row, const float (&g)[P], const Resets& resets, const Lane& lane) {
 #pragma unroll
       for (int to = K - 1; to >= 0; --to) {
         if (to < K - 1) cut = resets.at(to + 1);
@@ -475,13 +467,12 @@ struct Observer {
       }
       cut = resets.at(0);
     }
-    STATEMIX_DEVICE void gradients(const Row<norm, P, true>& row, float v, const Resets& resets, const Lane& lane,
-                                   float (&dz)[P], float& dz_in, float& dv) const {
+    STATEMIX_DEVICE void gradients(const Row<norm, P, true>& row, float v, const Resets& resets, const Lane& lane, float (&dz)[P],
+                                   float& dz_in, float& dv) const {
       const float scale = row.scale(), before = resets.at(lane.step) ? 0.0f : y;
       const float mean = fmaf(d, before, row.in * scale * s[0] * v);
 #pragma unroll
-      for (int j = 0; j < P; ++j)
-        dz[j] = j < order ? row.gradient(j, scale, s[j < order ? j : 0] * before, mean) : 0.0f;
+      for (int j = 0; j < P; ++j) dz[j] = j < order ? row.gradient(j, scale, s[j < order ? j : 0] * before, mean) : 0.0f;
       dz_in = row.gradient_in(scale, s[0] * v, mean);
       dv = s[0] * row.in * scale;
     }
@@ -495,8 +486,8 @@ struct Observer {
 };
 
 // The states; or the map of a chunk, a warp for each of its columns and one for its offset.
-template <class S, int order, Normalization norm, bool has_reset, template <Normalization, int, bool, int> class Kind,
-          int K, int slots, bool is_map>
+template <class S, int order, Normalization norm, bool has_reset, template <Normalization, int, bool, int> class Kind, int K,
+          int slots, bool is_map>
 struct LagsWalk {
   using Arguments = Scan<S>;
   using Walk = Kind<norm, order, has_reset, K>;
@@ -589,22 +580,21 @@ struct LagsWalk {
       if (lane.inside && column == order)
         for (int i = lane.step; i < P; i += K)
           for (int j = order; j < P; ++j) scan.maps[(own * P + i) * P + j] = 0.0f;
-      if (has_reset && place.program == 0 && threadIdx.x == 0)
-        scan.cuts[(int64)place.batch * scan.chunks + place.chunk] = any_cut;
+      if (has_reset && place.program == 0 && threadIdx.x == 0) scan.cuts[(int64)place.batch * scan.chunks + place.chunk] = any_cut;
     }
   }
 };
 
-template <class S, int order, Normalization norm, bool has_reset, template <Normalization, int, bool, int> class Kind,
-          int K, int slots>
+template <class S, int order, Normalization norm, bool has_reset, template <Normalization, int, bool, int> class Kind, int K,
+          int slots>
 using LagsForward = LagsWalk<S, order, norm, has_reset, Kind, K, slots, false>;
-template <class S, int order, Normalization norm, bool has_reset, template <Normalization, int, bool, int> class Kind,
-          int K, int slots>
+template <class S, int order, Normalization norm, bool has_reset, template <Normalization, int, bool, int> class Kind, int K,
+          int slots>
 using LagsMap = LagsWalk<S, order, norm, has_reset, Kind, K, slots, true>;
 
 // The way back, with all gradients; or, without, what a chunk alone hands back to the state that enters it.
-template <class S, int order, Normalization norm, bool has_reset, template <Normalization, int, bool, int> class Kind,
-          int K, int slots, bool gradients>
+template <class S, int order, Normalization norm, bool has_reset, template <Normalization, int, bool, int> class Kind, int K,
+          int slots, bool gradients>
 struct LagsReturn {
   using Arguments = Scan<S>;
   using Walk = Kind<norm, order, has_reset, K>;
@@ -635,8 +625,7 @@ struct LagsReturn {
     static_assert((slots & (slots - 1)) == 0);
 
     typename Rows::template Pieces<const S> gates(scan.gates, lane, start, -1);
-    const Array<const S> arrays[] = {scan.input_gates, gradients ? scan.values : scan.grad_states, scan.grad_states,
-                                     scan.states};
+    const Array<const S> arrays[] = {scan.input_gates, gradients ? scan.values : scan.grad_states, scan.grad_states, scan.states};
     constexpr int back = Walk::Backward::kBack;
     typename Numbers::Pieces numbers(arrays, lane, start, -1, one && gradients ? back : 0);
     typename States::template Pieces<const S> grad_states(scan.grad_states, lane, start, -1);
@@ -730,11 +719,11 @@ struct LagsReturn {
   }
 };
 
-template <class S, int order, Normalization norm, bool has_reset, template <Normalization, int, bool, int> class Kind,
-          int K, int slots>
+template <class S, int order, Normalization norm, bool has_reset, template <Normalization, int, bool, int> class Kind, int K,
+          int slots>
 using LagsBackward = LagsReturn<S, order, norm, has_reset, Kind, K, slots, true>;
-template <class S, int order, Normalization norm, bool has_reset, template <Normalization, int, bool, int> class Kind,
-          int K, int slots>
+template <class S, int order, Normalization norm, bool has_reset, template <Normalization, int, bool, int> class Kind, int K,
+          int slots>
 using LagsAdjoint = LagsReturn<S, order, norm, has_reset, Kind, K, slots, false>;
 
 }  // namespace statemix

@@ -59,9 +59,7 @@ struct Rows {
   }
 
   // An array's number of the lane's row, zero where the row fills up.
-  STATEMIX_DEVICE float number(const Step& step, int array) const {
-    return is_row ? widen(step.of[array][row]) : 0.0f;
-  }
+  STATEMIX_DEVICE float number(const Step& step, int array) const { return is_row ? widen(step.of[array][row]) : 0.0f; }
 
   // sum_i x_i[j], where x_i are the E columns of the lane of row i, for the column j = i of this lane.
   STATEMIX_DEVICE float sum_of_rows(float (&x)[E]) const {
@@ -88,7 +86,7 @@ struct Rows {
       if (inside) store_numbers<E>(at, x);
     } else {
       const bool odd = lane % 2;  // two lanes share out their four pieces: the even lane writes the first of either
-      float low[4], high[4];        // of the half that this lane writes for the even lane, and for the odd one
+      float low[4], high[4];      // of the half that this lane writes for the even lane, and for the odd one
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float own = odd ? x[4 + j] : x[j], other = __shfl_xor_sync(kAll, odd ? x[j] : x[4 + j], 1);
@@ -186,19 +184,14 @@ struct RowCopies {
   using Layout = Rows<S, order, arrays>;
   static constexpr int kSmall = Layout::kSmall, M = Layout::M;
   const S *gates, *small;
-  int64 gates_step, small_step;      // from one step of the walk to the next
-  int steps, lanes, small_steps;     // steps that are there; lanes that have gates
+  int64 gates_step, small_step;   // from one step of the walk to the next
+  int steps, lanes, small_steps;  // steps that are there; lanes that have gates
 
   // Of `steps` steps from t on, or back. The last array is read up to `last_steps`.
   STATEMIX_DEVICE RowCopies(const Layout& rows, const Array<const S>& all_gates, const Array<const S> (&of)[arrays], int blocks,
                             int b, int t, int direction, int steps, int last_steps)
-      : gates(all_gates(b, t) + (int64)rows.first * M * M),
-        small(nullptr),
-        gates_step(direction * all_gates.time),
-        small_step(0),
-        steps(steps),
-        lanes((blocks - rows.first) * Layout::kLanes),
-        small_steps(0) {
+      : gates(all_gates(b, t) + (int64)rows.first * M * M), small(nullptr), gates_step(direction * all_gates.time), small_step(0),
+        steps(steps), lanes((blocks - rows.first) * Layout::kLanes), small_steps(0) {
     const int array = rows.lane / kSmall, from = rows.first * M + rows.lane % kSmall * (16 / (int)sizeof(S));
 #pragma unroll
     for (int a = 0; a < arrays; ++a)
@@ -368,8 +361,7 @@ struct RowsReturn {
     uint32 cuts = 0, next_cuts = resets.next(0);
 
     walk_rows<group, slots, gradients>(
-        place.steps, [&](int slot, int at) { copies.bring(ring[slot], at, lanes.lane); },
-        [&](int) {},
+        place.steps, [&](int slot, int at) { copies.bring(ring[slot], at, lanes.lane); }, [&](int) {},
         [&](int l, int slot, int at, auto checked) {
           const auto& from = ring[slot][l];
           Step& step = steps[l];

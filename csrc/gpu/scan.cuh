@@ -35,9 +35,9 @@ struct Array {
 // Filled field by field by src/statemix/scan/gpu/launch.py.
 template <class S>
 struct Scan {
-  Array<const S> gates, input_gates, values, states, grad_states;            // read
-  Array<S> new_states, grad_gates, grad_input_gates, grad_values;            // written
-  const uint8* reset;    // (B, T), or null: the state is zero before that step
+  Array<const S> gates, input_gates, values, states, grad_states;  // read
+  Array<S> new_states, grad_gates, grad_input_gates, grad_values;  // written
+  const uint8* reset;                                              // (B, T), or null: the state is zero before that step
   const float* initial;  // (B, N, M): the state before step 0; companion: the last M values, the newest first
   const float* start;    // (B, N, M): what enters the walk: the initial state, or the gradient of the final one; null: zeros
   float* carry;          // (B, chunks, N, M): what enters each chunk, in the direction of the walk: `relay`. Not without chunks
@@ -46,7 +46,7 @@ struct Scan {
   float* offsets;        // (B, chunks, N, M): q of each chunk
   uint8* cuts;           // (B, chunks): whether there is a reset in the chunk; then P is zero
   int batch, length, blocks, chunks, chunk_size;  // chunk_size: steps of every chunk but the last; a multiple of 16
-  int programs;          // of a chunk: the grid is batch x chunks x programs, in one dimension
+  int programs;                                   // of a chunk: the grid is batch x chunks x programs, in one dimension
 };
 
 // Where a program of the grid is.

@@ -38,7 +38,7 @@ template <Pass pass, class S, int M, Normalization norm, bool has_reset, int U, 
 struct Slabs {
   static constexpr bool kBack = pass == Pass::backward || pass == Pass::adjoint;
   static constexpr bool kWalks = pass == Pass::forward || pass == Pass::backward;
-  static constexpr int P = filled_order(M);            // the place of a component in memory
+  static constexpr int P = filled_order(M);                // the place of a component in memory
   static constexpr int kRows = U * P, kGates = U * P * P;  // numbers of a lane in a step
   static constexpr int kMap = U * M * (M + 1) + (has_reset ? 1 : 0);
   static constexpr int kThreads = 32 * W, kBlocks = 32 * U;
@@ -90,14 +90,8 @@ struct Slabs {
   }
 
   STATEMIX_DEVICE Slabs(const Arguments& scan, Shared& shared)
-      : scan(scan),
-        shared(shared),
-        place(scan),
-        lane(threadIdx.x % 32),
-        warp(threadIdx.x / 32),
-        first_block(place.program * 32 * U),
-        block(first_block + lane * U),
-        lanes((scan.blocks - first_block + U - 1) / U),
+      : scan(scan), shared(shared), place(scan), lane(threadIdx.x % 32), warp(threadIdx.x / 32),
+        first_block(place.program * 32 * U), block(first_block + lane * U), lanes((scan.blocks - first_block + U - 1) / U),
         slabs((place.steps + W * L - 1) / (W * L)) {}
 
   STATEMIX_DEVICE void run() {
@@ -115,9 +109,7 @@ struct Slabs {
 
   // The warp's first position in slab c. To make a map, each warp goes through a part of the chunk by itself.
   STATEMIX_DEVICE int position(int c) const { return L * (kWalks ? c * W + warp : warp * slabs + c); }
-  STATEMIX_DEVICE int time(int position) const {
-    return place.first + (kBack ? place.steps - 1 - position : position);
-  }
+  STATEMIX_DEVICE int time(int position) const { return place.first + (kBack ? place.steps - 1 - position : position); }
   // Where an array has the program's blocks at the warp's positions of a slab.
   template <class Number>
   struct Steps {

@@ -76,8 +76,7 @@ template <int words>
 STATEMIX_DEVICE void store_words(void* at, const uint32* w) {
   if constexpr (words % 4 == 0) {
 #pragma unroll
-    for (int k = 0; k < words / 4; ++k)
-      ((uint4*)at)[k] = make_uint4(w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3]);
+    for (int k = 0; k < words / 4; ++k) ((uint4*)at)[k] = make_uint4(w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3]);
   } else if constexpr (words == 2) {
     *(uint2*)at = make_uint2(w[0], w[1]);
   } else {

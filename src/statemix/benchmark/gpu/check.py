@@ -15,7 +15,15 @@ from rich.table import Table
 
 from statemix.benchmark.gpu.records import Records
 from statemix.scan.gpu import plan
-from statemix.scan.gpu.compile import OLDEST_ARCHITECTURE, Kernel, Size, compile_for_gpu, headers, resources
+from statemix.scan.gpu.compile import (
+    OLDEST_ARCHITECTURE,
+    Kernel,
+    Size,
+    compile_for_gpu,
+    compiler_version,
+    headers,
+    resources,
+)
 
 # what the threads of a program may share: compute capability -> bytes, from the CUDA C++ Programming Guide
 SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -32,7 +40,7 @@ class Target(NamedTuple):
     def key(self) -> str:
         """What decides the code: a record of older sources has another one."""
         digest = hashlib.sha256(_texts(self.kernel.family).encode()).hexdigest()[:12]
-        return f"{self.kernel.source.splitlines()[-1]} sm_{self.architecture} {digest} {nvrtc_version()}"
+        return f"{self.kernel.source.splitlines()[-1]} sm_{self.architecture} {digest} NVRTC {compiler_version()}"
 
 
 @functools.cache
@@ -42,17 +50,6 @@ def _texts(family: str) -> str:
     for name in names:
         names += [other for other in re.findall(r'#include "(\w+\.cuh)"', texts[name]) if other not in names]
     return "".join(texts[name] for name in names)
-
-
-@functools.cache
-def nvrtc_version() -> str:
-    """Of the compiler. Raises RuntimeError if it is not installed."""
-    try:
-        from cuda.bindings import nvrtc
-    except ImportError:
-        raise RuntimeError("bench: `check` needs cuda-bindings and NVRTC: pip install 'statemix[gpu]'.") from None
-    _, major, minor = nvrtc.nvrtcVersion()
-    return f"NVRTC {major}.{minor}"
 
 
 def targets(
@@ -132,7 +129,7 @@ def check_kernels(
         RuntimeError: something is wrong with a kernel.
     """
     missing = [target for target in wanted if target.key not in records]
-    show(f"{len(wanted):,} kernels, {len(wanted) - len(missing):,} of them compiled before; {nvrtc_version()}")
+    show(f"{len(wanted):,} kernels, {len(wanted) - len(missing):,} of them compiled before; NVRTC {compiler_version()}")
     began = told = clock()
     for done, record in enumerate(_in_processes(missing, jobs, lambda: clock() - began < seconds), start=1):
         records.add(record)

@@ -105,6 +105,17 @@ def headers() -> dict[str, str]:
 
 
 @functools.cache
+def compiler_version() -> str:
+    """Of NVRTC. Raises RuntimeError if it is not installed."""
+    if not _HAS_BINDINGS:
+        raise RuntimeError("scan: cuda-bindings and NVRTC are not installed: pip install 'statemix[gpu]'.")
+    from cuda.bindings import nvrtc
+
+    _, major, minor = nvrtc.nvrtcVersion()
+    return f"{major}.{minor}"
+
+
+@functools.cache
 def compile_for_gpu(kernel: Kernel, target: int) -> tuple[bytes, Size]:
     """Machine code for cards of compute capability `target`, 90 for 9.0. No card is needed.
 
