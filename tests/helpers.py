@@ -32,12 +32,12 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return (difference if scale == 0 else difference / scale).item()  # all zero: only zeros are right
 
 
-def assert_close(actual: Tensor, expected: Tensor, what: str = "result") -> None:
-    """Hold `actual` to the tolerance of its dtype against the float64 tensor `expected`."""
+def assert_close(actual: Tensor, expected: Tensor, what: str = "result", roundings: int = 1) -> None:
+    """Hold `actual` to the tolerance of its dtype, for each rounding on its way, against the float64 `expected`."""
     assert expected.dtype == torch.float64, f"{what}: the reference must be float64, got {expected.dtype}"
     assert actual.dtype in TOLERANCE, f"{what}: no tolerance for {actual.dtype}"
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    error, limit = relative_error(actual, expected), TOLERANCE[actual.dtype]
+    error, limit = relative_error(actual, expected), roundings * TOLERANCE[actual.dtype]
     assert error <= limit, f"{what}: relative error {error:.3g} is above {limit:.3g} for {actual.dtype}"
 
 
@@ -82,7 +82,11 @@ class Problem:
 def assert_problem(problem: Problem, backend: str, expected: dict[str, Tensor]) -> None:
     """Hold the states and all gradients of a backend to the float64 results `expected`."""
     for what, actual in problem.results(backend).items():
-        assert_close(actual, expected[what], f"{problem.kind}, {problem.normalization}, {backend}, {what}")
+        # "gpu" keeps states of the half types rounded, and the gradient of raw gates is a product with them: two
+        # roundings, of which up to 1.4 were measured (tests/test_gpu.py)
+        twice = backend == "gpu" and what == "gradient of raw_gates" and actual.dtype.itemsize == 2
+        what_of = f"{problem.kind}, {problem.normalization}, {backend}, {what}"
+        assert_close(actual, expected[what], what_of, roundings=2 if twice else 1)
 
 
 def make_problem(
