@@ -6,6 +6,7 @@ everything in registers, NVRTC shows without a card.
 
 import dataclasses
 import itertools
+import threading
 from typing import NamedTuple
 from unittest import mock
 
@@ -21,6 +22,8 @@ from statemix.scan import gpu
 from statemix.scan.gpu import compile, plan
 
 HAS_GPU = torch.cuda.is_available() and not compile.EMULATED
+# every order with every normalisation, for every kind: minutes of g++ that not each run of all tests is to take
+WHOLE = HAS_GPU or compile.EMULATED
 DEVICE = "cuda" if HAS_GPU else "cpu"
 ORDERS, LENGTHS = (1, 2, 3, 4, 5, 8, 16), (1, 2, 31, 64, 65, 257)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,32 +63,34 @@ class Case(NamedTuple):
     has_reset: bool
 
 
-def table() -> list[Case]:
+def table(whole: bool) -> list[Case]:
+    """Every order with every normalisation; as a whole, for every kind. Any two axes meet in all of their pairs."""
     cases = []
     for k, kind in enumerate(SCANS):
         for (i, order), (j, normalization) in itertools.product(enumerate(ORDERS), enumerate(NORMALIZATIONS)):
-            # not i + j: each order and each normalisation meets every dtype, with reset and without
-            dtype, has_reset = DTYPES[(i + 2 * j + k) % 3], (i // 2 + j + k) % 2 == 0
-            cases.append(Case(kind, normalization, order, dtype, has_reset))
+            if whole or (i + j) % 3 == k:
+                dtype, has_reset = DTYPES[(j + k) % 3], (i // 2 + j + k) % 2 == 0
+                cases.append(Case(kind, normalization, order, dtype, has_reset))
     return cases
 
 
-def test_the_table_holds_what_it_should():
-    cases = table()
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_table_holds_what_it_should(whole):
+    cases = table(whole)
     wanted = (SCANS, NORMALIZATIONS, ORDERS, DTYPES, (False, True))
     for axes in itertools.combinations(range(5), 2):
         met = {tuple(case[axis] for axis in axes) for case in cases}
         assert met == set(itertools.product(*(wanted[axis] for axis in axes))), axes
 
 
-@pytest.mark.parametrize("case", table(), ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", table(WHOLE), ids=lambda case: "-".join(map(str, case)))
 def test_the_kernels_equal_the_loop(case, monkeypatch):
-    number = table().index(case)
+    number = table(WHOLE).index(case)
     for i, length in enumerate(LENGTHS):
         monkeypatch.setenv("STATEMIX_EMULATE_SEED", str(number + i))
-        blocks, batch = (3, 1, 5, 4, 2, 2)[i], 1 if length == 257 else 2
-        if case.order == 1:
-            blocks += 64 * (length == 31)  # more than a warp of them
+        blocks, batch = (3, 1, 17, 5, 4, 2)[i], 1 if length == 257 else 2
+        if case.kind == "block" and case.order <= 4 and length == 31:
+            blocks += 64 if case.order == 1 else 32  # more than a warp has
         problem, expected = problem_here(
             case.kind,
             case.normalization,
@@ -163,11 +168,13 @@ def test_time_is_cut_where_the_blocks_do_not_fill_the_card(processors, monkeypat
 def test_a_gradient_of_the_final_state_reaches_every_input(kind, cut, request):
     if cut:
         request.getfixturevalue("in_chunks")
-    problem, _ = problem_here(kind, "softmax", order=5, length=35, batch=1, dtype=torch.float32)
+    # "none" has no u - h, where float32 cancels if the decay is slow: with softmax the loop itself, in float32, is off
+    # by 8e-5 of the largest gradient, since that of a single state is small
+    problem, _ = problem_here(kind, "none", order=5, length=35, batch=1, dtype=torch.float32)
     gradients = []
     for backend, dtype in (("gpu", torch.float32), ("reference", torch.float64)):
         inputs = [x.to(dtype).requires_grad_() for x in (problem.raw_gates, problem.values, problem.initial_state)]
-        _, final_state = statemix.scan.scan_to_state(kind, *inputs, backend=backend)
+        _, final_state = statemix.scan.scan_to_state(kind, *inputs, normalization="none", backend=backend)
         gradients.append((final_state.detach(), *torch.autograd.grad(final_state.square().sum(), inputs)))
     for actual, expected in zip(*gradients, strict=True):
         assert_close(actual, expected)
@@ -285,7 +292,6 @@ class Fault(NamedTuple):
     wrong: str
     order: int
     kind: str = "block"
-    direction: str = "states"
 
 
 FAULTS = (
@@ -293,6 +299,16 @@ FAULTS = (
     Fault("rows.cuh", "    wait<slots - 2>();\n", "", 16),
     Fault("rows.cuh", "i % E * K + i / E", "i % E * K", 16),
     Fault("rows.cuh", "sent, half * K)", "sent, half * K ^ 1)", 8),
+    Fault("slabs.cuh", "    __syncthreads();\n\n    State h;", "\n    State h;", 4),
+    Fault("slabs.cuh", "    wait<D - 1>();\n", "", 2),
+    Fault("slabs.cuh", "[u][i][lane] = h[u][i]", "[u][i][31 - lane] = h[u][i]", 1),
+    Fault("lags.cuh", "      __syncwarp();\n  }", "      ;\n  }", 4, "companion"),  # of `meet`
+    Fault("lags.cuh", "    wait<slots - 2>();\n", "", 4, "observer"),
+    Fault(
+        "lags.cuh", "wait<slots - 2>();\n      __syncwarp();", "wait<slots - 2>();", 4, "observer"
+    ),  # on the way back
+    Fault("lags.cuh", "(index + by * kChannels) % 32", "(index + by * kChannels + 1) % 32", 4, "companion"),
+    Fault("lags.cuh", "of * kChannels + index % kChannels", "of * kChannels", 4, "observer"),
 )
 
 
@@ -436,7 +452,7 @@ def test_a_call_that_the_kernels_do_not_serve_is_refused():
 
 def test_what_is_lacking_is_said(monkeypatch):
     def problem():
-        assert "gpu" not in statemix.available_backends()
+        assert "gpu" not in statemix.available_backends("cpu")
         with pytest.raises(RuntimeError, match=r"^block_scan: backend 'gpu' cannot be used: ") as error:
             statemix.block_scan(torch.zeros(1, 1, 1, 2, 1), torch.zeros(1, 1, 1, 1), backend="gpu")
         return str(error.value)
@@ -455,6 +471,30 @@ def test_a_card_that_is_too_old_is_refused(monkeypatch):
     monkeypatch.setattr(compile, "EMULATED", False)
     monkeypatch.setattr(compile, "architecture", lambda device: 75)
     assert compile.unserved_device(torch.device("cuda", 0)) == "it needs compute capability 8.0, got 7.5."
+
+
+def test_a_launch_is_made_in_the_context_of_its_card():
+    """The twin, without a card, of the test below it."""
+    driver, size = mock.MagicMock(), compile.Size(threads=64, blocks=2, shared_bytes=48)
+    driver.cuLaunchKernel.side_effect = RuntimeError("refused")
+    run = compile.launcher(driver, mock.Mock(), "context", "function", size, lambda: 7)
+    with pytest.raises(RuntimeError, match="refused"):
+        run(b"arguments", 3)
+    assert [call[0] for call in driver.method_calls] == ["cuCtxPushCurrent", "cuLaunchKernel", "cuCtxPopCurrent"]
+    assert driver.cuCtxPushCurrent.call_args.args == ("context",)
+    assert driver.cuLaunchKernel.call_args.args[:9] == ("function", 3, 1, 1, 64, 1, 1, 48, 7)
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="it needs a GPU")
+def test_a_thread_that_never_called_the_card_can_scan():
+    """As a thread of autograd is, whose memory torch has from the calls before."""
+    problem, expected = problem_here("block", "softmax", order=4, length=9, dtype=torch.float32)
+    states = []
+    problem.states("gpu")  # so that there is free memory of that size, and the kernel
+    thread = threading.Thread(target=lambda: states.append(problem.states("gpu")))
+    thread.start()
+    thread.join()
+    assert_close(states[0], expected["states"])
 
 
 def test_auto_never_takes_the_emulator(monkeypatch):

@@ -26,7 +26,7 @@ EMULATED = os.environ.get("STATEMIX_EMULATE_GPU") == "1"  # the backend serves C
 _HAS_BINDINGS = importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
 _CHECKOUT = Path(__file__).parents[4]  # of the sources, unless the package was installed without them
 _INSTALLED = Path(__file__).parent / "csrc" / "gpu"
-_COMPILER_OPTIONS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fno-gnu-unique", "-DSTATEMIX_EMULATE"]
+_COMPILER_OPTIONS = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", "-fno-gnu-unique", "-DSTATEMIX_EMULATE"]
 
 
 class Kernel(NamedTuple):
@@ -78,11 +78,12 @@ def load_problem() -> str | None:
     return None
 
 
-@functools.cache
 def architecture(device: torch.device) -> int:
     """90 for compute capability 9.0."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    properties = torch.cuda.get_device_properties(
+        device
+    )  # torch.compile takes it as a constant, but no cached function
+    return 10 * properties.major + properties.minor
 
 
 def unserved_device(device: torch.device) -> str | None:
@@ -180,37 +181,47 @@ def _load_on_gpu(kernel: Kernel, device: torch.device) -> tuple[Callable[[bytes,
         return values[0] if values else None
 
     code, size = compile_for_gpu(kernel, architecture(device))
-    with torch.cuda.device(device):
-        module = check(*driver.cuModuleLoadData(code))
-        function = check(*driver.cuModuleGetFunction(module, b"kernel"))
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        check(*driver.cuFuncSetAttribute(function, attribute, size.shared_bytes))
+    context = check(*driver.cuDevicePrimaryCtxRetain(check(*driver.cuDeviceGet(device.index))))
+    check(*driver.cuCtxPushCurrent(context))
+    module = check(*driver.cuModuleLoadData(code))
+    function = check(*driver.cuModuleGetFunction(module, b"kernel"))
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    check(*driver.cuFuncSetAttribute(function, attribute, size.shared_bytes))
+    check(*driver.cuCtxPopCurrent())
     stream = functools.partial(torch._C._cuda_getCurrentRawStream, device.index)
-    return launcher(driver.cuLaunchKernel, check, function, size, stream), size
+    return launcher(driver, check, context, function, size, stream), size
 
 
 def launcher(
-    launch: Callable[..., Any], check: Callable[..., Any], function: Any, size: Size, stream: Callable[[], int]
+    driver: Any, check: Callable[..., Any], context: Any, function: Any, size: Size, stream: Callable[[], int]
 ) -> Callable[[bytes, int], None]:
-    """What runs a function of the driver, by its `launch`, on the stream of the moment."""
+    """What runs a function of the driver on the stream of the moment.
+
+    In its own context: a thread of autograd has none before torch's first call for the card in it, and the current one
+    may be that of another card.
+    """
 
     def run(arguments: bytes, programs: int) -> None:
         parameters = (ctypes.c_char_p * 1)(arguments)  # the address of the struct
-        check(
-            *launch(
-                function,
-                programs,
-                1,
-                1,
-                size.threads,
-                1,
-                1,
-                size.shared_bytes,
-                stream(),
-                ctypes.addressof(parameters),
-                0,
+        check(*driver.cuCtxPushCurrent(context))
+        try:
+            check(
+                *driver.cuLaunchKernel(
+                    function,
+                    programs,
+                    1,
+                    1,
+                    size.threads,
+                    1,
+                    1,
+                    size.shared_bytes,
+                    stream(),
+                    ctypes.addressof(parameters),
+                    0,
+                )
             )
-        )
+        finally:
+            check(*driver.cuCtxPopCurrent())
 
     return run
 
