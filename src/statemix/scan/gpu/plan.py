@@ -72,13 +72,16 @@ def slabs_numbers(signature: Signature, program: str) -> tuple[int, ...]:
 
 
 def rows_numbers(signature: Signature, program: str, many: bool) -> tuple[int, ...]:
-    """Steps of a group, groups on their way, and warps. Long groups leave no registers for slopes."""
-    if program == "Backward" and signature.dtype != torch.float32:
-        if many:
-            return 4, 4, 2
-        if signature.normalization not in ("sigmoid", "tanh", "silu"):
-            return 8, 2, 1
-    return 4, 4, 1
+    """Steps of a group, groups on their way, and warps: as many steps as a lane has registers for."""
+    if program != "Backward":
+        return 4, 4, 1
+    half = signature.dtype != torch.float32
+    warps = 2 if many and half else 1
+    if signature.normalization in ("sigmoid", "tanh", "silu"):  # these keep slopes beside the weights
+        return 2, 8, warps
+    if half and not many and signature.normalization == "softmax" and not signature.has_reset:
+        return 8, 2, 1
+    return 4, 4, warps
 
 
 def lags_numbers(signature: Signature, program: str) -> tuple[int | str, ...]:
