@@ -194,10 +194,14 @@ def measure_scan(card: Card, shape: Shape) -> dict[str, Any]:
 
 
 def copy_speed(card: Card) -> dict[str, Any]:
-    """Bytes a second that a copy reads and writes, together."""
-    source = torch.zeros(card.copied, dtype=torch.uint8, device=card.device)
+    """Bytes a second that are read and written, together, by the faster of torch's copy and a kernel that negates.
+
+    The copy alone reached 2.77 TB/s on an H200 on which a scan moved 3.83.
+    """
+    source = torch.zeros(card.copied // 4, device=card.device)
     target = torch.empty_like(source)
-    return {"bytes_per_second": 2 * card.copied / card.alone(lambda: target.copy_(source))}
+    calls = (lambda: target.copy_(source), lambda: torch.neg(source, out=target))
+    return {"bytes_per_second": 2 * card.copied / min(card.alone(call) for call in calls)}
 
 
 class Products(nn.Module):
