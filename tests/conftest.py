@@ -4,6 +4,7 @@ import os
 
 # before torch: threads that wait for work sleep, or with two in each of two workers they keep each other from working
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # on a GPU, what use_deterministic_algorithms asks for
 
 import pytest
 import torch
