@@ -4,7 +4,10 @@
 // so is whether a copy to shared memory arrives at once or as late as its `wait` allows. A barrier or a wait that is missing
 // then shows as a wrong result for some seed; lanes that meet in different places, or wait for one that has ended, are told.
 // With STATEMIX_THREADS every lane is a thread, for the sanitizers: they see races whatever the order was.
+// What is stronger here than on a GPU: an exchange is a barrier for the lanes of the warp, also for what lies in shared memory.
+// A __syncwarp that is missing beside one is not found.
 #pragma once
+#undef _FORTIFY_SOURCE  // it takes a jump from stack to stack for a mistake
 #include <math.h>
 #include <setjmp.h>
 #include <stdint.h>
