@@ -57,9 +57,9 @@ def block_scan(
     NaN and infinities in the inputs pass through to the states that depend on them.
 
     Float32 states are right to 2e-5 of the largest one, at any length, but for one case: "cpu" rounds the weights of
-    tanh, silu, linear and none, and where a weight is almost 1 or -1 at every step, so is what the state forgets. The
-    error was up to 2e-3 with weights of 1 - 1e-4 (a memory of 10^4 steps), and 6e-2 with 1 - 1e-6. Use float64 or
-    backend="associative" there; softmax and sigmoid keep the distance of a weight from one.
+    tanh, silu, linear and none, and "gpu" all, and where a weight is almost 1 or -1 at every step, so is what the state
+    forgets. The error was up to 2e-3 with weights of 1 - 1e-4 (a memory of 10^4 steps), and 6e-2 with 1 - 1e-6. Use
+    float64 or backend="associative" there; in "cpu" softmax and sigmoid keep the distance of a weight from one.
 
     Args:
         raw_gates: (B, T, M, M+1, N), any real. [..., i, j, n] for j < M carries old component j to new component i of
