@@ -21,7 +21,7 @@ from statemix.scan.gpu.compile import STORAGES, Kernel, load_problem, unserved_d
 from statemix.scan.gpu.plan import MAX_ORDER, Signature, filled_order
 from statemix.scan.problem import Problem
 
-__all__ = ["MAX_ORDER", "load_problem", "scan", "scan_blocks", "unserved"]
+__all__ = ["MAX_ORDER", "load_problem", "scan", "scan_blocks", "unserved", "unserved_device"]
 
 ALIGNMENT = 16  # bytes: of every array and of its steps in time, csrc/gpu/scan.cuh
 
@@ -159,14 +159,30 @@ def _forward(
     kind: str,
     order: int,
 ) -> tuple[Tensor, Tensor]:
-    states, final_state = _results(gates, input_gates, values, initial_state, reset, normalization, kind, order)
+    results = _results(gates, input_gates, values, initial_state, reset, normalization, kind, order)
+    run_forward(results, gates, input_gates, values, initial_state, reset, normalization, kind, order)
+    return results
+
+
+def run_forward(
+    results: tuple[Tensor, Tensor],
+    gates: Tensor,
+    input_gates: Tensor,
+    values: Tensor,
+    initial_state: Tensor,
+    reset: Tensor | None,
+    normalization: str,
+    kind: str,
+    order: int,
+) -> None:
+    """`scan_blocks` into room for its results, whose steps are aligned."""
+    states, final_state = results
     signature = _signature(values, gates, reset, normalization, kind, order)
     chosen = _plan(signature, values.device)
     gates, input_gates, values = _aligned(gates), _aligned(input_gates), _aligned(values)
     initial_state, reset = dense(initial_state), None if reset is None else dense(reset)
     arrays = (gates, input_gates, values, None, None, states, None, None, None)
     _run(chosen.forward, chosen, signature, arrays, reset, initial_state, initial_state, final_state)
-    return states, final_state
 
 
 def _results(
@@ -192,6 +208,38 @@ def _backward(
     order: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = _grads(grad_states, grad_final_state, gates, input_gates, values, initial_state)
+    run_backward(
+        grads,
+        grad_states,
+        grad_final_state,
+        gates,
+        input_gates,
+        values,
+        initial_state,
+        reset,
+        states,
+        normalization,
+        kind,
+        order,
+    )
+    return grads
+
+
+def run_backward(
+    grads: tuple[Tensor, Tensor, Tensor, Tensor],
+    grad_states: Tensor,
+    grad_final_state: Tensor | None,
+    gates: Tensor,
+    input_gates: Tensor,
+    values: Tensor,
+    initial_state: Tensor,
+    reset: Tensor | None,
+    states: Tensor,
+    normalization: str,
+    kind: str,
+    order: int,
+) -> None:
+    """The derivative of `scan_blocks` into room for the gradients of its first four arguments."""
     signature = _signature(values, gates, reset, normalization, kind, order)
     chosen = _plan(signature, values.device)
     gates, input_gates, values, grad_states = (_aligned(x) for x in (gates, input_gates, values, grad_states))
@@ -200,7 +248,6 @@ def _backward(
         grad_final_state = dense(grad_final_state)
     arrays = (gates, input_gates, values, states, grad_states, None, *grads[:3])
     _run(chosen.backward, chosen, signature, arrays, reset, initial_state, grad_final_state, grads[3])
-    return grads
 
 
 def _grads(
@@ -272,14 +319,12 @@ def _derivative(ctx: Any, grad_states: Tensor | None, grad_final_state: Tensor |
     return *grads, None, None, None, None
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError("scan: the 'gpu' backend has no second derivative. Use backend='associative'.")
 
 
 _operator = Operator("gpu_scan_forward", _forward, _results, _save, _derivative, device_types=None)
-_differentiate = Operator(
-    "gpu_scan_backward", _backward, _grads, save_nothing, _no_second_derivative, device_types=None
-)
+_differentiate = Operator("gpu_scan_backward", _backward, _grads, save_nothing, no_second_derivative, device_types=None)
 
 
 def scan_blocks(
