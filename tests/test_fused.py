@@ -366,7 +366,8 @@ def run(way: Callable, change: str, unfused: bool, kind: str = "block") -> tuple
     with contextlib.ExitStack() as stack:
         CHANGES[change](model, seen, stack)
         if unfused:
-            stack.enter_context(pytest.MonkeyPatch.context()).setattr(statemix.fused, "undisturbed", lambda: False)
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            patch.setattr(statemix.fused, "undisturbed", lambda *engine: False)
         torch.manual_seed(5)
         return [result.detach() for result in flat(way(model))], seen
 

@@ -28,7 +28,7 @@ ALLOWED = {
     "statemix.files": ("statemix.records",),
     "statemix.style": (),
     KERNELS: (KERNELS, "statemix.gates"),
-    "statemix.fused": (KERNELS,),
+    "statemix.fused": (KERNELS, f"{SCAN}.gpu"),
     SCAN: (f"{SCAN}.problem", *(f"{SCAN}.{backend}" for backend in ("reference", "associative", "cpu", "gpu"))),
     f"{SCAN}.problem": ("statemix.gates",),
     f"{SCAN}.reference": (f"{SCAN}.problem",),

@@ -8,17 +8,20 @@ kernel knows it, with the parts below it; `Part.inputs` is what the kernel reads
   weights and parts (an instance that was patched, compiled, flattened, replicated);
 - no hook waits for its forward or backward, neither its own nor one of all modules;
 - every weight that the kernel reads is a plain tensor under its own name (so not parametrised, quantised, distributed),
-  dense, on the CPU, and of one dtype, float32 or float64; and a weight that it does not read, as a bias, is None;
-- nothing watches or changes torch's operations: no mode of dispatch or of functions, no autocast.
+  dense, all on one device and of one dtype that the kernel's `Engine` serves; and a weight that it does not read, as a
+  bias, is None;
+- nothing watches or changes torch's operations: no mode of dispatch or of functions, and no autocast, unless the engine
+  does as that says.
 
 A short step is over before this list is read. So a module keeps what was read from it, with a `Watch` that sees in a
 few microseconds whether anything on the list may have changed.
 """
 
+import copy
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, repeat
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.modules.module as of_all_modules
@@ -30,7 +33,6 @@ from statemix import kernels
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 OWN_CALLS = ("_call_impl", "_compiled_call_impl")  # an instance that has them is called otherwise
-DTYPES = (torch.float32, torch.float64)
 PLAIN = (Tensor, nn.Parameter)
 KEPT = "_fused"  # a module's attribute
 
@@ -39,6 +41,33 @@ Class = TypeVar("Class", bound=type[nn.Module])
 _global_hooks = tuple(getattr(of_all_modules, f"_global{name}") for name in HOOKS)
 _module_calls = nn.Module.__call__, nn.Module._call_impl
 _nothing = object()
+
+
+class Engine(NamedTuple):
+    """Kernels for a kind of device.
+
+    serves: whether they are here, and for tensors of this device.
+    dtypes: of these tensors.
+    autocasts: whether they do as autocast says.
+    """
+
+    serves: Callable[[torch.device], bool]
+    dtypes: tuple[torch.dtype, ...]
+    autocasts: bool
+
+
+def _gpu_serves(device: torch.device) -> bool:
+    from statemix.scan import gpu  # when it is first asked for
+
+    return gpu.load_problem() is None and gpu.unserved_device(device) is None
+
+
+CPU = Engine(
+    serves=lambda device: device.type == "cpu" and kernels.load_problem() is None,
+    dtypes=(torch.float32, torch.float64),
+    autocasts=False,
+)
+GPU = Engine(serves=_gpu_serves, dtypes=(torch.float32, torch.bfloat16, torch.float16), autocasts=True)
 
 
 class Part:
@@ -55,6 +84,7 @@ class Part:
         calls: names of the methods that a call of it runs.
         uses: (owner, name) of functions of torch that it calls.
         arrange: from the module and all weights, to what `inputs` gives.
+        engine: whose kernel it is, where the part is not one of another.
     """
 
     def __init__(
@@ -69,9 +99,10 @@ class Part:
         calls: Sequence[str] = ("forward",),
         uses: Sequence[tuple[Any, str]] = (),
         arrange: Callable[[Any, tuple[Tensor, ...]], Any] = lambda module, weights: weights,
+        engine: Engine = CPU,
     ) -> None:
         self._weights, self._absent, self._parts, self._each = weights, absent, parts or {}, each
-        self.settings, self._allows, self.arrange = settings, allows, arrange
+        self.settings, self._allows, self.arrange, self.engine = settings, allows, arrange, engine
         self._hidden = frozenset((*weights, *absent, *self._parts))  # by an attribute of the instance itself
         self._calls, self._own_calls = calls, frozenset((*OWN_CALLS, *calls))
         self._uses = [(owner, name, getattr(owner, name)) for owner, name in uses]
@@ -83,6 +114,14 @@ class Part:
         """Declare one more class; a decorator."""
         self._functions[known] = self._uses + [(known, name, getattr(known, name)) for name in self._calls]
         return known
+
+    def on(
+        self, engine: Engine, allows: Callable[[Any], bool], arrange: Callable[[Any, tuple[Tensor, ...]], Any]
+    ) -> "Part":
+        """The same modules for a kernel of another engine; the classes told to `of` are those of both."""
+        other = copy.copy(self)
+        other.engine, other._allows, other.arrange = engine, allows, arrange
+        return other
 
     def plainly_called(self, module: nn.Module) -> bool:
         """Whether a call of the module runs its forward and nothing else."""
@@ -102,13 +141,13 @@ class Part:
 
         The module's own hooks are those of a caller, who asks `plainly_called` before it goes round its call.
         """
-        if kernels.load_problem() is not None or not undisturbed():
+        if not undisturbed(self.engine):
             return None
         if torch.compiler.is_compiling():
             weights = self._read(module)
             return None if weights is None else self.arrange(module, weights)
         kept = module.__dict__.get(KEPT)
-        if kept is not None and kept.holds(module):
+        if kept is not None and kept.part is self and kept.holds(module):
             return kept.inputs
         module.__dict__[KEPT] = None
         if (weights := self._read(module)) is None:
@@ -144,7 +183,21 @@ class Part:
         if not self._allows(module):
             return None
         weights: list[Tensor | None] = []
-        return cast(tuple[Tensor, ...], tuple(weights)) if self._collect(module, weights) and _plain(weights) else None
+        served = self._collect(module, weights) and self._plain(weights)
+        return cast(tuple[Tensor, ...], tuple(weights)) if served else None
+
+    def _plain(self, weights: Sequence[Tensor | None]) -> bool:
+        """Whether the kernel can read the weights where they lie."""
+        if (first := weights[0]) is None or first.dtype not in self.engine.dtypes:
+            return False
+        for weight in weights:
+            if weight is None or not _is_numbers(weight) or weight.dtype != first.dtype:
+                return False
+            if weight.device != first.device or not weight.is_contiguous():
+                return False
+            if not torch.compiler.is_compiling() and weight.is_neg():  # cannot be traced; there the operator sees to it
+                return False
+        return self.engine.serves(first.device)
 
     def _collect(self, module: nn.Module, weights: list[Tensor | None]) -> bool:
         """Whether the forward of the module is the one declared, and the calls below it; adds its weights."""
@@ -171,7 +224,7 @@ class Watch:
     """
 
     def __init__(self, part: Part, module: nn.Module, weights: tuple[Tensor, ...]) -> None:
-        self.weights, self.inputs = weights, part.arrange(module, weights)
+        self.part, self.weights, self.inputs = part, weights, part.arrange(module, weights)
         (_, _), *below = part.walk(module)
         modules = [child for _, child in below]
         self._own = module._modules
@@ -240,9 +293,9 @@ EMBEDDING = Part(
 )
 
 
-def undisturbed() -> bool:
+def undisturbed(engine: Engine = CPU) -> bool:
     """Whether torch's modules and operations now do what they are, and nothing besides."""
-    if torch.is_autocast_enabled("cpu"):
+    if not engine.autocasts and torch.is_autocast_enabled("cpu"):
         return False
     if torch.compiler.is_compiling():  # its own modes are on, and it looks at those of others itself
         return True
@@ -266,9 +319,9 @@ def transformed() -> bool:
     )
 
 
-def serves(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the operator of a whole layer reads x and what comes with it."""
-    if x.dtype not in DTYPES or not x.is_cpu:
+def serves(engine: Engine, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the operators of a whole layer read x and what comes with it."""
+    if x.dtype not in engine.dtypes or not engine.serves(x.device):
         return False
     return all(tensor is None or _is_numbers(tensor) for tensor in (x, *others))
 
@@ -282,7 +335,7 @@ def step_state(x: Tensor, state: Tensor | None, shape: tuple[int, int, int]) -> 
         x, state: of the step.
         shape: D and the shape of the state, without B.
     """
-    if torch.is_grad_enabled() or type(x) is not Tensor or x.ndim != 2 or x.dtype not in DTYPES or not x.is_cpu:
+    if torch.is_grad_enabled() or type(x) is not Tensor or x.ndim != 2 or x.dtype not in CPU.dtypes or not x.is_cpu:
         return None
     rows, width = x.shape
     if not 0 < rows <= kernels.STEP_ROWS or width != shape[0] or transformed():
@@ -299,7 +352,7 @@ def gated(x: Tensor) -> Tensor:
 
     It has torch's operations wherever they are looked at: torch.compile fuses them by itself.
     """
-    served = type(x) is Tensor and x.is_cpu and x.dtype in DTYPES and x.numel() and kernels.load_problem() is None
+    served = type(x) is Tensor and CPU.serves(x.device) and x.dtype in CPU.dtypes and x.numel()
     if served and not transformed() and undisturbed():
         return kernels.gated(x)
     gate, inner = x.chunk(2, dim=-1)
@@ -309,18 +362,3 @@ def gated(x: Tensor) -> Tensor:
 def _is_numbers(tensor: Tensor) -> bool:
     """Whether a tensor is what it holds: no subclass, but for those by which torch itself traces programs."""
     return type(tensor) in PLAIN or type(tensor).__module__.startswith("torch._subclasses.")
-
-
-def _plain(weights: Sequence[Tensor | None]) -> bool:
-    """Whether kernels can read the weights where they lie."""
-    dtype = None if weights[0] is None else weights[0].dtype
-    if dtype not in DTYPES:
-        return False
-    for weight in weights:
-        if weight is None or not _is_numbers(weight) or weight.dtype != dtype:
-            return False
-        if not weight.is_cpu or not weight.is_contiguous():
-            return False
-        if not torch.compiler.is_compiling() and weight.is_neg():  # cannot be traced; there the operator sees to it
-            return False
-    return True

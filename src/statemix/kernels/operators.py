@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 # a subclass of Tensor, or of a number, looks at the operations made with it
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), str, bool, int, float))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), str, bool, int, float, torch.dtype))
 
 
 class Operator:

@@ -26,7 +26,7 @@ class BDLRU(LinearRecurrence):
         backend: of the scan, see `block_scan`.
         recompute: True: the backward computes the raw gates again, and they never exist at full length, which saves
             memory. False: they are kept for it, which is faster. None: kept up to 256 MiB. It matters to the fused
-            kernels only.
+            kernels of a CPU only.
 
     Raises:
         TypeError, ValueError: a size is not a positive int, a half-life not above 0, or a name unknown.

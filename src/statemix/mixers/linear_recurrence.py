@@ -42,6 +42,12 @@ def _recurrence_step(mixer: "LinearRecurrence", weights: tuple[Tensor, ...]) -> 
     return kernels.LayerStep(cast(kernels.Weights, weights), mixer.state_shape, mixer.normalization, mixer.kind)
 
 
+def _allowed_on_gpu(mixer: "LinearRecurrence") -> bool:
+    from statemix.scan.gpu import MAX_ORDER  # when it is first asked for
+
+    return mixer.backend in ("auto", "gpu") and mixer.state_shape[0] <= MAX_ORDER
+
+
 RECURRENCE = fused.Part(
     parts={
         "raw_gates": fused.Part(RawGates, parts={"projection": fused.AFFINE}),
@@ -53,13 +59,15 @@ RECURRENCE = fused.Part(
     calls=["forward", "mix"],
     arrange=_recurrence_step,
 )
+RECURRENCE_ON_GPU = RECURRENCE.on(fused.GPU, allows=_allowed_on_gpu, arrange=lambda mixer, weights: weights)
 
 
 class LinearRecurrence(Mixer):
     """Raw gates and values from x, a scan with gates normalised row by row, and a read-out: BD-LRU and H-LRU.
 
     A subclass sets what is declared here. Where fused.py says that a kernel may stand in for `RECURRENCE`, the whole
-    layer is one operator; elsewhere, as under autocast or without selection, its products are torch's.
+    layer is one operator, and on a GPU a scan between two products; elsewhere, as without selection, its products are
+    those of its parts.
     """
 
     has_gate_rows = True
@@ -76,19 +84,8 @@ class LinearRecurrence(Mixer):
         if x.shape[1] == 1 and reset is None and (stepped := self._fused_step(x[:, 0], state)) is not None:
             return stepped[0][:, None], stepped[1]
         # below, packing the weights for the fused products takes longer than the products
-        if x.shape[0] * x.shape[1] >= 32 and fused.serves(x, state, reset):
-            inputs = RECURRENCE.inputs(self)
-            if inputs is not None and inputs.weights[0].dtype == x.dtype:
-                return kernels.layer(
-                    x,
-                    inputs.weights,
-                    state,
-                    reset,
-                    normalization=self.normalization,
-                    kind=self.kind,
-                    order=self.state_shape[0],
-                    recompute=self.recompute,
-                )
+        if x.shape[0] * x.shape[1] >= 32 and (fused_results := self._fused_mix(x, state, reset)) is not None:
+            return fused_results
         values = self.values(x)
         if self.kind == "block":
             values = values.unflatten(2, self.state_shape)
@@ -134,6 +131,38 @@ class LinearRecurrence(Mixer):
     def transitions(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A_t (B, T, N, M, M) and a0_t (B, T, N, M) at every step of x (B, T, D): see `analysis.transitions`."""
         return transitions(self.raw_gates(x), normalization=self.normalization, kind=self.kind)
+
+    def _fused_mix(self, x: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """`mix` by the kernels for a layer, or None where they do not serve."""
+        on_gpu = x.is_cuda or self.backend == "gpu"  # "auto" never takes the emulator
+        part = RECURRENCE_ON_GPU if on_gpu else RECURRENCE
+        if not fused.serves(part.engine, x, state, reset) or (inputs := part.inputs(self)) is None:
+            return None
+        weights = inputs if on_gpu else inputs.weights
+        if weights[0].dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            return None
+        if on_gpu:
+            from statemix.scan.gpu.layer import layer
+
+            return layer(
+                x,
+                weights,
+                state,
+                reset,
+                normalization=self.normalization,
+                kind=self.kind,
+                order=self.state_shape[0],
+            )
+        return kernels.layer(
+            x,
+            weights,
+            state,
+            reset,
+            normalization=self.normalization,
+            kind=self.kind,
+            order=self.state_shape[0],
+            recompute=self.recompute,
+        )
 
     def _fused_step(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The step as one call, or None where that does not serve."""
