@@ -216,7 +216,7 @@ class Products(nn.Module):
         return self.outward(self.inward(x)[..., : self.outward.in_features])
 
 
-class Attention(nn.Module):
+class CausalAttention(nn.Module):
     """Causal attention by torch's scaled_dot_product_attention."""
 
     def __init__(self, d_model: int, num_heads: int = 12) -> None:
@@ -243,7 +243,7 @@ def layer_builders(d_model: int = WIDTH) -> dict[str, Callable[[], nn.Module]]:
         numbers = blocks * order
         builders[f"products of paper-bd{order}"] = partial(Products, d_model, numbers * (order + 2), numbers)
     builders["products of paper-h16"] = partial(Products, d_model, 242 * 18, 242 * 16)
-    builders["attention"] = partial(Attention, d_model)
+    builders["attention"] = partial(CausalAttention, d_model)
     return builders
 
 
