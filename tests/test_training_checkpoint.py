@@ -208,6 +208,36 @@ def test_a_full_disk_at_any_change_loses_nothing(config, reference, tmp_path):
     assert problems == {}
 
 
+def test_what_gets_its_name_is_on_the_disk_and_the_pointer_comes_last(tmp_path):
+    """Or a machine that stops may find the name without the content."""
+    synced, renamed, missing, fsync = set(), [], [], os.fsync
+
+    def identity(status):
+        return status.st_ino, status.st_mtime_ns
+
+    def syncing(descriptor):
+        fsync(descriptor)
+        synced.add(identity(os.fstat(descriptor)))
+
+    def renaming(real):
+        def call(source, target):
+            renamed.append(Path(target).name)
+            files = [path for path in (Path(source), *Path(source).rglob("*")) if path.is_file()]
+            missing.extend(path.name for path in files if identity(path.stat()) not in synced)
+            real(source, target)
+
+        return call
+
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(os, "fsync", syncing))
+        for kind in ("rename", "replace"):
+            patches.enter_context(mock.patch.object(os, kind, renaming(getattr(os, kind))))
+        run(tmp_path / "run", small_config())
+    assert missing == []
+    names = [name for name in renamed if name.startswith(("step-", "checkpoints"))]
+    assert names == ["step-1", "checkpoints.json", "step-2", "checkpoints.json", "step-3", "checkpoints.json"]
+
+
 def run_with_small_files(limit: int, answer: Path, out: Path, config: TrainConfig) -> None:
     """Write what the RuntimeError of a run says that may write no file above `limit` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
