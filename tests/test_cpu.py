@@ -104,6 +104,17 @@ def test_the_number_of_threads_changes_no_bit(generator, threads, instruction_se
         assert torch.equal(other[what], results[0][what]), what
 
 
+@each_instruction_set
+@each_kind
+def test_the_length_of_a_chunk_changes_no_bit(generator, instruction_set, kind):
+    """The more blocks, the fewer steps in a chunk; the next goes on with the carry and with what rounding lost."""
+    options = {"order": 2, "length": 129, "blocks": 2048, "batch": 1, "with_reset": True, "dtype": torch.float32}
+    problem = make_problem(generator, kind, "softmax", **options)
+    few = problem.map(lambda x: x if x.dtype == torch.bool else x[..., :16].contiguous()).results("cpu")
+    for what, result in problem.results("cpu").items():
+        assert torch.equal(result[..., :16], few[what]), what
+
+
 def near_one(generator: torch.Generator, normalization: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Raw gates whose first weight is about 1 - 1e-4, with the rest random."""
     small, normal = 1e-4 / (shape[-2] - 1), torch.randn(shape, generator=generator, dtype=torch.float64)
