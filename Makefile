@@ -3,6 +3,7 @@
 # make experiments  train everything the claims need, hours: BUDGET=quick (2 cores) or full (a cluster); it resumes
 # make results      draw the figures and tables of the claims again from results/
 # make sanitize     build the kernels with the address and undefined-behaviour sanitizers, and run them all (minutes)
+# make mutation     plant faults in a copy of the sources, one at a time, and see whether a test notices (an hour)
 # make format       let ruff and clang-format rewrite the sources
 
 # TORCH pins the version developed with. Where a CPU build is wanted and the default is another, give pip the index of
@@ -15,7 +16,7 @@ KERNELS := $(wildcard csrc/*.h csrc/*.cpp csrc/gpu/*.cuh)
 BUDGET ?= quick
 CLAIMS := state_tracking exact structure normalization memory language regular
 
-.PHONY: quickstart test experiments results sanitize format clean
+.PHONY: quickstart test experiments results sanitize mutation format clean
 quickstart: .venv/installed
 	$(BIN)/python experiments/quickstart.py
 
@@ -43,6 +44,9 @@ sanitize: .venv/installed
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	$(BIN)/python tests/sanitize.py build/sanitize/statemix_cpu.so
+
+mutation: .venv/installed
+	$(BIN)/python tests/mutation.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix $(SOURCES)
