@@ -49,6 +49,9 @@ def test_first_and_second_derivatives(generator):
     x = torch.randn(2, 3, 10, generator=generator, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(gated, x)
     assert torch.autograd.gradgradcheck(gated, x)
+    (gradient,) = torch.autograd.grad(gated(x).sum(), x)
+    (to_go_on_from,) = torch.autograd.grad(gated(x).sum(), x, create_graph=True)  # by torch, not by the kernel
+    assert_close(to_go_on_from.detach(), gradient)
 
 
 def test_torch_sees_its_own_operations(generator, calls):

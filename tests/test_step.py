@@ -53,6 +53,13 @@ def test_every_normalization(generator, calls, normalization):
     assert "statemix_pair_step" in calls
 
 
+def test_each_norm_has_its_own_epsilon(generator, calls):
+    pair = make_pair(STEPPED["block"])
+    pair.mixer_norm.eps, pair.mlp_norm.eps = 0.1, 1.0
+    assert_step(pair, torch.randn(2, 20, generator=generator), None)
+    assert "statemix_pair_step" in calls
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_threads_change_no_bit(generator, threads, count):
     """1.7 MB of weights: enough for three threads. Each product is one thread's, whichever it is."""

@@ -239,6 +239,13 @@ def test_an_evaluation_leaves_the_model_in_the_mode_it_had(finished):
         assert {module.training for module in model.modules()} == {training}
 
 
+def test_an_evaluation_drops_nothing():
+    task = build_task(ten_steps().task)
+    model = SequenceModel(task.vocab_size, 8, 1, {"name": "bd_lru", "num_blocks": 2, "block_size": 3}, dropout=0.5)
+    training, evaluating = (evaluate(model.train(mode), task, "valid", 4, 4) for mode in (True, False))
+    assert training == evaluating
+
+
 def test_two_processes_do_not_share_a_folder(finished, tmp_path):
     """The lock is of the open folder, so that a second one in this process stands for another process."""
     out = tmp_path / "run"

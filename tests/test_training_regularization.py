@@ -10,7 +10,7 @@ from statemix import SequenceModel, TrainConfig
 from statemix.tasks import IGNORE_INDEX
 from statemix.training import regularization
 from statemix.training.config import ModelConfig
-from statemix.training.regularization import entropy_weight, hidden_blocks, hidden_share, penalty
+from statemix.training.regularization import dropout_seed, entropy_weight, hidden_blocks, hidden_share, penalty
 
 MIXERS = [
     {"name": "bd_lru", "num_blocks": 40, "block_size": 3},
@@ -53,6 +53,17 @@ def test_nothing_is_hidden_afterwards_or_at_zero():
     with hidden_blocks(model, 0.5):
         assert not torch.allclose(model(tokens)[0], before)
     assert torch.equal(model(tokens)[0], before)
+
+
+def test_what_is_dropped_is_of_the_seed_the_step_and_the_process():
+    def drawn(seed, step, process, callers):
+        torch.manual_seed(callers)
+        with dropout_seed(small_config(seed=seed, block_dropout=0.5), step, process):
+            return torch.rand(4)
+
+    assert torch.equal(drawn(0, 3, 0, callers=1), drawn(0, 3, 0, callers=2))
+    for other in ((1, 3, 0), (0, 4, 0), (0, 3, 1)):
+        assert not torch.equal(drawn(*other, callers=1), drawn(0, 3, 0, callers=1))
 
 
 def test_the_schedules_turn_in_the_middle():

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import importlib
-import itertools
 import json
 import math
 import random
@@ -211,11 +210,12 @@ def calls_of_the_model(tmp_path, config):
     return calls
 
 
-def test_each_row_goes_on_where_it_stopped_and_gradients_do_not(tmp_path, source):
-    calls = calls_of_the_model(tmp_path, text_config(source, carry=True))
-    assert len(calls) == 6
-    assert calls[0][1] is None
-    for (tokens, _, _, after), (following, state, _, _) in itertools.pairwise(calls):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_each_row_goes_on_where_it_stopped_and_gradients_do_not(tmp_path, source, parts):
+    calls = calls_of_the_model(tmp_path, text_config(source, carry=True, accumulate=parts))
+    assert len(calls) == 6 * parts
+    assert all(state is None for _, state, _, _ in calls[:parts])
+    for (tokens, _, _, after), (following, state, _, _) in zip(calls[:-parts], calls[parts:], strict=True):
         assert all(map(torch.equal, after, state))
         assert all(layer.requires_grad and not kept.requires_grad for layer, kept in zip(after, state, strict=True))
         assert tokens.shape == following.shape
