@@ -565,3 +565,23 @@ def test_a_tokenizer_of_another_model_is_told():
         ValueError, match=r"tokenizer must be the model's, of 11 tokens, but this one \(bytes\) has 256"
     ):
         stream_text(make_model(), Bytes(), "a", 3)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_text_is_without_dropout_in_any_mode(tmp_path, mixer):
+    """Greedy text is a function of its prompt: of a model that was loaded, and of one that is being trained."""
+    model = make_model(mixer, dropout=0.5)
+    model.layers[0].eval()  # a mode of its own, which stays
+    expected = generate(copy.deepcopy(model).eval(), [[1, 2, 3]], 20, temperature=0)
+    for _ in range(2):
+        assert generate(model, [[1, 2, 3]], 20, temperature=0) == expected
+    assert [module.training for module in (model, model.head, model.layers[0], model.layers[1])] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+    model.save(tmp_path)
+    loaded = SequenceModel.load(tmp_path)
+    assert not any(module.training for module in loaded.modules())
+    assert torch.equal(loaded(torch.tensor([[1, 2, 3]]))[0], loaded(torch.tensor([[1, 2, 3]]))[0])

@@ -92,10 +92,23 @@ class Decoder:
         with self._lock:
             if (step := self._fused_step()) is not None:  # which has no gradients: no_grad would only take time
                 return step(tokens.to("cpu", torch.int64))
-            with torch.no_grad():
+            with torch.no_grad(), without_dropout(self.model):
                 logits, self._state = self.model.step(tokens, self._state)
             self._watch = None  # it was of other states
         return logits
+
+
+@contextlib.contextmanager
+def without_dropout(model: SequenceModel) -> Iterator[None]:
+    """The model in eval mode while it lasts: a text is no matter of chance. Then each module has its own mode again."""
+    modules = [module for module in model.modules() if module.training]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
 
 
 def zero_state(model: SequenceModel, batch: int) -> State:
@@ -314,8 +327,9 @@ def read_prompt(model: SequenceModel, tokens: Tensor) -> State:
     state = zero_state(model, 1)
     # the head is needed for the last token only; but what waits for a call of the model wants to see every token
     read = model.run_layers if MODEL.plainly_called(model) else model
-    for chunk in tokens.split(CHUNK) if len(tokens) else ():
-        _, state = read(chunk[None], state, None)
+    with without_dropout(model):
+        for chunk in tokens.split(CHUNK) if len(tokens) else ():
+            _, state = read(chunk[None], state, None)
     return state
 
 

@@ -228,7 +228,7 @@ class TokenModel(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """The model that `save` wrote, on the CPU, in the dtype it had.
+        """The model that `save` wrote, on the CPU, in the dtype it had, in eval mode: without dropout.
 
         Raises:
             ValueError: a file is missing, truncated, or of another model; the message names it.
@@ -252,7 +252,7 @@ class TokenModel(nn.Module):
         if "embedding.weight" in weights:
             model.to(weights["embedding.weight"].dtype)
         model.load_weights(folder)
-        return model
+        return model.eval()
 
     def load_weights(self, folder: str | Path) -> None:
         """Fill this model with the weights that `save` wrote into the folder.
