@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import each_instruction_set, each_kind, make_raw_gates, numpy_block, numpy_weights
+from helpers import each_instruction_set, make_raw_gates, numpy_block, numpy_weights
 
 from statemix import block_scan, companion_scan, kernels
 from statemix.gates import NORMALIZATIONS, normalize
@@ -13,6 +13,7 @@ from statemix.gates import NORMALIZATIONS, normalize
 BOUNDED = [name for name in NORMALIZATIONS if name != "none"]
 SIGNED = ("tanh", "silu", "linear")
 SCANS = {"block": block_scan, "companion": companion_scan}  # observer is stable in the 1-norm of its block only
+each_kind = pytest.mark.parametrize("kind", SCANS)
 ORDER, LANES = 3, 16
 BOUND = torch.tensor(0.7).item()  # no power of two: every product is rounded
 
