@@ -3,7 +3,7 @@
 # make experiments  train everything the claims need, hours: BUDGET=quick (2 cores) or full (a cluster); it resumes
 # make results      draw the figures and tables of the claims again from results/
 # make sanitize     build the kernels with the address and undefined-behaviour sanitizers, and run them all (minutes)
-# make mutation     plant faults in a copy of the sources, one at a time, and see whether a test notices (an hour)
+# make mutation     plant faults in a copy of the sources, one at a time, and see whether a test notices (minutes)
 # make format       let ruff and clang-format rewrite the sources
 
 # TORCH pins the version developed with. Where a CPU build is wanted and the default is another, give pip the index of

@@ -391,7 +391,7 @@ FAULTS = (
         old='rate * group["lr_share"]',
         new="rate",
         tests="tests/test_training_optimizer.py",
-        select="",
+        select="share_of_the_rate",
     ),
     # ---- kernels: the recurrence
     Fault(

@@ -9,7 +9,7 @@ from torch import nn
 
 from statemix import SequenceModel, TrainConfig, train
 from statemix.training.config import ModelConfig, OptimizerConfig
-from statemix.training.optimizer import MuonAdamW, make_optimizer, orthogonalized
+from statemix.training.optimizer import MuonAdamW, make_optimizer, orthogonalized, set_learning_rate
 
 SMALL = TrainConfig(
     task={"name": "permutation", "group": "S3", "seq_len": 8},
@@ -110,6 +110,13 @@ def test_the_rule_is_that_of_torch(recwarn):
         assert (weight.detach() - other.detach()).norm() < 0.05 * step
         other.data.copy_(weight.detach())
     torch.testing.assert_close(mine.state[weight]["momentum_buffer"], theirs.state[other]["momentum_buffer"])
+
+
+def test_each_group_has_its_share_of_the_rate():
+    optimizer = make_optimizer(a_model(MIXERS[0]), OptimizerConfig(lr=0.01, muon_lr=0.04))
+    set_learning_rate(optimizer, 0.005)
+    rates = [(group["orthogonal"], group["lr"]) for group in optimizer.param_groups]
+    assert rates == [(False, 0.005), (False, 0.005), (True, 0.02)]
 
 
 def test_a_weight_without_gradient_stays():
