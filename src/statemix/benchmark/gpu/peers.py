@@ -77,7 +77,8 @@ def serve() -> None:
                 result = {"unavailable": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
         else:
             result = {"unavailable": problem}
-        print(json.dumps(result), file=answers, flush=True)
+        answers.write(f"{json.dumps(result)}\n")
+        answers.flush()
 
 
 def _measured(layer: type, asked: dict[str, Any]) -> dict[str, Any]:
