@@ -163,6 +163,37 @@ def test_time_is_cut_where_the_blocks_do_not_fill_the_card(processors, monkeypat
     assert plan.chunk_size(problem._replace(batch=64), 40 * 64, torch.device(DEVICE)) == problem.length
 
 
+@pytest.mark.parametrize("team", [plan.WARP, plan.HALF_WARP])
+@pytest.mark.parametrize(("order", "dtype"), [(1, torch.bfloat16), (2, torch.float32), (4, torch.bfloat16)])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_teams_of_every_size_equal_the_loop(team, order, dtype, chunked, request, monkeypatch):
+    if chunked:
+        request.getfixturevalue("in_chunks")
+    monkeypatch.setattr(plan, "team", lambda programs, device: team)
+    forget()
+    problem, expected = problem_here(
+        "block", "softmax", order=order, length=70, blocks=67, with_reset=True, dtype=dtype
+    )
+    assert_problem(problem, "gpu", expected)
+    forget()
+
+
+# Programs of whole warps and of half ones, and how many turns of 132 multiprocessors those are.
+SHARED_OUT = [
+    (64, 128, plan.HALF_WARP),  # one turn, and one
+    (124, 248, plan.WARP),  # one, and two of half the time
+    (160, 304, plan.HALF_WARP),  # two, and three
+    (432, 848, plan.WARP),  # four, and seven: too little to gain
+    (528, 1056, plan.WARP),
+]
+
+
+@pytest.mark.parametrize(("whole", "half", "team"), SHARED_OUT)
+def test_programs_are_halved_where_multiprocessors_would_be_idle(whole, half, team, monkeypatch):
+    monkeypatch.setattr(plan, "schedulers", lambda device: 4 * 132)
+    assert plan.team({plan.WARP: whole, plan.HALF_WARP: half}.__getitem__, torch.device(DEVICE)) == team
+
+
 @each_kind
 @pytest.mark.parametrize("cut", [False, True])
 def test_a_gradient_of_the_final_state_reaches_every_input(kind, cut, request):
@@ -301,7 +332,7 @@ FAULTS = (
     Fault("rows.cuh", "sent, half * K)", "sent, half * K ^ 1)", 8),
     Fault("slabs.cuh", "    __syncthreads();\n\n    State h;", "\n    State h;", 4),
     Fault("slabs.cuh", "    wait<D - 1>();\n", "", 2),
-    Fault("slabs.cuh", "[u][i][lane] = h[u][i]", "[u][i][31 - lane] = h[u][i]", 1),
+    Fault("slabs.cuh", "[u][i][lane] = h[u][i]", "[u][i][G - 1 - lane] = h[u][i]", 1),
     Fault("lags.cuh", "      __syncwarp();\n  }", "      ;\n  }", 4, "companion"),  # of `meet`
     Fault("lags.cuh", "    wait<slots - 2>();\n", "", 4, "observer"),
     Fault(
@@ -359,7 +390,7 @@ TARGETS = (
 def test_the_compiler_for_gpus_keeps_everything_in_registers(target):
     pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed: pip install statemix[gpu]")
     problem = plan.Signature(target.kind, target.dtype, target.order, target.normalization, True, 1, 1, 2)
-    kernels = [plan.kernel(problem, program, many) for program in plan.PROGRAMS for many in (False, True)]
+    kernels = [plan.kernel(problem, program, load) for program in plan.PROGRAMS for load in plan.LOADS]
     for kernel in dict.fromkeys([*kernels, plan.relay(problem, False)]):
         code, size = compile.compile_for_gpu(kernel, target.card)
         assert compile.resources(code).spilled == 0, kernel
@@ -373,7 +404,9 @@ def test_a_card_with_little_shared_memory_has_shorter_slabs(order, monkeypatch):
     forget()
     problem, expected = problem_here("block", "softmax", order=order, length=65, dtype=torch.float32)
     assert_problem(problem, "gpu", expected)
-    chosen = plan.kernel(plan.Signature("block", torch.float32, order, "softmax", False, 2, 65, 3), "Backward", False)
+    chosen = plan.kernel(
+        plan.Signature("block", torch.float32, order, "softmax", False, 2, 65, 3), "Backward", plan.Load()
+    )
     fitted = plan.fitting(chosen, torch.device("cpu"))
     assert fitted != chosen
     assert compile.size_of(fitted, torch.device("cpu")).shared_bytes <= 64 << 10
@@ -385,7 +418,7 @@ def test_every_kernel_is_listed():
         listed = plan.kernels(kind, order)
         assert len(set(listed)) == len(listed)
         problem = plan.Signature(kind, torch.float16, order, "tanh", True, 3, 70, 7)
-        assert {plan.kernel(problem, program, many) for program in plan.PROGRAMS for many in (0, 1)} <= set(listed)
+        assert {plan.kernel(problem, program, load) for program in plan.PROGRAMS for load in plan.LOADS} <= set(listed)
 
 
 @each_kind

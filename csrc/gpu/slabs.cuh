@@ -1,11 +1,12 @@
 // The block scan of small blocks, M 1 to 4, in slabs of time.
 //
-// A lane has all of U neighbouring blocks, so no number ever goes from lane to lane. A slab is W L steps in a row: each
-// of the W warps of a program takes L of them, for the same 32 U blocks, and
+// A lane has all of U neighbouring blocks, so no number ever goes from lane to lane. A team is G lanes, a warp or a part of
+// one. A slab is so many steps in a row that each team of a program takes L of them, for the same G U blocks, and
 //   1. makes the weights of its steps, and their map: what they make of any state that enters them;
-//   2. leaves the map where the other warps see it, and sends what enters the slab through those before its own;
+//   2. leaves the map where the other teams see it, and sends what enters the slab through those before its own;
 //   3. walks its steps from there, with the weights still in registers.
-// So every input is read once, and one sequence of few blocks keeps W warps busy.
+// So every input is read once, and one sequence of few blocks keeps W warps busy. Smaller teams make smaller programs, which
+// are shared out more evenly among the multiprocessors of a card.
 //
 // The backward is the same in reversed time. With r_t, what later steps hand back to h_t, and s_t = dL/dh_t + r_t,
 //   r_{t-1} = p_t^T s_t; the gradients are those of gates.cuh.
@@ -21,7 +22,7 @@ namespace statemix {
 // The kernels; map and adjoint are those that come before the others where time is cut into chunks, see scan.cuh.
 enum class Pass { forward, map, backward, adjoint };
 
-// What a warp reads for its L steps of a slab; given: values, or in the backward dL/dh.
+// What a team reads for its L steps of a slab; given: values, or in the backward dL/dh.
 template <class Gates, class Rows, int L, bool walks_back>
 struct SlabInputs {
   Gates gates[L];
@@ -32,28 +33,28 @@ struct SlabInputs<Gates, Rows, L, true> : SlabInputs<Gates, Rows, L, false> {
   Rows values[L], states[L];  // the states that entered
 };
 
-// M: order. U: blocks of a lane, 1 unless M is 1. W: warps. L: steps of a warp in a slab. D: slabs on their way from
-// memory. ragged: N is no multiple of U.
-template <Pass pass, class S, int M, Normalization norm, bool has_reset, int U, int W, int L, int D, bool ragged>
+// M: order. G: lanes of a team, 32, 16 or 8. U: blocks of a lane, 1 unless M is 1. W: warps. L: steps of a team in a slab.
+// D: slabs on their way from memory. ragged: N is no multiple of U.
+template <Pass pass, class S, int M, Normalization norm, bool has_reset, int G, int U, int W, int L, int D, bool ragged>
 struct Slabs {
   static constexpr bool kBack = pass == Pass::backward || pass == Pass::adjoint;
   static constexpr bool kWalks = pass == Pass::forward || pass == Pass::backward;
   static constexpr int P = filled_order(M);                // the place of a component in memory
   static constexpr int kRows = U * P, kGates = U * P * P;  // numbers of a lane in a step
   static constexpr int kMap = U * M * (M + 1) + (has_reset ? 1 : 0);
-  static constexpr int kThreads = 32 * W, kBlocks = 32 * U;
+  static constexpr int kThreads = 32 * W, kTeams = kThreads / G, kBlocks = G * U;
 
   using Arguments = Scan<S>;
   using State = float[U][M];
-  using Gates = Staged<S, kGates>;
-  using Rows = Staged<S, kRows>;
+  using Gates = Staged<S, kGates, G>;
+  using Rows = Staged<S, kRows, G>;
   using Inputs = SlabInputs<Gates, Rows, L, pass == Pass::backward>;
-  using StagedMap = float[kMap][32];
+  using StagedMap = float[kMap | 1][G];  // odd, so that the teams of a warp do not meet on the same banks
 
   struct Shared {
-    Inputs ring[D][W];
-    StagedMap maps[2][W];
-    float carry[2][U][M][32];
+    Inputs ring[D][kTeams];
+    StagedMap maps[2][kTeams];
+    float carry[2][U][M][G];
   };
 
   // As many programs as a multiprocessor has room for, of 228 KB, where each keeps 1 KB more, and of 64 K registers.
@@ -75,8 +76,8 @@ struct Slabs {
   const Arguments& scan;
   Shared& shared;
   const Place place;
-  const int lane, warp, first_block, block, lanes, slabs;
-  uint32 resets = 0, next_resets = 0;  // bit l of this slab's, at the warp's position l; of the next, at the lane's
+  const int lane, team, first_block, block, lanes, slabs;
+  uint32 resets = 0, next_resets = 0;  // bit l of this slab's, at the team's position l; of the next, at the lane's
 
   static STATEMIX_DEVICE void run(const Arguments& scan, Shared& shared) { Slabs(scan, shared).run(); }
 
@@ -90,16 +91,16 @@ struct Slabs {
   }
 
   STATEMIX_DEVICE Slabs(const Arguments& scan, Shared& shared)
-      : scan(scan), shared(shared), place(scan), lane(threadIdx.x % 32), warp(threadIdx.x / 32),
-        first_block(place.program * 32 * U), block(first_block + lane * U), lanes((scan.blocks - first_block + U - 1) / U),
-        slabs((place.steps + W * L - 1) / (W * L)) {}
+      : scan(scan), shared(shared), place(scan), lane(threadIdx.x % G), team(threadIdx.x / G), first_block(place.program * kBlocks),
+        block(first_block + lane * U), lanes((scan.blocks - first_block + U - 1) / U),
+        slabs((place.steps + kTeams * L - 1) / (kTeams * L)) {}
 
   STATEMIX_DEVICE void run() {
 #pragma unroll 1
     for (int d = 0; d < D; ++d) bring(d);
     if constexpr (has_reset) next_resets = resets_of(0);
     if constexpr (kWalks) {
-      if (warp == 0) enter_chunk();
+      if (team == 0) enter_chunk();
       for (int c = 0; c < slabs - 1; ++c) walk_slab<false>(c);
       walk_slab<true>(slabs - 1);
     } else {
@@ -107,10 +108,10 @@ struct Slabs {
     }
   }
 
-  // The warp's first position in slab c. To make a map, each warp goes through a part of the chunk by itself.
-  STATEMIX_DEVICE int position(int c) const { return L * (kWalks ? c * W + warp : warp * slabs + c); }
+  // The team's first position in slab c. To make a map, each team goes through a part of the chunk by itself.
+  STATEMIX_DEVICE int position(int c) const { return L * (kWalks ? c * kTeams + team : team * slabs + c); }
   STATEMIX_DEVICE int time(int position) const { return place.first + (kBack ? place.steps - 1 - position : position); }
-  // Where an array has the program's blocks at the warp's positions of a slab.
+  // Where an array has the program's blocks at the team's positions of a slab.
   template <class Number>
   struct Steps {
     Number* first;
@@ -126,7 +127,7 @@ struct Slabs {
   // Begins to bring the inputs of slab c; `careful` where steps may be missing, or no state precedes one.
   template <bool careful>
   STATEMIX_DEVICE void bring_steps(int c) {
-    Inputs& in = shared.ring[c % D][warp];
+    Inputs& in = shared.ring[c % D][team];
     const Steps<const S> gates = steps_of(scan.gates, c, P * P), input_gates = steps_of(scan.input_gates, c, P);
     const Steps<const S> given = steps_of(kBack ? scan.grad_states : scan.values, c, P);
     const Steps<const S> values = steps_of(scan.values, c, P), states = steps_of(scan.states, c, P);
@@ -156,7 +157,7 @@ struct Slabs {
     __syncwarp();
   }
 
-  // Which of the warp's positions in slab c have a reset: read a slab ahead, and one step a lane.
+  // Which of the team's positions in slab c have a reset: read a slab ahead, and one step a lane.
   STATEMIX_DEVICE uint32 resets_of(int c) const {
     const int q = position(c) + lane;
     const bool mine = lane < L && q < place.steps;
@@ -164,7 +165,7 @@ struct Slabs {
   }
   STATEMIX_DEVICE void turn_resets(int c) {
     if constexpr (has_reset) {
-      resets = __ballot_sync(kAll, next_resets);
+      resets = __ballot_sync(kAll, next_resets) >> (threadIdx.x % 32 - lane);
       next_resets = c + 1 < slabs ? resets_of(c + 1) : 0;
     }
   }
@@ -268,7 +269,7 @@ struct Slabs {
     each([&](int u, int i) { h[u][i] = to[u][i]; });
   }
 
-  // The state that enters the chunk, where every warp finds it: it comes before the first of them.
+  // The state that enters the chunk, where every team finds it: it comes before the first of them.
   STATEMIX_DEVICE void enter_chunk() {
     State h;
     clear(h);
@@ -307,7 +308,7 @@ struct Slabs {
   // last: the last slab of the chunk, which may end before its last position.
   template <bool last>
   STATEMIX_DEVICE void walk_slab(int c) {
-    Inputs& in = shared.ring[c % D][warp];
+    Inputs& in = shared.ring[c % D][team];
     turn_resets(c);
     wait_for_slab();
     Step step[L];
@@ -321,12 +322,12 @@ struct Slabs {
     begin_map(step[0], map);
 #pragma unroll
     for (int l = 1; l < L; ++l) extend_map(step[l], l, map);
-    leave(map, shared.maps[c % 2][warp]);
+    leave(map, shared.maps[c % 2][team]);
     __syncthreads();
 
     State h;
     each([&](int u, int i) { h[u][i] = shared.carry[c % 2][u][i][lane]; });
-    for (int w = 0; w < warp; ++w) send<false>(shared.maps[c % 2][w], h);
+    for (int before = 0; before < team; ++before) send<false>(shared.maps[c % 2][before], h);
 
     if constexpr (kBack)
       walk_back<last>(c, in, step, h);
@@ -334,7 +335,7 @@ struct Slabs {
       walk<last>(c, step, h);
     if constexpr (last) return;
     if constexpr (kBack) bring(c + D);  // over pieces that the same lane has written out or taken
-    if (warp == W - 1) put_carry(c + 1, h);
+    if (team == kTeams - 1) put_carry(c + 1, h);
   }
 
   template <bool last>
@@ -434,7 +435,7 @@ struct Slabs {
     }
   }
 
-  // Each warp makes the map of its part of the chunk. Then columns of the chunk's map go through the parts.
+  // Each team makes the map of its part of the chunk. Then columns of the chunk's map go through the parts.
   STATEMIX_DEVICE void map_chunk() {
     Map map;
     identity(map);
@@ -443,7 +444,7 @@ struct Slabs {
       wait_for_slab();
       Step step[L];
 #pragma unroll
-      for (int l = 0; l < L; ++l) make_step(shared.ring[c % D][warp], l, step[l]);
+      for (int l = 0; l < L; ++l) make_step(shared.ring[c % D][team], l, step[l]);
       __syncwarp();
       bring(c + D);
 #pragma unroll
@@ -452,25 +453,25 @@ struct Slabs {
         extend_map(step[l], l, map);
       }
     }
-    leave(map, shared.maps[0][warp]);
+    leave(map, shared.maps[0][team]);
     __syncthreads();
 
-    if (warp == 0) {
+    if (team == 0) {
       State offset;
       clear(offset);
-      for (int w = 0; w < W; ++w) send<false>(shared.maps[0][w], offset);
+      for (int part = 0; part < kTeams; ++part) send<false>(shared.maps[0][part], offset);
       store_state(scan.offsets + place.state * P, offset);
     }
     if constexpr (pass == Pass::map) {
-      for (int j = warp; j < P; j += W) {
+      for (int j = team; j < P; j += kTeams) {
         State column;
         unit(j, column);
-        for (int w = 0; w < W; ++w) send<true>(shared.maps[0][w], column);
+        for (int part = 0; part < kTeams; ++part) send<true>(shared.maps[0][part], column);
         store_column(scan.maps + place.state * P * P, j, column);
       }
       if constexpr (has_reset) {
         bool cut = false;
-        for (int w = 0; w < W; ++w) cut |= forgets(shared.maps[0][w]);
+        for (int part = 0; part < kTeams; ++part) cut |= forgets(shared.maps[0][part]);
         if (place.program == 0 && threadIdx.x == 0) scan.cuts[place.batch * scan.chunks + place.chunk] = cut;
       }
     }
@@ -493,13 +494,13 @@ struct Slabs {
   }
 };
 
-template <class S, int M, Normalization norm, bool has_reset, int U, int W, int L, int D, bool ragged>
-using SlabsForward = Slabs<Pass::forward, S, M, norm, has_reset, U, W, L, D, ragged>;
-template <class S, int M, Normalization norm, bool has_reset, int U, int W, int L, int D, bool ragged>
-using SlabsMap = Slabs<Pass::map, S, M, norm, has_reset, U, W, L, D, ragged>;
-template <class S, int M, Normalization norm, bool has_reset, int U, int W, int L, int D, bool ragged>
-using SlabsBackward = Slabs<Pass::backward, S, M, norm, has_reset, U, W, L, D, ragged>;
-template <class S, int M, Normalization norm, bool has_reset, int U, int W, int L, int D, bool ragged>
-using SlabsAdjoint = Slabs<Pass::adjoint, S, M, norm, has_reset, U, W, L, D, ragged>;
+template <class S, int M, Normalization norm, bool has_reset, int G, int U, int W, int L, int D, bool ragged>
+using SlabsForward = Slabs<Pass::forward, S, M, norm, has_reset, G, U, W, L, D, ragged>;
+template <class S, int M, Normalization norm, bool has_reset, int G, int U, int W, int L, int D, bool ragged>
+using SlabsMap = Slabs<Pass::map, S, M, norm, has_reset, G, U, W, L, D, ragged>;
+template <class S, int M, Normalization norm, bool has_reset, int G, int U, int W, int L, int D, bool ragged>
+using SlabsBackward = Slabs<Pass::backward, S, M, norm, has_reset, G, U, W, L, D, ragged>;
+template <class S, int M, Normalization norm, bool has_reset, int G, int U, int W, int L, int D, bool ragged>
+using SlabsAdjoint = Slabs<Pass::adjoint, S, M, norm, has_reset, G, U, W, L, D, ragged>;
 
 }  // namespace statemix

@@ -1,18 +1,18 @@
-// Numbers of a warp in shared memory, where lanes read and write global memory side by side.
+// Numbers of a warp, or of a part of it, in shared memory, where lanes read and write global memory side by side.
 #pragma once
 #include "storage.cuh"
 
 namespace statemix {
 
-// `count` numbers of each lane, which lie one lane after the other in global memory. They travel in pieces of up to 16
+// `count` numbers of each of G lanes, which lie one lane after the other in global memory. They travel in pieces of up to 16
 // bytes: in each turn, neighbouring lanes move neighbouring pieces, and so whole sectors, whoever they belong to. A lane's
 // own pieces are shuffled here by lane, or the lanes of a quarter of a warp would meet on the same banks when each takes
 // its own.
-template <class S, int count>
+template <class S, int count, int G = 32>
 struct Staged {
   static constexpr int kBytes = count * sizeof(S), kPiece = kBytes < 16 ? kBytes : 16, kPieces = kBytes / kPiece;
   static_assert(kPiece >= 4 && kPieces * kPiece == kBytes && kPieces <= 8, "pieces are 4, 8 or 16 bytes");
-  __align__(16) char bytes[32 * kBytes];
+  __align__(16) char bytes[G * kBytes];
 
   static STATEMIX_DEVICE int place(int piece) {
     constexpr int kLanesOfBanks = 8 / kPieces > 0 ? 8 / kPieces : 1;  // lanes whose pieces fill all banks once
@@ -24,8 +24,8 @@ struct Staged {
   STATEMIX_DEVICE void bring(const S* from, int lane, int lanes) {
 #pragma unroll
     for (int p = 0; p < kPieces; ++p) {
-      const int piece = 32 * p + lane;
-      copy<kPiece>(bytes + place(piece), (const char*)from + lane * kPiece + p * 32 * kPiece, piece / kPieces < lanes);
+      const int piece = G * p + lane;
+      copy<kPiece>(bytes + place(piece), (const char*)from + lane * kPiece + p * G * kPiece, piece / kPieces < lanes);
     }
   }
 
@@ -49,7 +49,7 @@ struct Staged {
   STATEMIX_DEVICE void write_out(S* to, int lane, int lanes) const {
 #pragma unroll
     for (int p = 0; p < kPieces; ++p) {
-      const int piece = 32 * p + lane;
+      const int piece = G * p + lane;
       uint32 w[kPiece / 4];
       load_words<kPiece / 4>(bytes + place(piece), w);
       if (piece / kPieces < lanes) store_words<kPiece / 4>((char*)to + piece * kPiece, w);

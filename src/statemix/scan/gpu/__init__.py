@@ -93,16 +93,20 @@ def _plan(signature: Signature, device: torch.device) -> Plan:
         of_sequence = -(-signature.blocks // size.blocks)
         return Launch(run, of_sequence, signature.batch * chunks * of_sequence)
 
-    forward_kernel = plan.kernel(signature, "Forward", False)
+    forward_kernel = plan.kernel(signature, "Forward", plan.Load())
     _, size = compile.load(plan.fitting(forward_kernel, device), device)
-    warps = -(-signature.blocks // size.blocks) * signature.batch * size.threads // 32
+    warps = -(-signature.blocks // size.blocks) * signature.batch * size.threads // plan.WARP
     chunk_size = plan.chunk_size(signature, warps, device)
     chunks = -(-signature.length // chunk_size)
-    many = warps * chunks >= plan.MANY * plan.schedulers(device)
-    forward, backward = (launch(plan.kernel(signature, program, many), chunks) for program in ("Forward", "Backward"))
+
+    def programs(team: int) -> int:  # of `slabs`, whose blocks are those of the lanes of a team
+        return signature.batch * chunks * -(-signature.blocks * plan.WARP // (size.blocks * team))
+
+    load = plan.Load(warps * chunks >= plan.MANY * plan.schedulers(device), plan.team(programs, device))
+    forward, backward = (launch(plan.kernel(signature, program, load), chunks) for program in ("Forward", "Backward"))
     if chunks == 1:
         return Plan(chunk_size, chunks, (forward,), (backward,))
-    maps, adjoint = (launch(plan.kernel(signature, program, many), chunks) for program in ("Map", "Adjoint"))
+    maps, adjoint = (launch(plan.kernel(signature, program, load), chunks) for program in ("Map", "Adjoint"))
     relay, relay_back = (launch(plan.relay(signature, back), 1) for back in (False, True))
     return Plan(chunk_size, chunks, (maps, relay, forward), (maps, adjoint, relay_back, backward))
 

@@ -1,4 +1,4 @@
-"""Which kernels run a scan, and with which numbers: a few rules, from measurements on an H200 (docs/gpu.md).
+"""Which kernels run a scan, and with which numbers: a few rules, from what an H100 and an H200 showed (docs/gpu.md).
 
 Every family has four programs: Forward; Backward; and for scans in chunks of time Map, what a chunk makes of any state
 that enters it, and Adjoint, what its own steps hand back to that state. `Relay` takes the state from chunk to chunk.
@@ -20,6 +20,7 @@ FULL = 2  # warps for each scheduler, below which time is cut into chunks
 MANY = 4  # warps for each scheduler, from which on no single one has to be fast
 PROGRAMS = ("Forward", "Backward", "Map", "Adjoint")
 SCHEDULERS = 4  # of a multiprocessor
+WARP, HALF_WARP = 32, 16  # lanes
 
 
 class Signature(NamedTuple):
@@ -35,20 +36,30 @@ class Signature(NamedTuple):
     blocks: int
 
 
+class Load(NamedTuple):
+    """How the blocks of a scan fill a card. many: no single warp has to be fast; team: lanes of a team of `slabs`."""
+
+    many: bool = False
+    team: int = WARP
+
+
+LOADS = tuple(Load(many, team) for many in (False, True) for team in (WARP, HALF_WARP))
+
+
 def filled_order(order: int) -> int:
     """The order filled up to a power of two, as the kernels want it."""
     return 1 << (order - 1).bit_length()
 
 
-def kernel(signature: Signature, program: str, many: bool) -> Kernel:
-    """A program for a signature, "Forward" for example, and the numbers that suit it. many: blocks fill the card."""
+def kernel(signature: Signature, program: str, load: Load) -> Kernel:
+    """A program for a signature, "Forward" for example, and the numbers that suit it."""
     numbers: tuple[int | str, ...]
     if signature.kind != "block":
         family, numbers = "lags", lags_numbers(signature, program)
     elif signature.order <= 4:
-        family, numbers = "slabs", slabs_numbers(signature, program)
+        family, numbers = "slabs", slabs_numbers(signature, program, load.team)
     else:
-        family, numbers = "rows", rows_numbers(signature, program, many)
+        family, numbers = "rows", rows_numbers(signature, program, load.many)
     return Kernel(
         family=family,
         program=family.title() + program,
@@ -60,15 +71,21 @@ def kernel(signature: Signature, program: str, many: bool) -> Kernel:
     )
 
 
-def slabs_numbers(signature: Signature, program: str) -> tuple[int, ...]:
-    """Blocks of a lane, warps, steps of a warp in a slab, slabs on their way, and whether blocks are left over."""
-    lane_blocks, warps, steps = (2, 8, 8) if signature.order == 1 else (1, 4, 4)
-    if signature.order == 2:
-        half, back = signature.dtype != torch.float32, program in ("Backward", "Adjoint")
-        warps, steps = (16, 4) if half and back else (8, 8 if half else 4)
+def slabs_numbers(signature: Signature, program: str, team: int) -> tuple[int, ...]:
+    """Lanes of a team, blocks of a lane, warps, steps of a team in a slab, slabs on their way, and blocks left over."""
+    half, back = signature.dtype != torch.float32, program in ("Backward", "Adjoint")
+    lane_blocks, warps, steps = 1, 4, 4
+    if signature.order == 1:
+        lane_blocks, warps, steps = 2, 8, 8 if half else 4
+    elif signature.order == 2:
+        warps, steps = (16, 4) if half and back else (8, 8)
+    elif half and team == WARP:
+        warps, steps = 8, 2
+    elif half:
+        warps, steps = (8, 4) if back else (4, 2)
     if program == "Backward" and signature.normalization != "softmax":
         steps //= 2  # its rows are weighed twice
-    return lane_blocks, warps, steps, 2, signature.blocks % lane_blocks
+    return team, lane_blocks, warps, steps, 2, signature.blocks % lane_blocks
 
 
 def rows_numbers(signature: Signature, program: str, many: bool) -> tuple[int, ...]:
@@ -100,8 +117,8 @@ def fitting(kernel: Kernel, device: torch.device) -> Kernel:
 def shortened(kernel: Kernel, size_of: Callable[[Kernel], Size], limit: int) -> Kernel:
     """The kernel with slabs so short that its programs share at most `limit` bytes."""
     while kernel.family == "slabs" and size_of(kernel).shared_bytes > limit:
-        lane_blocks, warps, steps, *others = kernel.numbers
-        kernel = kernel._replace(numbers=(lane_blocks, warps, int(steps) // 2, *others))
+        team, lane_blocks, warps, steps, *others = kernel.numbers
+        kernel = kernel._replace(numbers=(team, lane_blocks, warps, int(steps) // 2, *others))
     return kernel
 
 
@@ -116,6 +133,16 @@ def relay(signature: Signature, backward: bool) -> Kernel:
         has_reset=signature.has_reset,
         numbers=(int(backward),),
     )
+
+
+def team(programs: Callable[[int], int], device: torch.device) -> int:
+    """Lanes of a team: half a warp where multiprocessors would be idle for long. programs: how many, of so many lanes.
+
+    A multiprocessor takes as long for one program of whole warps as for two of half ones, which hand on more maps.
+    """
+    multiprocessors = max(1, schedulers(device) // SCHEDULERS)
+    turns = {lanes: lanes * -(-programs(lanes) // multiprocessors) for lanes in (WARP, HALF_WARP)}
+    return HALF_WARP if turns[HALF_WARP] <= 0.8 * turns[WARP] else WARP
 
 
 @functools.cache
@@ -142,8 +169,8 @@ def kernels(kind: str, order: int) -> list[Kernel]:
     """Every kernel that some scan of a kind and order may run."""
     found: dict[Kernel, None] = {}
     for dtype, normalization, has_reset in itertools.product(compile.STORAGES, NORMALIZATIONS, (False, True)):
-        for blocks, many, program in itertools.product((1, 2), (False, True), PROGRAMS):
+        for blocks, load, program in itertools.product((1, 2), LOADS, PROGRAMS):
             signature = Signature(kind, dtype, order, normalization, has_reset, 1, 1, blocks)
-            found[kernel(signature, program, many)] = None
+            found[kernel(signature, program, load)] = None
         found.update(dict.fromkeys(relay(signature, backward) for backward in (False, True)))
     return list(found)
