@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ class NoCard(card.Card):
     def name(self):
         return "no card"
 
-    def alone(self, call, **times):
+    def alone(self, call):
         call()
         return 0.002
 
@@ -88,11 +89,11 @@ class TestCheck:
 
     def test_every_kernel_of_a_scan_is_among_the_targets(self):
         found = {target.kernel for target in self.wanted(dtypes=["float32", "bfloat16"], orders=[4, 5])}
-        for order, dtype, many, program in itertools.product(
-            (4, 5), (torch.float32, torch.bfloat16), (False, True), plan.PROGRAMS
+        for order, dtype, load, program in itertools.product(
+            (4, 5), (torch.float32, torch.bfloat16), plan.LOADS, plan.PROGRAMS
         ):
             problem = plan.Signature("block", dtype, order, "softmax", True, 2, 70, 9)
-            assert plan.kernel(problem, program, many) in found
+            assert plan.kernel(problem, program, load) in found
             assert plan.relay(problem, True) in found
         assert {kernel.dtype for kernel in found} == {torch.float32, torch.bfloat16}
         assert {kernel.normalization for kernel in found if kernel.family != "relay"} == {"softmax"}
@@ -294,14 +295,14 @@ class TestCard:
         assert record["parameters"] > 24
 
     def test_products_are_as_large_as_the_layers(self):
-        """Up to biases and what else is small."""
+        """Up to biases, 242 channels filled up to 248, and what else is small."""
         with torch.device("meta"):
             sizes = {
                 name: sum(p.numel() for p in build().parameters()) for name, build in card.layer_builders().items()
             }
         for name in card.LANGUAGE_MIXERS:
             if name != "paper-lstm":
-                assert sizes[f"products of {name}"] == pytest.approx(sizes[name], rel=0.02)
+                assert sizes[f"products of {name}"] == pytest.approx(sizes[name], rel=0.03)
 
     def test_a_training_step_is_measured(self):
         class Model(nn.Module):
@@ -356,16 +357,19 @@ class TestCard:
 
 class TestPeers:
     def test_what_is_not_installed_is_said(self):
-        with Peers() as peers:
-            result = peers.measure("Mamba2", 1, 4, 8)
+        with Peers(names=["Mamba2"]) as peers:
+            assert peers.prepare([(1, 4)]) > 0
+            result = peers.measure("Mamba2", 1, 4)
         assert "unavailable" in result or "forward" in result
 
-    def test_a_process_that_has_ended_is_an_error(self):
-        with (
-            Peers("bisect") as peers,
-            pytest.raises(RuntimeError, match=r"^bench: the process of fla's layers gave no"),
-        ):
-            peers.measure("Mamba2", 1, 4, 8)
+    @pytest.mark.parametrize(
+        ("module", "patience"), [("bisect", 60.0), ("statemix.benchmark.gpu.peers", 0.0)], ids=["ended", "not ready"]
+    )
+    def test_a_process_that_does_not_answer_is_an_error(self, module, patience):
+        with Peers(module, ["Mamba2"]) as peers:
+            peers.prepare([(1, 4)], patience)
+            with pytest.raises(RuntimeError, match=r"^bench: the process of fla's Mamba2 gave no answer in"):
+                peers.measure("Mamba2", 1, 4)
 
 
 FOUND = [
@@ -453,13 +457,17 @@ class TestCommand:
             return card.Measurement(record["part"], record["name"], lambda: dict(record))
 
         wanted = [of(record) for record in FOUND if "wrong" not in record]
+        peers = mock.Mock(prepare=mock.Mock(return_value=3.0))
         monkeypatch.setattr(card, "measurements", lambda on, peers: wanted)
         records, picture, shown = Records(tmp_path / "a.jsonl"), tmp_path / "a.png", []
-        files = GpuBenchmark()._measure(NoCard(), records, None, picture, shown.append)
+        files = GpuBenchmark()._measure(NoCard(), records, peers, picture, shown.append)
+        peers.prepare.assert_called_once_with([(16, 2048), (4, 8192)])
+        GpuBenchmark()._measure(NoCard(), records, peers, picture, shown.append)
+        peers.prepare.assert_called_once()  # nothing of them was missing
         assert files == [records.path, picture]
         assert picture.exists()
         assert len(records) == len(wanted)
         assert "no card" in shown[0]
         monkeypatch.setattr(card, "measurements", lambda on, peers: [of(record) for record in FOUND])
         with pytest.raises(RuntimeError, match=r"^bench: 1 scans have wrong values: block M 8: relative error 0\.5\."):
-            GpuBenchmark()._measure(NoCard(), records, None, picture, shown.append)
+            GpuBenchmark()._measure(NoCard(), records, peers, picture, shown.append)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from statemix.benchmark.contender import Shape
-from statemix.benchmark.gpu.peers import PEERS, Peers
+from statemix.benchmark.gpu.peers import PEERS, ROUNDS, Peers
 from statemix.benchmark.gpu.records import Records
 from statemix.benchmark.measure import relative_error
 from statemix.benchmark.scans import SCANS
@@ -25,6 +25,7 @@ from statemix.scan.gpu.plan import filled_order
 
 WIDTH, VOCABULARY, TOKENS = 768, 50_280, 16 * 2048  # of the paper's models; tokens of a step
 LENGTHS = (2048, 8192)  # of layers
+ENOUGH = 0.05  # seconds of calls in a row
 SLICE = 4  # blocks whose values are held to float64
 # of a value, over the largest; of the half types what rounding the states costs a gradient at most, and twice that
 TOLERANCES = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 2e-3}
@@ -34,16 +35,19 @@ Leaves = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Card:
-    """Times calls on the GPU of the moment."""
+    """Times calls on the GPU of the moment. rounds: those whose median counts."""
 
     device = "cuda"
     copied = 1 << 30  # bytes of the copy that the others are compared to
+
+    def __init__(self, rounds: int = ROUNDS) -> None:
+        self._rounds = rounds
 
     def name(self) -> str:
         """As NVIDIA calls it."""
         return torch.cuda.get_device_name()
 
-    def alone(self, call: Callable[[], object], calls: int = 10, replays: int = 7) -> float:
+    def alone(self, call: Callable[[], object], calls: int = 10) -> float:
         """Seconds of the kernels that a call runs, without the host: from a graph of several calls."""
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(2):
@@ -54,27 +58,31 @@ class Card:
             for _ in range(calls):
                 call()
         graph.replay()
-        return self._median(graph.replay, replays) / calls
+        return self._median(graph.replay) / calls
 
-    def with_host(self, call: Callable[[], object], calls: int = 10, rounds: int = 7) -> float:
-        """Seconds of a call, one after the other as a program makes them."""
+    def with_host(self, call: Callable[[], object]) -> float:
+        """Seconds of a call, one after the other as a program makes them.
+
+        Of so many that what the host does before the first kernel, while the card waits, hardly counts.
+        """
+        call()
+        calls = math.ceil(ENOUGH / self._seconds(call))
 
         def several() -> None:
             for _ in range(calls):
                 call()
 
-        several()
-        return self._median(several, rounds) / calls
+        return self._median(several) / calls
 
-    def _median(self, call: Callable[[], object], times: int) -> float:
-        seconds = []
-        for _ in range(times):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            call()
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began)
-        return statistics.median(seconds)
+    def _median(self, call: Callable[[], object]) -> float:
+        return statistics.median(self._seconds(call) for _ in range(self._rounds))
+
+    def _seconds(self, call: Callable[[], object]) -> float:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,10 @@ class Measurement:
     part: str
     name: str
     run: Callable[[], dict[str, Any]]
+
+    def key(self, conditions: str) -> str:
+        """Of its record."""
+        return f"{self.part}: {self.name}; {conditions}"
 
 
 def scan_shapes() -> list[Shape]:
@@ -242,7 +254,8 @@ def layer_builders(d_model: int = WIDTH) -> dict[str, Callable[[], nn.Module]]:
     for order, blocks in PAPER:
         numbers = blocks * order
         builders[f"products of paper-bd{order}"] = partial(Products, d_model, numbers * (order + 2), numbers)
-    builders["products of paper-h16"] = partial(Products, d_model, 242 * 18, 242 * 16)
+    # 242 channels, filled up to a multiple of 8: cuBLAS takes twice the time for sizes that are none
+    builders["products of paper-h16"] = partial(Products, d_model, 248 * 18, 248 * 16)
     builders["attention"] = partial(CausalAttention, d_model)
     return builders
 
@@ -264,8 +277,8 @@ def measure_layer(
 
     return {
         "parameters": sum(p.numel() for p in module.parameters()),
-        "forward": card.with_host(forward, calls=3),
-        "forward_backward": card.with_host(lambda: torch.autograd.grad(forward(), wanted, cotangent), calls=3),
+        "forward": card.with_host(forward),
+        "forward_backward": card.with_host(lambda: torch.autograd.grad(forward(), wanted, cotangent)),
     }
 
 
@@ -283,7 +296,7 @@ def measure_step(card: Card, build: Callable[[], nn.Module], batch: int, length:
         optimizer.step()
         optimizer.zero_grad()
 
-    seconds = card.with_host(step, calls=2, rounds=3)
+    seconds = card.with_host(step)
     count = sum(p.numel() for p in model.parameters())
     return {"parameters": count, "seconds": seconds, "tokens_per_second": batch * length / seconds}
 
@@ -302,7 +315,7 @@ def measurements(card: Card, peers: Peers) -> list[Measurement]:
         found.append(Measurement("step", name, run))
     for length in LENGTHS:
         for name in PEERS:
-            run = partial(peers.measure, name, TOKENS // length, length, WIDTH)
+            run = partial(peers.measure, name, TOKENS // length, length)
             found.append(Measurement("layer", f"fla {name}, T {length}", run))
     return found
 
@@ -323,8 +336,7 @@ def measure_all(
     """
     began, cut = clock(), []
     for one in wanted:
-        key = f"{one.part}: {one.name}; {conditions}"
-        if key in records:
+        if one.key(conditions) in records:
             continue
         if clock() - began >= seconds:
             cut.append(one.name)
@@ -334,11 +346,11 @@ def measure_all(
         except Exception as error:  # whatever one of many does must not take the others' time on a card
             show(f"FAILED {one.name}: {type(error).__name__}: {error}")
             continue
-        records.add({"key": key, "part": one.part, "name": one.name, **result})
+        records.add({"key": one.key(conditions), "part": one.part, "name": one.name, **result})
         show(f"{clock() - began:4.0f} s  {one.name}" + (f"  WRONG: {result['wrong']}" if "wrong" in result else ""))
     if cut:
         show(f"CUT OFF after {seconds:.0f} s: {'; '.join(cut)}. The same command goes on.")
-    keys = [f"{one.part}: {one.name}; {conditions}" for one in wanted]
+    keys = [one.key(conditions) for one in wanted]
     return [records[key] for key in keys if key in records]
 
 
