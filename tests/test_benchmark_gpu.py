@@ -263,7 +263,7 @@ class TestCard:
         times = ("forward", "backward", "forward_with_host", "backward_with_host")
         assert [record[what] for what in times] == [0.002] * 4
         inputs = card.leaves(shape, "cpu")
-        assert all(gpu._aligned(x) is x for x in inputs[:3])  # no copy is timed
+        assert all(gpu._read(x, []) is x for x in inputs[:3])  # no copy is timed
 
     def test_a_wrong_scan_is_found_and_not_timed(self, emulated, monkeypatch):
         right = gpu.scan_blocks

@@ -240,6 +240,19 @@ def test_a_second_derivative_is_refused(generator, kind):
 
 
 @each_kind
+def test_a_tensor_that_outlived_a_transform_is_the_one_within(generator, kind):
+    problem = make_problem(generator, kind, "softmax", order=3, length=4, dtype=torch.float32)
+    kept = []
+    torch.func.grad(lambda x: kept.append(x) or x.sum())(problem.raw_gates)
+    values = problem.values.requires_grad_()
+    assert not problem.states("cpu", raw_gates=kept[0], values=values.detach()).requires_grad  # its wrapper does
+    states = problem.states("cpu", raw_gates=kept[0])
+    assert torch.equal(states, problem.states("cpu"))
+    states.sum().backward()
+    assert values.grad.any()
+
+
+@each_kind
 def test_compiled_and_eager_calls_agree(generator, kind):
     problem = make_problem(generator, kind, "softmax", order=3, length=9, with_reset=True)
 

@@ -150,7 +150,7 @@ def test_chunks_equal_the_loop(case, in_chunks):
     assert_problem(problem.map(lambda x: x.to(DEVICE)), "gpu", {k: x.to(DEVICE) for k, x in expected.items()})
     values = problem.values.to(DEVICE)
     shape = (case.kind, values.dtype, case.order, case.normalization, case.has_reset, 2, case.length, 5)
-    assert gpu._plan(plan.Signature(*shape), values.device).chunks == -(-case.length // 16)
+    assert gpu._plan(values.device, *shape).chunks == -(-case.length // 16)
 
 
 @pytest.mark.parametrize("processors", [1, 132])
@@ -299,7 +299,7 @@ def test_columns_of_a_larger_tensor_are_read_in_place(kind, order):
         part.unflatten(2, shape).detach().requires_grad_()
         for part, shape in zip(columns.split(sizes, dim=2), shapes, strict=True)
     ]
-    assert all(gpu._aligned(x) is x for x in leaves[:3])
+    assert all(gpu._read(x, []) is x for x in leaves[:3])
     states, _ = gpu.scan_blocks(*leaves, None, "softmax", kind, order)
     grads = torch.autograd.grad(states.square().sum(), leaves)
     assert all(not x[..., order:].any() for x in (grads[0], grads[3]))
@@ -313,6 +313,25 @@ def test_columns_of_a_larger_tensor_are_read_in_place(kind, order):
     expected = SCANS[kind](*(x.detach().double() for x in public), backend="reference")
     actual = states if kind == "companion" else states[..., :order].transpose(2, 3)
     assert_close(actual.detach(), expected)
+
+
+def test_states_that_a_hook_kept_without_the_room_between_steps_are_read():
+    """As torch.autograd.graph.save_on_cpu does. A step has 7 numbers, 14 bytes, and room for 16."""
+    problem, expected = problem_here("block", "softmax", order=1, length=9, blocks=7, dtype=torch.bfloat16)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.contiguous(), lambda x: x):
+        assert_problem(problem, "gpu", expected)
+
+
+def test_numbers_whose_negation_is_pending_are_read_with_it(generator):
+    """As in the imaginary part of a conjugate: memory holds them with the other sign."""
+    shapes = (2, 9, 4, 4, 4), (2, 9, 4, 4), (2, 9, 4, 4), (2, 4, 4)
+    inputs = [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
+    found = []
+    for change in (lambda x: x, lambda x: torch._neg_view(-x)):
+        leaves = [change(x).requires_grad_() for x in inputs]
+        states, final_state = gpu.scan_blocks(*leaves, None, "softmax", "block", 4)
+        found.append((states, final_state, *torch.autograd.grad(states, leaves, change(states.detach()))))
+    assert all(torch.equal(plain, negated) for plain, negated in zip(*found, strict=True))
 
 
 class Fault(NamedTuple):

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead  # a tensor that outlived functorch's transform, out of its wrapper
 
 # a subclass of Tensor, or of a number, looks at the operations made with it
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), str, bool, int, float, torch.dtype))
@@ -45,6 +46,8 @@ class Operator:
             type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
             for methods in (eager, functorch)
         )
+        # `eager.apply` comes to this one without functorch, and takes 5 us to look for it, as `__call__` does already
+        self._apply = super(torch.autograd.Function, self.eager).apply  # type: ignore[misc] # of a class, at run time
 
     def __call__(self, *inputs: Any) -> Any:
         """The function, seen by whatever looks at the operations now made."""
@@ -57,7 +60,7 @@ class Operator:
         # forward-mode derivatives go on without grad mode: the autograd.Function refuses them
         if not torch.is_grad_enabled() and torch.autograd.forward_ad._current_level < 0:
             return self.function(*inputs)
-        return self.eager.apply(*inputs)  # type: ignore[attr-defined]
+        return self._apply(*[unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in inputs])
 
     def _each(self, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         """Under vmap, one call for each."""

@@ -72,22 +72,30 @@ class Launch(NamedTuple):
     of_sequence: int
     programs: int
 
-    def __call__(self, arguments: bytes) -> None:
-        """Run it; `arguments` are all but the last field of its struct."""
-        self.run(arguments + struct.pack("i", self.of_sequence), self.programs)
-
 
 class Plan(NamedTuple):
-    """The kernels of a scan in their order, for the chunks of time that it is cut into."""
+    """The kernels of a scan in their order, for the chunks of time that it is cut into.
 
-    chunk_size: int
+    numbers: B, T, N, how many chunks there are, and the steps of one.
+    """
+
     chunks: int
+    numbers: tuple[int, ...]
     forward: tuple[Launch, ...]
     backward: tuple[Launch, ...]
 
 
+def _plan_of(values: Tensor, reset: Tensor | None, normalization: str, kind: str, order: int) -> Plan:
+    shape = values.shape
+    has_reset = reset is not None
+    return _plan(values.device, kind, values.dtype, order, normalization, has_reset, shape[0], shape[1], shape[2])
+
+
 @functools.lru_cache(maxsize=1024)
-def _plan(signature: Signature, device: torch.device) -> Plan:
+def _plan(device: torch.device, *decisive: Any) -> Plan:
+    """The plan of a signature, whose fields are `decisive`."""
+    signature = Signature(*decisive)
+
     def launch(kernel: Kernel, chunks: int) -> Launch:
         run, size = compile.load(plan.fitting(kernel, device), device)
         of_sequence = -(-signature.blocks // size.blocks)
@@ -104,53 +112,39 @@ def _plan(signature: Signature, device: torch.device) -> Plan:
 
     load = plan.Load(warps * chunks >= plan.MANY * plan.schedulers(device), plan.team(programs, device))
     forward, backward = (launch(plan.kernel(signature, program, load), chunks) for program in ("Forward", "Backward"))
+    numbers = (signature.batch, signature.length, signature.blocks, chunks, chunk_size)
     if chunks == 1:
-        return Plan(chunk_size, chunks, (forward,), (backward,))
+        return Plan(chunks, numbers, (forward,), (backward,))
     maps, adjoint = (launch(plan.kernel(signature, program, load), chunks) for program in ("Map", "Adjoint"))
     relay, relay_back = (launch(plan.relay(signature, back), 1) for back in (False, True))
-    return Plan(chunk_size, chunks, (maps, relay, forward), (maps, adjoint, relay_back, backward))
+    return Plan(chunks, numbers, (maps, relay, forward), (maps, adjoint, relay_back, backward))
 
 
 def _run(
     launches: tuple[Launch, ...],
     chosen: Plan,
-    signature: Signature,
-    arrays: tuple[Tensor | None, ...],
+    arrays: list[int],
     reset: Tensor | None,
     initial_state: Tensor,
     start: Tensor | None,
     end: Tensor,
 ) -> None:
-    """Run the kernels of a scan. arrays: those of `Scan` in csrc/gpu/scan.cuh, None where there is none."""
+    """Run the kernels of a scan. arrays: three numbers of each in `Scan` in csrc/gpu/scan.cuh."""
     carry, maps, offsets, cuts = None, None, None, None
-    if chosen.chunks > 1:
+    chunks = chosen.chunks
+    if chunks > 1:
         batch, blocks, filled = initial_state.shape
-        carry, offsets = (initial_state.new_empty(batch, chosen.chunks, blocks, filled) for _ in range(2))
-        maps = initial_state.new_empty(batch, chosen.chunks, blocks, filled, filled)
-        cuts = initial_state.new_empty(batch, chosen.chunks, dtype=torch.uint8)
-    fields: list[int] = []
-    for array in arrays:
-        if array is None:
-            fields += (0, 0, 0)
-        else:
-            batch_stride, time_stride, *_ = array.stride()
-            fields += (address(array) or 0, batch_stride, time_stride)
-    for tensor in (reset, initial_state, start, carry, end, maps, offsets, cuts):
-        fields.append(address(tensor) or 0)
-    fields += (signature.batch, signature.length, signature.blocks, chosen.chunks, chosen.chunk_size)
-    arguments = _STRUCT.pack(*fields)
-    for launch in launches:
-        launch(arguments)
+        carry, offsets = (initial_state.new_empty(batch, chunks, blocks, filled) for _ in range(2))
+        maps = initial_state.new_empty(batch, chunks, blocks, filled, filled)
+        cuts = initial_state.new_empty(batch, chunks, dtype=torch.uint8)
+    pointers = (reset, initial_state, start, carry, end, maps, offsets, cuts)
+    places = [0 if tensor is None else address(tensor) or 0 for tensor in pointers]
+    for run, of_sequence, programs in launches:
+        run(_STRUCT.pack(*arrays, *places, *chosen.numbers, of_sequence), programs)
 
 
-_STRUCT = struct.Struct("35q5i")  # nine arrays, eight pointers and five numbers
-
-
-def _signature(
-    values: Tensor, gates: Tensor, reset: Tensor | None, normalization: str, kind: str, order: int
-) -> Signature:
-    batch, length, blocks = gates.shape[:3]
-    return Signature(kind, values.dtype, order, normalization, reset is not None, batch, length, blocks)
+_STRUCT = struct.Struct("35q6i")  # nine arrays, eight pointers and six numbers: `Scan` in csrc/gpu/scan.cuh
+_NO_ARRAY = (0, 0, 0)
 
 
 def _forward(
@@ -181,12 +175,14 @@ def run_forward(
 ) -> None:
     """`scan_blocks` into room for its results, whose steps are aligned."""
     states, final_state = results
-    signature = _signature(values, gates, reset, normalization, kind, order)
-    chosen = _plan(signature, values.device)
-    gates, input_gates, values = _aligned(gates), _aligned(input_gates), _aligned(values)
+    chosen = _plan_of(values, reset, normalization, kind, order)
+    arrays: list[int] = []
+    gates, input_gates, values = _read(gates, arrays), _read(input_gates, arrays), _read(values, arrays)
+    arrays += _NO_ARRAY + _NO_ARRAY
+    _write(states, arrays)
+    arrays += _NO_ARRAY + _NO_ARRAY + _NO_ARRAY
     initial_state, reset = dense(initial_state), None if reset is None else dense(reset)
-    arrays = (gates, input_gates, values, None, None, states, None, None, None)
-    _run(chosen.forward, chosen, signature, arrays, reset, initial_state, initial_state, final_state)
+    _run(chosen.forward, chosen, arrays, reset, initial_state, initial_state, final_state)
 
 
 def _results(
@@ -194,7 +190,7 @@ def _results(
 ) -> tuple[Tensor, Tensor]:
     """Room for the states of every step, and for the state to go on from."""
     *_, kind, _ = others
-    states = _room(values, (*values.shape[:3], initial_state.shape[2])) if kind == "observer" else _room(values)
+    states = _room(gates if kind == "observer" else values)  # an observer has as many states as transition gates
     return states, torch.empty_like(initial_state, memory_format=torch.contiguous_format)
 
 
@@ -244,14 +240,19 @@ def run_backward(
     order: int,
 ) -> None:
     """The derivative of `scan_blocks` into room for the gradients of its first four arguments."""
-    signature = _signature(values, gates, reset, normalization, kind, order)
-    chosen = _plan(signature, values.device)
-    gates, input_gates, values, grad_states = (_aligned(x) for x in (gates, input_gates, values, grad_states))
+    chosen = _plan_of(values, reset, normalization, kind, order)
+    arrays: list[int] = []
+    # of a hook of autograd the states may come back with other strides
+    gates, input_gates, values, states, grad_states = [
+        _read(x, arrays) for x in (gates, input_gates, values, states, grad_states)
+    ]
+    arrays += _NO_ARRAY
+    for grad in grads[:3]:
+        _write(grad, arrays)
     initial_state, reset = dense(initial_state), None if reset is None else dense(reset)
     if grad_final_state is not None:
         grad_final_state = dense(grad_final_state)
-    arrays = (gates, input_gates, values, states, grad_states, None, *grads[:3])
-    _run(chosen.backward, chosen, signature, arrays, reset, initial_state, grad_final_state, grads[3])
+    _run(chosen.backward, chosen, arrays, reset, initial_state, grad_final_state, grads[3])
 
 
 def _grads(
@@ -272,32 +273,41 @@ def _grads(
     )
 
 
-def _room(like: Tensor, shape: torch.Size | tuple[int, ...] | None = None) -> Tensor:
-    """An empty tensor of a shape (B, T, ...), dense below a time step, whose steps are aligned."""
-    shape = like.shape if shape is None else shape
-    batch, length, *step = shape
-    size, unit = math.prod(step), ALIGNMENT // like.element_size()
+def _room(like: Tensor) -> Tensor:
+    """An empty tensor of the same shape (B, T, ...), dense below a time step, whose steps are aligned."""
+    unit, strides = ALIGNMENT // like.element_size(), like.stride()
+    if strides[0] % unit == 0 == strides[1] % unit and like.is_contiguous():
+        return torch.empty_like(like)
+    batch, length, *step = shape = like.shape
+    size = math.prod(step)
     padded = -(-size // unit) * unit
-    if padded == size:
-        if like.shape == shape and like.is_contiguous():
-            return torch.empty_like(like)  # takes a quarter of the time of the line below
-        return like.new_empty(shape)
-    strides = [padded * length, padded]
+    wanted = [padded * length, padded]
     for count in step:
         size //= count
-        strides.append(size)
-    return like.new_empty(batch * length * padded).as_strided(shape, strides)
+        wanted.append(size)
+    return like.new_empty(batch * length * padded).as_strided(shape, wanted)
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """`x` itself if it is dense below a time step and its steps are aligned, or a copy."""
-    x = x.resolve_neg()  # its memory may hold the numbers with the other sign
-    unit = ALIGNMENT // x.element_size()
-    batch, length, *_ = strides = x.stride()
-    aligned = batch % unit == 0 == length % unit and (address(x) or 0) % ALIGNMENT == 0
-    if aligned and (x.is_contiguous() or _is_dense(x.shape[2:], strides[2:])):
+def _read(x: Tensor, arrays: list[int]) -> Tensor:
+    """Adds where a kernel reads `x`, and its strides; returns what lies there, to be kept until the launch.
+
+    That is `x` itself if it is dense below a time step and its steps are aligned, or else a copy.
+    """
+    unit, strides, place = ALIGNMENT // x.element_size(), x.stride(), address(x) or 0
+    aligned = strides[0] % unit == 0 == strides[1] % unit and place % ALIGNMENT == 0
+    # its memory may hold the numbers with the other sign
+    if aligned and (x.is_contiguous() or _is_dense(x.shape[2:], strides[2:])) and not x.is_neg():
+        arrays += (place, strides[0], strides[1])
         return x
-    return _room(x).copy_(x)
+    copy = _room(x).copy_(x)
+    _write(copy, arrays)
+    return copy
+
+
+def _write(x: Tensor, arrays: list[int]) -> None:
+    """Adds where a kernel writes `x`, whose steps are aligned, and its strides."""
+    strides = x.stride()
+    arrays += (address(x) or 0, strides[0], strides[1])
 
 
 def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

@@ -202,7 +202,7 @@ def launcher(
     """
 
     def run(arguments: bytes, programs: int) -> None:
-        parameters = (ctypes.c_char_p * 1)(arguments)  # the address of the struct
+        parameter = ctypes.c_char_p(arguments)  # the address of the struct, the only one
         check(*driver.cuCtxPushCurrent(context))
         try:
             check(
@@ -216,7 +216,7 @@ def launcher(
                     1,
                     size.shared_bytes,
                     stream(),
-                    ctypes.addressof(parameters),
+                    ctypes.addressof(parameter),
                     0,
                 )
             )
