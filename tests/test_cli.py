@@ -356,7 +356,7 @@ def test_info(capsys):
         assert re.search(rf"^  {name} +\S", text, re.MULTILINE), name
     assert f"mixers: {', '.join(MIXERS)}\n" in text
     assert f"tasks: {', '.join(TASKS)}\n" in text
-    assert re.search(r"^  mamba-ssm +(not )?installed.*; not used, torch runs mamba2$", text, re.MULTILINE)
+    assert re.search(r"^  mamba-ssm +.*installed; runs mamba2 for CUDA tensors of 16 bits$", text, re.MULTILINE)
 
 
 def test_info_of_sizes(capsys):

@@ -363,7 +363,7 @@ def needed(name: str) -> set[str]:
 # ---- kernels of other packages
 
 
-def test_library_kernels_are_looked_for_and_not_used(monkeypatch):
+def test_library_kernels_are_looked_for(monkeypatch):
     def version(package):
         if package != "mamba-ssm":
             raise mixers.PackageNotFoundError(package)
@@ -371,7 +371,10 @@ def test_library_kernels_are_looked_for_and_not_used(monkeypatch):
 
     monkeypatch.setattr(mixers, "version", version)
     facts = mixers.library_kernels()
-    assert facts["mamba-ssm"] == "2.2.4 is installed; not used, torch runs mamba2"
-    assert facts["mlstm-kernels"] == "not installed; not used, torch runs mlstm"
+    served = "delta_net, gated_delta_net, delta_product"
+    assert facts == {
+        "flash-linear-attention": f"not installed; runs {served} for CUDA tensors of 16 bits",
+        "mamba-ssm": "2.2.4 is installed; runs mamba2 for CUDA tensors of 16 bits",
+    }
     named = {name for served in mixers.KERNEL_LIBRARIES.values() for name in served.split(", ")}
     assert named <= set(MIXERS)

@@ -168,7 +168,8 @@ def wrong_type(value: object) -> str:
     return "3" if isinstance(value, str) else "[]" if isinstance(value, dict) else '{"x": 1}'
 
 
-OPTIONAL = ("bits_per_byte", "perplexity", "data", "3")  # what only a text has, and a length of the test
+# what only a text has, a length of the test, what older runs have not, and a mixer
+OPTIONAL = ("bits_per_byte", "perplexity", "data", "3", "kernels", "bd_lru")
 EDITS = {  # what becomes of a field, as JSON text: `"key": ` and the old value to the new text
     "missing": lambda key, value: "",
     "null": lambda key, value: f"{key}null",

@@ -31,12 +31,8 @@ MIXERS: dict[str, type[Mixer]] = {
 
 DEFAULT_MIXER: Spec = {"name": "bd_lru", "num_blocks": 16, "block_size": 3}  # of a config that names none
 
-# packages with GPU kernels of these mixers: what they would serve
-KERNEL_LIBRARIES = {
-    "flash-linear-attention": "delta_net, gated_delta_net, delta_product",
-    "mamba-ssm": "mamba2",
-    "mlstm-kernels": "mlstm",
-}
+# packages with GPU kernels that library.py can use: the mixers
+KERNEL_LIBRARIES = {"flash-linear-attention": "delta_net, gated_delta_net, delta_product", "mamba-ssm": "mamba2"}
 
 
 def complete_mixer(spec: Spec) -> dict[str, Any]:
@@ -55,14 +51,14 @@ def build_mixer(spec: Spec, d_model: int) -> Mixer:
 
 
 def library_kernels() -> dict[str, str]:
-    """By package, in a few words, whether it is installed. None is used: these mixers run in torch on every device."""
+    """By package, in a few words, whether it is installed, and what it would run."""
     facts = {}
     for package, mixers in KERNEL_LIBRARIES.items():
         try:
             found = f"{version(package)} is installed"
         except PackageNotFoundError:
             found = "not installed"
-        facts[package] = f"{found}; not used, torch runs {mixers}"
+        facts[package] = f"{found}; runs {mixers} for CUDA tensors of 16 bits"
     return facts
 
 

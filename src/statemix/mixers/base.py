@@ -18,6 +18,7 @@ class Mixer(nn.Module):
     table_options: ClassVar[Mapping[str, Any]] = {}  # in a table of sizes, of options without a default
     has_gate_rows: ClassVar[bool] = False  # True: it has `row_entropy`, and N blocks that `output` need not see
 
+    kernels: tuple[str, ...] = ()  # which have run it, where other packages have some: "own", or a module's name
     d_model: int
     state_shape: tuple[int, int]
     output: nn.Linear

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from statemix.mixers.base import Mixer, check_flags, check_sizes
+from statemix.mixers import library
+from statemix.mixers.base import Mixer, check_choice, check_flags, check_sizes
 from statemix.mixers.chunks import SelectiveDecay, delta_scan, forget
 from statemix.mixers.convolution import ShortConvolution
 from statemix.mixers.norms import rms_normalize, unit_normalize
@@ -33,6 +34,8 @@ class DeltaProduct(Mixer):
         negative_eigenvalues: True: beta in (0, 2): a factor has an eigenvalue in (-1, 1). False: beta in (0, 1).
         conv_size: taps of the short convolution; 0 for none.
         chunk_size: steps that are products of matrices at once; it changes the speed and not the result.
+        backend: "torch"; "fla": the kernels of flash-linear-attention, for CUDA tensors of 16 bits without a reset;
+            "auto": these where they are installed and serve the call.
 
     Raises:
         TypeError, ValueError: a size is not an int, or out of range.
@@ -54,6 +57,7 @@ class DeltaProduct(Mixer):
         negative_eigenvalues: bool = True,
         conv_size: int = 4,
         chunk_size: int = 64,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         owner = type(self).__name__
@@ -63,8 +67,9 @@ class DeltaProduct(Mixer):
         if rank > MAX_RANK:
             raise ValueError(f"{owner}: `rank` must be at most {MAX_RANK}, got {rank}.")
         check_sizes(owner, least=0, conv_size=conv_size)
+        check_choice(owner, "backend", backend, ("auto", "torch", "fla"))
         self.d_model, self.num_heads, self.head_dim, self.rank = d_model, num_heads, head_dim, rank
-        self.value_dim, self.chunk_size = expand_values * head_dim, chunk_size
+        self.value_dim, self.chunk_size, self.backend = expand_values * head_dim, chunk_size, backend
         self.beta_range = 2 if negative_eigenvalues else 1
         self.widths = [num_heads * size for size in (head_dim, rank * head_dim, rank * self.value_dim)]
         channels = sum(self.widths)
@@ -83,6 +88,7 @@ class DeltaProduct(Mixer):
     def mix(self, x: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `Mixer.forward`. The state is S_T, (H, K, V), and the last inputs of the convolution, in one row."""
         memory, recent = unpack_state(start_state(x, state, self.state_shape, reset), self.parts)
+        dtype = library.kernel_dtype(x) if library.serves(self, "fla", self.backend, x, reset) else None
         inputs, beta = self.inputs(x).to(memory.dtype), self.beta(x).to(memory.dtype)
         raw_steps, gate = (None if part is None else part(x).to(memory.dtype) for part in (self.raw_steps, self.gate))
         with without_autocast(x):
@@ -90,19 +96,17 @@ class DeltaProduct(Mixer):
                 inputs, recent = self.convolution(inputs, recent, reset)
             queries, keys, values = nn.functional.silu(inputs).split(self.widths, dim=2)
             heads = (self.num_heads, self.rank)
-            if self.decay is None:
-                logarithms = torch.zeros_like(beta[..., : self.num_heads])
+            queries = unit_normalize(queries.unflatten(2, (self.num_heads, -1))) * self.head_dim**-0.5
+            keys = unit_normalize(keys.unflatten(2, (*heads, -1)))
+            values = values.unflatten(2, (*heads, -1))
+            beta = self.beta_range * torch.sigmoid(beta.unflatten(2, heads))
+            logarithms = None if self.decay is None else self.decay(raw_steps)[1]
+            if dtype is not None:
+                y, memory = library.delta_scan(queries, keys, values, beta, logarithms, memory, dtype)
             else:
-                _, logarithms = self.decay(raw_steps)
-            y, memory = delta_scan(
-                unit_normalize(queries.unflatten(2, (self.num_heads, -1))) * self.head_dim**-0.5,
-                unit_normalize(keys.unflatten(2, (*heads, -1))),
-                values.unflatten(2, (*heads, -1)),
-                self.beta_range * torch.sigmoid(beta.unflatten(2, heads)),
-                forget(logarithms, reset),
-                memory,
-                self.chunk_size,
-            )
+                if logarithms is None:
+                    logarithms = torch.zeros_like(beta[..., 0])
+                y, memory = delta_scan(queries, keys, values, beta, forget(logarithms, reset), memory, self.chunk_size)
             y = (rms_normalize(y) * self.norm_weight).flatten(2)
             if gate is not None:
                 y = y * nn.functional.silu(gate)
@@ -121,6 +125,8 @@ class DeltaNet(DeltaProduct):
         negative_eigenvalues: True: beta in (0, 2). False: beta in (0, 1).
         conv_size: taps of the short convolution; 0 for none.
         chunk_size: steps that are products of matrices at once; it changes the speed and not the result.
+        backend: "torch"; "fla": the kernels of flash-linear-attention, for CUDA tensors of 16 bits without a reset;
+            "auto": these where they are installed and serve the call.
 
     Raises:
         TypeError, ValueError: a size is not an int, or out of range.
@@ -137,6 +143,7 @@ class DeltaNet(DeltaProduct):
         negative_eigenvalues: bool = False,
         conv_size: int = 4,
         chunk_size: int = 64,
+        backend: str = "auto",
     ) -> None:
         super().__init__(
             d_model,
@@ -146,6 +153,7 @@ class DeltaNet(DeltaProduct):
             negative_eigenvalues=negative_eigenvalues,
             conv_size=conv_size,
             chunk_size=chunk_size,
+            backend=backend,
         )
 
 
@@ -163,6 +171,8 @@ class GatedDeltaNet(DeltaProduct):
         negative_eigenvalues: True: beta in (0, 2). False: beta in (0, 1).
         conv_size: taps of the short convolution; 0 for none.
         chunk_size: steps that are products of matrices at once; it changes the speed and not the result.
+        backend: "torch"; "fla": the kernels of flash-linear-attention, for CUDA tensors of 16 bits without a reset;
+            "auto": these where they are installed and serve the call.
 
     Raises:
         TypeError, ValueError: a size is not an int, or out of range.
@@ -180,6 +190,7 @@ class GatedDeltaNet(DeltaProduct):
         negative_eigenvalues: bool = False,
         conv_size: int = 4,
         chunk_size: int = 64,
+        backend: str = "auto",
     ) -> None:
         super().__init__(
             d_model,
@@ -191,4 +202,5 @@ class GatedDeltaNet(DeltaProduct):
             negative_eigenvalues=negative_eigenvalues,
             conv_size=conv_size,
             chunk_size=chunk_size,
+            backend=backend,
         )

@@ -90,6 +90,7 @@ RESULT = {
     "processes": int,
     "valid": SCORES,
     "test": {str: SCORES},
+    "kernels?": {str: str},
     "data?": str,
 }
 AGAIN = "Use --resume=never to start again."

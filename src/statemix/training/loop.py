@@ -13,6 +13,7 @@ from torch import Tensor
 
 import statemix
 from statemix.files import locked
+from statemix.mixers.library import describe_kernels
 from statemix.model import AutoEncoder, SequenceModel, State, load_model
 from statemix.tasks import IGNORE_INDEX, Batch, Score, build_task
 from statemix.tasks.base import Task, finite_batch
@@ -44,9 +45,9 @@ class Result(NamedTuple):
     """What training ends with. `summary` is also in out/result.json, `metrics` in out/metrics.jsonl.
 
     summary: version of statemix, parameters, mixer_parameters and state_size (numbers), steps (taken), best_step,
-    train_tokens_per_s (median over the log), threads, processes, and what `evaluate` returns for the best checkpoint:
-    valid, and test for each length, of which there is none for a text without a part for the test. Of a text also data,
-    the fingerprint of the tokens.
+    train_tokens_per_s (median over the log), threads, processes, kernels (whose ran the mixer: "own", or those of a
+    package and its version), and what `evaluate` returns for the best checkpoint: valid, and test for each length, of
+    which there is none for a text without a part for the test. Of a text also data, the fingerprint of the tokens.
     """
 
     out: Path
@@ -366,6 +367,7 @@ class Training:
             "train_tokens_per_s": sorted(speeds)[len(speeds) // 2],
             "threads": torch.get_num_threads(),
             "processes": self.accelerator.num_processes,
+            "kernels": {self.config.mixer["name"]: describe_kernels([*self.model.mixers, *model.mixers])},
             "valid": {key.removeprefix("valid_"): value for key, value in valid.items() if key != "step"},
             "test": {str(task.seq_len): self._test_scores(model, task) for task in self._test_tasks()},
         }
