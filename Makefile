@@ -2,7 +2,8 @@
 # make test         install into .venv, then lint, type checks and tests
 # make experiments  train everything the claims need, hours: BUDGET=quick (2 cores) or full (a cluster); it resumes
 # make results      draw the figures and tables of the claims again from results/
-# make sanitize     build the kernels with the address and undefined-behaviour sanitizers, and run them all (minutes)
+# make sanitize     build the kernels with the address and undefined-behaviour sanitizers, and run them all (minutes);
+#                   and those for GPUs in their emulator, each access of a lane watched
 # make mutation     plant faults in a copy of the sources, one at a time, and see whether a test notices (minutes)
 # make format       let ruff and clang-format rewrite the sources
 
@@ -44,6 +45,7 @@ sanitize: .venv/installed
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	$(BIN)/python tests/sanitize.py build/sanitize/statemix_cpu.so
+	$(BIN)/python tests/sanitize_gpu.py
 
 mutation: .venv/installed
 	$(BIN)/python tests/mutation.py

@@ -3,9 +3,10 @@
 // A lane runs until it meets others: at a barrier, or in an exchange within its warp. Who runs next is drawn from a seed, and
 // so is whether a copy to shared memory arrives at once or as late as its `wait` allows. A barrier or a wait that is missing
 // then shows as a wrong result for some seed; lanes that meet in different places, or wait for one that has ended, are told.
-// With STATEMIX_THREADS every lane is a thread, for the sanitizers: they see races whatever the order was.
 // What is stronger here than on a GPU: an exchange is a barrier for the lanes of the warp, also for what lies in shared memory.
-// A __syncwarp that is missing beside one is not found.
+// A __syncwarp that is missing beside one gives no wrong result.
+// With STATEMIX_RACES, and -fsanitize=thread,bounds, the emulator sees what lanes do in shared memory, whatever the order was:
+// see `races`. An exchange is no barrier there.
 #pragma once
 #undef _FORTIFY_SOURCE  // it takes a jump from stack to stack for a mistake
 #include <math.h>
@@ -15,14 +16,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include <vector>
-#ifdef STATEMIX_THREADS
-#include <barrier>
-#include <memory>
-#include <thread>
-#else
 #include <ucontext.h>
-#endif
+
+#include <vector>
 
 using uint8 = uint8_t;
 using uint16 = uint16_t;
@@ -61,29 +57,11 @@ struct Lane {
 // What the lanes of a warp send each other. A lane cannot be two exchanges ahead of another, so two places are enough.
 struct Exchange { uint32 sent[2][32]; };
 
+constexpr size_t kMargin = 4096;  // bytes before and behind shared memory, which are nobody's
+
 static Index block;
 static std::vector<Exchange> exchanges;
 
-#ifdef STATEMIX_THREADS
-static thread_local Lane* lane;
-static std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
-static std::unique_ptr<std::barrier<>> program_barrier;
-
-inline void meet(int, bool whole_program) {
-  (whole_program ? *program_barrier : *warp_barriers[lane->thread.x / 32]).arrive_and_wait();
-}
-
-template <class Function>
-const char* run_lanes(std::vector<Lane>& lanes, uint32, Function function) {
-  std::vector<std::thread> threads;
-  warp_barriers.clear();
-  for (size_t w = 0; w < lanes.size() / 32; ++w) warp_barriers.push_back(std::make_unique<std::barrier<>>(32));
-  program_barrier = std::make_unique<std::barrier<>>(lanes.size());
-  for (Lane& one : lanes) threads.emplace_back([&] { lane = &one, function(); });
-  for (std::thread& thread : threads) thread.join();
-  return nullptr;
-}
-#else
 constexpr size_t kStack = 256 << 10;
 
 struct Fiber {
@@ -92,7 +70,7 @@ struct Fiber {
   jmp_buf at;
   bool started;
 };
-struct Meeting { int arrived = 0, place = 0; };
+struct Meeting { int arrived = 0, place = 0, barriers = 0; };
 
 static Lane* lane;
 static std::vector<Fiber> fibers;
@@ -124,14 +102,14 @@ __attribute__((noinline)) inline void give_turn(bool ended) {
   setcontext(&fibers[next].begin);
 }
 
-inline void meet(int place, bool whole_program) {
+inline void meet(int place, bool whole_program, bool is_barrier = true) {
   const int warp = lane->thread.x / 32, count = whole_program ? (int)fibers.size() : 32;
   Meeting& meeting = meetings[whole_program ? meetings.size() - 1 : warp];
   if (meeting.arrived++ == 0) meeting.place = place;
   if (meeting.place != place) problem = "the lanes of a warp meet in different places";
   if (problem != nullptr) _longjmp(finished, 1);
   if (meeting.arrived == count) {
-    meeting.arrived = 0;
+    meeting.arrived = 0, meeting.barriers += is_barrier;
     for (int i = 0; i < count; ++i) ready.push_back(whole_program ? i : 32 * warp + i);
   }
   give_turn(false);
@@ -165,9 +143,74 @@ const char* run_lanes(std::vector<Lane>& lanes, uint32 seed, Function function) 
   if (!_setjmp(finished)) give_turn(true);
   return problem;
 }
+
+#ifdef STATEMIX_RACES
+// Two lanes that touch the same byte of shared memory, one of them in writing, race unless both came to a barrier between: of
+// their warp if they are of one, or of the program. A copy is in writing from where it begins until it was waited for, and then
+// nobody may touch the byte. The compiler tells of each access by calling what the thread sanitizer would have.
+namespace races {
+
+struct Touch { int lane = -1, of_warp = 0, of_program = 0; };  // who, and how many barriers before
+struct Byte { Touch written; std::vector<Touch> read; bool is_on_its_way = false; };
+
+static char *shared, *first, *last;  // what is watched begins kMargin bytes before shared memory, and ends as much behind
+static std::vector<Byte> bytes;
+static char found[160];
+
+inline Touch now() {
+  return {lane->thread.x, meetings[lane->thread.x / 32].barriers, meetings.back().barriers};
+}
+
+inline bool in_order(const Touch& before, const Touch& now) {
+  if (before.lane < 0 || before.lane == now.lane || before.of_program != now.of_program) return true;
+  return before.lane / 32 == now.lane / 32 && before.of_warp != now.of_warp;
+}
+
+inline void begin(char* at, size_t size) {
+  shared = at, first = at - kMargin, last = at + size + kMargin;
+  bytes.assign(size, Byte{});
+}
+
+inline void tell(const char* what, int64 offset, int other) {
+  if (problem != nullptr) return;
+  const char* form = other < 0 ? "lane %d %s byte %lld of shared memory" : "lane %d %s byte %lld of shared memory, no barrier after lane %d";
+  snprintf(found, sizeof found, form, lane->thread.x, what, offset, other);
+  problem = found;
+}
+
+inline void touch(const void* at, size_t size, bool writes) {
+  const Touch now = races::now();
+  const int64 from = (const char*)at - shared, to = from + size;
+  if (from < 0 || to > (int64)bytes.size()) return tell("is outside, at", from, -1);
+  for (int64 i = from; i < to; ++i) {
+    Byte& byte = bytes[i];
+    if (byte.is_on_its_way) tell("does not wait for a copy to", i, -1);
+    if (!in_order(byte.written, now)) tell(writes ? "writes" : "reads", i, byte.written.lane);
+    if (!writes) {
+      byte.read.push_back(now);
+      continue;
+    }
+    for (const Touch& read : byte.read)
+      if (!in_order(read, now)) tell("overwrites", i, read.lane);
+    byte.read.clear();
+    byte.written = now;
+  }
+}
+
+inline void copy(const Copy& c, bool begins) {
+  if (begins) touch(c.to, c.bytes, true);
+  if (problem != nullptr) return;
+  for (int64 i = (char*)c.to - shared, end = i + c.bytes; i < end; ++i)
+    bytes[i].is_on_its_way = begins, bytes[i].written = now();
+}
+
+}  // namespace races
 #endif
 
 inline void arrive(const Copy& c) {
+#ifdef STATEMIX_RACES
+  races::copy(c, false);
+#endif
   memset(c.to, 0, c.bytes);
   if (c.there) memcpy(c.to, c.from, c.bytes);
 }
@@ -177,7 +220,7 @@ inline const uint32* exchange(uint32 sent, int place) {
   Exchange& with = exchanges[lane->thread.x / 32];
   uint32* of = with.sent[lane->exchanges++ % 2];
   of[lane->thread.x % 32] = sent;
-  meet(place, false);
+  meet(place, false, false);
   return of;
 }
 template <class T>
@@ -207,18 +250,22 @@ inline int lane_at(int further) {
 template <class Program>
 const char* run(const typename Program::Arguments& arguments, int programs, uint32 seed) {
   constexpr size_t size = sizeof(typename Program::Shared);
-  char* shared = (char*)aligned_alloc(128, (size + 127) / 128 * 128);
+  char* memory = (char*)aligned_alloc(128, (size + 127) / 128 * 128 + 2 * kMargin);
+  char* shared = memory + kMargin;
   const char* problem = nullptr;
   for (int p = 0; p < programs && problem == nullptr; ++p) {
     block = {p};
     memset(shared, 0xff, size);
+#ifdef STATEMIX_RACES
+    races::begin(shared, size);
+#endif
     std::vector<Lane> lanes(Program::kThreads);
     exchanges.assign(lanes.size() / 32, Exchange{});
     for (size_t i = 0; i < lanes.size(); ++i) lanes[i].thread = {(int)i}, lanes[i].seed = 0x9e3779b9u * (seed + 1) + 77 * i + 1;
     const auto one = [&] { Program::run(arguments, *(typename Program::Shared*)shared); };
     problem = run_lanes(lanes, 0x85ebca6bu * (seed + 1) + p, one);
   }
-  free(shared);
+  free(memory);
   return problem;
 }
 
@@ -290,7 +337,13 @@ void copy(void* to, const void* from, bool there) {
     fprintf(stderr, "a copy of %d bytes is not aligned\n", bytes);
     abort();
   }
-  if (emulated::lane->random() % 2)
+#ifdef STATEMIX_RACES
+  emulated::races::copy(one, true);
+  const bool at_once = false;
+#else
+  const bool at_once = emulated::lane->random() % 2;
+#endif
+  if (at_once)
     emulated::arrive(one);
   else
     emulated::lane->open.push_back(one);
@@ -309,3 +362,30 @@ void wait() {
 }
 
 }  // namespace statemix
+
+#ifdef STATEMIX_RACES
+// What the compiler calls at an access: of shared memory it is looked at. These alone are not watched themselves.
+#define STATEMIX_UNWATCHED extern "C" __attribute__((no_sanitize_thread)) void
+STATEMIX_UNWATCHED __tsan_init() {}
+STATEMIX_UNWATCHED __tsan_func_entry(void*) {}
+STATEMIX_UNWATCHED __tsan_func_exit() {}
+STATEMIX_UNWATCHED __tsan_read_range(char* at, unsigned long bytes) {
+  if (at >= emulated::races::first && at < emulated::races::last) emulated::races::touch(at, bytes, false);
+}
+STATEMIX_UNWATCHED __tsan_write_range(char* at, unsigned long bytes) {
+  if (at >= emulated::races::first && at < emulated::races::last) emulated::races::touch(at, bytes, true);
+}
+#define STATEMIX_WATCHED(bytes)                                                            \
+  STATEMIX_UNWATCHED __tsan_read##bytes(char* at) { __tsan_read_range(at, bytes); }        \
+  STATEMIX_UNWATCHED __tsan_write##bytes(char* at) { __tsan_write_range(at, bytes); }
+STATEMIX_UNWATCHED __ubsan_handle_out_of_bounds(void*, long index) {
+  static char found[80];
+  snprintf(found, sizeof found, "lane %d has an index outside of its array, %ld", emulated::lane->thread.x, index);
+  if (emulated::problem == nullptr) emulated::problem = found;
+}
+STATEMIX_WATCHED(1)
+STATEMIX_WATCHED(2)
+STATEMIX_WATCHED(4)
+STATEMIX_WATCHED(8)
+STATEMIX_WATCHED(16)
+#endif
