@@ -74,7 +74,7 @@ def flags() -> list[str]:
 def test_help_names_every_field_option_and_name(capsys):
     status, text, errors = call(capsys, "train", "--help")
     assert (status, errors) == (0, "")
-    assert len(flags()) == 41
+    assert len(flags()) == 42
     options = [f"--task.{name}" for name in ("group", "seq-len", "generators")]
     options += [f"--mixer.{name}" for name in ("num-blocks", "block-size", "normalization", "selective", "backend")]
     for flag in [*flags(), *options, "--config", "--preset", "--out", "--resume"]:
@@ -274,9 +274,9 @@ def test_train_lengths_are_set(capsys):
 def test_a_curriculum_is_set(capsys):
     written = """--task parity --task.min-len 2 --curriculum.first 2 --curriculum.growth 1.5 --curriculum.accuracy 0.9
         --curriculum.row 64 --curriculum.again 0.2 --curriculum.kept 8 --curriculum.rights 3 --curriculum.quiet 9
-        --sharpen 10 --test-lengths 8 40-256"""
+        --curriculum.prune 4 --sharpen 10 --test-lengths 8 40-256"""
     config = trained_config(capsys, *written.split())
-    assert config.curriculum == CurriculumConfig(2, 1.5, 0.9, 64, 0.2, 8, 3, 9)
+    assert config.curriculum == CurriculumConfig(2, 1.5, 0.9, 64, 0.2, 8, 3, 9, 4)
     assert (config.sharpen, config.test_lengths) == (10, (8, "40-256"))
 
 

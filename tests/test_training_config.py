@@ -27,7 +27,7 @@ NOT_DEFAULT = [
     TrainConfig(train_lengths=(4, 16), row_entropy=0.1, block_dropout=0.5),
     TrainConfig(
         task={"name": "parity", "start": True},
-        curriculum=CurriculumConfig(2, 1.5, 0.9, 64, 0.2, 8, 3, 9),
+        curriculum=CurriculumConfig(2, 1.5, 0.9, 64, 0.2, 8, 3, 9, 4),
         sharpen=10.0,
         test_lengths=(8, "40-256"),
     ),

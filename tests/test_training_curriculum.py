@@ -11,11 +11,12 @@ import torch
 from run_helpers import Stopped, run, seal, small_config, snapshot, without_measured
 
 from statemix import SequenceModel, TrainConfig
-from statemix.tasks import IGNORE_INDEX, build_task
+from statemix.tasks import IGNORE_INDEX, Batch, build_task
 from statemix.tasks.base import in_split
 from statemix.training.config import CurriculumConfig, ModelConfig, OptimizerConfig
 from statemix.training.curriculum import Curriculum
 from statemix.training.evaluate import evaluate
+from statemix.training.pruning import dispensable, read_out, silence
 from statemix.training.regularization import Strengths, strengths
 
 X = IGNORE_INDEX
@@ -192,7 +193,49 @@ def test_a_state_goes_through_json():
     assert all(map(torch.equal, learner.batch(60), other.batch(60)))
 
 
+# ---- pruning
+
+
+class Blockwise:
+    """Two layers of four blocks, of which each layer's first or second is needed, and the layer's third."""
+
+    def __init__(self):
+        self.model = SequenceModel(3, 4, 2, {"name": "bd_lru", "num_blocks": 4, "block_size": 2})
+        for mixer in self.model.mixers:
+            read_out(mixer.output.weight.data, 4)[:] = 1
+
+    def __call__(self, tokens):
+        seen = [read_out(mixer.output.weight, 4).abs().sum((0, 1)) > 0 for mixer in self.model.mixers]
+        right = all(bool((s[0] | s[1]) & s[2]) for s in seen)
+        return torch.nn.functional.one_hot(torch.zeros_like(tokens) if right else tokens, 3).float(), ()
+
+    @property
+    def mixers(self):
+        return self.model.mixers
+
+
+def test_pruning_takes_away_all_that_is_not_needed():
+    batch = Batch(torch.tensor([[1, 2, 1]]), torch.tensor([[0, X, X]]))
+    ways = set()
+    for seed in range(12):
+        model = Blockwise()
+        before = [mixer.output.weight.clone() for mixer in model.mixers]
+        dead = dispensable(model, [batch, batch], seed)
+        assert all(map(torch.equal, before, [mixer.output.weight for mixer in model.mixers]))
+        for blocks in dead:
+            assert blocks in ([0, 3], [1, 3])
+        ways.add(str(dead))
+        silence(model, dead)
+        assert model(batch.tokens)[0].argmax(-1)[0, 0] == 0
+        assert dispensable(model, [batch], seed + 1) == [[blocks[0], 3] for blocks in dead]
+    assert len(ways) > 2  # the order is drawn
+    wrong = batch._replace(targets=torch.tensor([[0, 1, X]]))
+    assert dispensable(Blockwise(), [batch, wrong], 0) == [[], []]  # nothing where there are errors anyway
+
+
 # ---- runs
+
+WIDE = {"name": "bd_lru", "num_blocks": 6, "block_size": 3}
 
 
 def packed_config(**changes) -> TrainConfig:
@@ -256,6 +299,37 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(finished, tmp_path, sto
             assert without_measured(json.loads(mine[name])) == without_measured(json.loads(theirs[name]))
 
 
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    config = packed_config(curriculum=dataclasses.replace(packed_config().curriculum, prune=3), mixer=WIDE)
+    return config, run(tmp_path_factory.mktemp("pruned") / "run", config)
+
+
+def test_a_run_is_pruned_at_its_end_and_goes_on(pruned):
+    _, result = pruned
+    lines = [line for line in result.metrics if "longest" in line]
+    with_dead = [line for line in lines if "dead_blocks" in line]
+    assert len(lines) > len(with_dead) >= 12 // 5
+    [dead] = {line["dead_blocks"] for line in with_dead}
+    assert dead > 0
+    assert result.summary["blocks"] == [6 - dead]
+    assert (lines[-1]["quiet"], lines[-1]["step"]) == (12, result.summary["best_step"])
+    model = SequenceModel.load(result.out / f"step-{result.summary['best_step']}")
+    seen = read_out(model.mixers[0].output.weight, 6).abs().sum((0, 1))
+    assert int((seen == 0).sum()) == dead
+
+
+def test_a_pruned_run_that_was_stopped_ends_as_one_that_was_not(pruned, tmp_path):
+    config, result = pruned
+    last = result.summary["steps"]
+    for stop_before in (last - 2, last - 14):
+        out = tmp_path / str(stop_before)
+        with pytest.raises(Stopped):
+            run(out, config, stop_before=stop_before)
+        again = run(out, config)
+        assert [without_time(line) for line in again.metrics] == [without_time(line) for line in result.metrics]
+
+
 def without_time(line):
     return {key: value for key, value in line.items() if key != "tokens_per_s"}
 
@@ -313,6 +387,10 @@ BAD = [
         {"train_sequences": 4},
         "`curriculum.first` must be None with `train_lengths`, `train_sequences` or `carry`, got 3.",
     ),
+    (
+        {"mixer": LSTM, "curriculum": CurriculumConfig(first=1, quiet=2, prune=2), "row_entropy": 0.0},
+        "`curriculum.prune` must be None for a mixer without blocks, got 2.",
+    ),
     ({"sharpen": 0.0}, "`sharpen` must be above 0 and finite, got 0.0."),
     (
         {"mixer": LSTM, "row_entropy": 0.0, "block_dropout": 0.0},
@@ -339,6 +417,8 @@ BAD_CURRICULA = [
     ({"first": 1, "again": 1.0}, ValueError, "`curriculum.again` must be in [0, 1), got 1.0."),
     ({"first": 1, "kept": 0}, ValueError, "`curriculum.kept` must be at least 1, got 0."),
     ({"first": 1, "quiet": 0}, ValueError, "`curriculum.quiet` must be at least 1, got 0."),
+    ({"first": 1, "prune": 0, "quiet": 3}, ValueError, "`curriculum.prune` must be at least 1, got 0."),
+    ({"first": 1, "prune": 3}, ValueError, "`curriculum.prune` must be None without `curriculum.quiet`, got 3."),
     ({"quiet": 4}, ValueError, "`curriculum.quiet` must be None without `curriculum.first`, got 4."),
     ({"row": 99}, ValueError, "`curriculum.row` must be 256 without `curriculum.first`, got 99."),
 ]

@@ -107,9 +107,7 @@ RUNS = {name: dataclasses.replace(LANGUAGE, mixer=dict(mixer)) for name, mixer i
 }
 EXACT = TrainConfig(
     task=settings("exact", "permutation")[0].task,
-    optimizer=OptimizerConfig(
-        lr=6e-3, final_lr=3e-4, warmup=0.0, betas=(0.9, 0.999), weight_decay=0.0, schedule="linear"
-    ),
+    optimizer=OptimizerConfig(lr=6e-3, final_lr=3e-4, warmup=0.0, weight_decay=0.0, schedule="linear"),
     curriculum=CurriculumConfig(first=1, quiet=1500),
     steps=10_000,
     batch_size=8,

@@ -93,6 +93,7 @@ RESULT = {
     "valid": SCORES,
     "test": {str: SCORES},
     "sharpened?": {str: SCORES},
+    "blocks?": [int],
     "data?": str,
 }
 AGAIN = "Use --resume=never to start again."

@@ -106,6 +106,9 @@ class CurriculumConfig:
         kept: the number of wrong words that are kept for that, at least 1; the oldest give way.
         rights: a wrong word is let go when it has been right more often than this.
         quiet: training ends after so many batches in a row, at the last length, without an error. None: after `steps`.
+        prune: at that end blocks are taken away for good, without which there is no error on so many new batches, and
+            training goes on until `quiet` batches in a row are right once more. None: no block is. Of a mixer with rows
+            of gates alone.
     """
 
     first: int | None = None
@@ -116,15 +119,18 @@ class CurriculumConfig:
     kept: int = 64
     rights: int = 30
     quiet: int | None = None
+    prune: int | None = None
 
     def __post_init__(self) -> None:
         _check_types(self, "curriculum.")
-        for name in ("first", "row", "kept", "rights", "quiet"):
+        for name in ("first", "row", "kept", "rights", "quiet", "prune"):
             number = getattr(self, name)
             _require(f"curriculum.{name}", number, number is None or number >= 1, "at least 1")
         _require("curriculum.growth", self.growth, 1 < self.growth < math.inf, "above 1 and finite")
         _require("curriculum.accuracy", self.accuracy, 0 < self.accuracy < 1, "in (0, 1)")
         _require("curriculum.again", self.again, 0 <= self.again < 1, "in [0, 1)")
+        alone = self.prune is not None and self.quiet is None
+        _require("curriculum.prune", self.prune, not alone, "None without `curriculum.quiet`")
         if self.first is None:
             for part in dataclasses.fields(self):
                 value = getattr(self, part.name)
@@ -263,6 +269,8 @@ class TrainConfig:
         entropy, hidden, rows = self.row_entropy, self.block_dropout, MIXERS[self.mixer["name"]].has_gate_rows
         _require("row_entropy", entropy, 0 <= entropy < math.inf, "at least 0 and finite")
         _require("row_entropy", entropy, rows or not entropy, "0 for a mixer without rows of gates")
+        prune = self.curriculum.prune
+        _require("curriculum.prune", prune, rows or prune is None, "None for a mixer without blocks")
         _require("block_dropout", hidden, 0 <= hidden < 1, "in [0, 1)")
         _require("block_dropout", hidden, rows or not hidden, "0 for a mixer without blocks")
         sharpen, sharpens = self.sharpen, MIXERS[self.mixer["name"]].sharpens(self.mixer)

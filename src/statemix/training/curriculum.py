@@ -11,14 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from statemix.model import TokenModel
 from statemix.tasks import IGNORE_INDEX, Batch
 from statemix.tasks.base import Task, seed_words
 from statemix.training.config import TrainConfig
+from statemix.training.pruning import Blocks, dispensable
 
 MEMORY = 0.9  # of the running accuracy, for one batch
 
 # the form of a curriculum's state in a checkpoint, see records.py
-STATE = {"longest": int, "accuracy": float, "quiet": int, "wrong": [{"tokens": [int], "targets": [int], "rights": int}]}
+STATE = {
+    "longest": int,
+    "accuracy": float,
+    "quiet": int,
+    "wrong": [{"tokens": [int], "targets": [int], "rights": int}],
+    "dead?": [[int]],
+}
 
 
 class Word(NamedTuple):
@@ -39,6 +47,7 @@ class Curriculum:
         longest: length of the longest words now, in tokens.
         quiet: batches in a row, at the last length, without an error.
         wrong: words that were wrong -> how often they were right since; the oldest first.
+        dead: blocks that were taken away, by layer. None: pruning has not come yet.
     """
 
     def __init__(self, config: TrainConfig, task: Task) -> None:
@@ -47,6 +56,7 @@ class Curriculum:
         self.longest = min(max(config.curriculum.first, self._shortest), task.seq_len)
         self.accuracy, self.quiet = 0.0, 0
         self.wrong: dict[Word, int] = {}
+        self.dead: Blocks | None = None
         self._batch: list[Word | None] = []  # the words of the last batch; None: one that was cut
         self._numbers = np.empty((0, 0), dtype=np.int64)  # which of them each of its tokens belongs to
 
@@ -60,9 +70,19 @@ class Curriculum:
         return self.longest == self.task.seq_len
 
     @property
-    def has_ended(self) -> bool:
+    def is_quiet(self) -> bool:
         """Whether enough batches in a row were without an error."""
         return self.options.quiet is not None and self.quiet >= self.options.quiet
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether they were, and if there is pruning, after it."""
+        return self.is_quiet and not self.will_prune
+
+    @property
+    def will_prune(self) -> bool:
+        """Whether pruning is to come."""
+        return self.options.prune is not None and self.dead is None
 
     def tasks(self) -> list[Task]:
         """The task at every range of lengths from here on."""
@@ -105,19 +125,30 @@ class Curriculum:
         if self.accuracy > self.options.accuracy and not self.at_last:
             self.longest, self.accuracy = self._longer(self.longest), 0.0
 
+    def prune(self, model: TokenModel) -> None:
+        """Choose the dead blocks, on new batches, and begin to count batches without an error anew."""
+        assert self.options.prune is not None
+        device = next(model.parameters()).device
+        batches = [self.batch(self.config.steps + number) for number in range(self.options.prune)]
+        here = [Batch._make(None if part is None else part.to(device) for part in batch) for batch in batches]
+        self.dead, self.quiet = dispensable(model, here, self.config.seed), 0
+
     def figures(self) -> dict[str, float]:
         """What a line of metrics says of it."""
-        return {"longest": self.longest, "quiet": self.quiet, "wrong_words": len(self.wrong)}
+        figures: dict[str, float] = {"longest": self.longest, "quiet": self.quiet, "wrong_words": len(self.wrong)}
+        return figures if self.dead is None else figures | {"dead_blocks": sum(map(len, self.dead))}
 
     def state(self) -> dict[str, Any]:
         """All that the next steps depend on: STATE."""
         wrong = [{"tokens": word.tokens, "targets": word.targets, "rights": n} for word, n in self.wrong.items()]
-        return {"longest": self.longest, "accuracy": self.accuracy, "quiet": self.quiet, "wrong": wrong}
+        state = {"longest": self.longest, "accuracy": self.accuracy, "quiet": self.quiet, "wrong": wrong}
+        return state if self.dead is None else state | {"dead": self.dead}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
         self.longest, self.accuracy, self.quiet = state["longest"], state["accuracy"], state["quiet"]
         self.wrong = {Word(tuple(w["tokens"]), tuple(w["targets"])): w["rights"] for w in state["wrong"]}
+        self.dead = state.get("dead")
 
     def _task(self, longest: int) -> Task:
         return self.task.with_lengths(self._shortest, longest)
