@@ -18,7 +18,7 @@ from statemix.mixers import MIXERS
 from statemix.runs.presets import preset_config
 from statemix.runs.sweep import SweepResult
 from statemix.tasks import PRESETS, TASKS, PermutationComposition
-from statemix.training.config import ModelConfig, OptimizerConfig
+from statemix.training.config import CurriculumConfig, ModelConfig, OptimizerConfig
 
 SMALL_FLAGS = """
     --task.seq-len 5 --mixer.num-blocks 2 --mixer.block-size 3 --model.d-model 8
@@ -74,7 +74,7 @@ def flags() -> list[str]:
 def test_help_names_every_field_option_and_name(capsys):
     status, text, errors = call(capsys, "train", "--help")
     assert (status, errors) == (0, "")
-    assert len(flags()) == 32
+    assert len(flags()) == 42
     options = [f"--task.{name}" for name in ("group", "seq-len", "generators")]
     options += [f"--mixer.{name}" for name in ("num-blocks", "block-size", "normalization", "selective", "backend")]
     for flag in [*flags(), *options, "--config", "--preset", "--out", "--resume"]:
@@ -120,7 +120,10 @@ WRONG_CALLS = [
     ("report", r"report: `runs` must hold at least one finished run, got none\."),
     ("report none", r"runs: 'none' is not a folder\."),
     ("report .", r"runs: there is no finished run in '\.': no result\.json at or below it\."),
-    ("train --preset mat", r"`preset` must be one of \['exact-s3', .*'formal', 'mad', 'paper-bd1', .*\], got 'mat'"),
+    (
+        "train --preset mat",
+        r"`preset` must be one of \['exact', 'exact-s3', .*'formal', 'mad', 'paper-bd1', .*\], got 'mat'",
+    ),
     ("train --preset mad", r"`task` must be one of \['compression', .*\], got 'permutation'"),
     ("train --preset mad --task parity", r"`task` must be one of \['compression', .*\], got 'parity'"),
     ("train --preset mad --config c.json", r"`--config` and `--preset` both give the defaults: use one of them"),
@@ -255,12 +258,26 @@ def test_every_flag_sets_its_field(capsys):
         "there",
     )
     assert given.call_args.kwargs == {"resume": "never"}
-    # the first is of text, the second not with --train-sequences
-    assert set(flags()) <= {"--carry", "--train-lengths", *EVERY_FLAG.replace("=", " ").split()}
+    # the first is of text, the others not with --train-sequences
+    others = {flag for flag in flags() if flag.startswith("--curriculum.")} | {
+        "--carry",
+        "--sharpen",
+        "--train-lengths",
+    }
+    assert set(flags()) <= {*others, *EVERY_FLAG.replace("=", " ").split()}
 
 
 def test_train_lengths_are_set(capsys):
     assert trained_config(capsys, "--train-lengths", "4", "16").train_lengths == (4, 16)
+
+
+def test_a_curriculum_is_set(capsys):
+    written = """--task parity --task.min-len 2 --curriculum.first 2 --curriculum.growth 1.5 --curriculum.accuracy 0.9
+        --curriculum.row 64 --curriculum.again 0.2 --curriculum.kept 8 --curriculum.rights 3 --curriculum.quiet 9
+        --curriculum.prune 4 --sharpen 10 --test-lengths 8 40-256"""
+    config = trained_config(capsys, *written.split())
+    assert config.curriculum == CurriculumConfig(2, 1.5, 0.9, 64, 0.2, 8, 3, 9, 4)
+    assert (config.sharpen, config.test_lengths) == (10, (8, "40-256"))
 
 
 def trained_config(capsys, *arguments: str) -> TrainConfig:
@@ -287,6 +304,19 @@ def test_a_preset_gives_the_defaults_and_flags_change_them(capsys):
     assert mixed == preset_config("mad", "in-context-recall", {"name": "lstm", "hidden_size": 4})
     formal = trained_config(capsys, "--preset=formal", "--task=parity", "--test-lengths", "50")
     assert formal == dataclasses.replace(preset_config("formal", "parity"), test_lengths=(50,))
+
+
+def test_the_sizes_of_a_preset_are_of_the_task_that_was_asked_for(capsys):
+    preset = ["--preset", "exact", "--task", "permutation", "--task.group", "A4", "--task.generators", "3"]
+    config = trained_config(capsys, *preset, "--seed", "2")
+    spec = {"name": "permutation", "group": "A4", "generators": 3}
+    assert config == dataclasses.replace(preset_config("exact", spec), seed=2)
+    assert (config.mixer["block_size"], config.task["min_len"], config.task["start"]) == (5, 1, True)
+    assert trained_config(capsys, *preset, "--mixer.block-size", "7").mixer["block_size"] == 7
+    lstm = trained_config(capsys, *preset, "--mixer", "lstm", "--mixer.hidden-size", "9")
+    assert lstm == preset_config("exact", spec, {"name": "lstm", "hidden_size": 9})
+    ranges = trained_config(capsys, *preset, "--test-lengths", "40-256", "1000")
+    assert ranges.test_lengths == ("40-256", 1000)
 
 
 def test_the_epochs_of_a_preset_are_of_the_training_set_that_was_asked_for(capsys):

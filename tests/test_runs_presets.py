@@ -89,7 +89,7 @@ def test_formal_trains_at_short_lengths_and_tests_at_long_ones(task):
 
 def test_unknown_names_are_told_with_the_known():
     with pytest.raises(
-        ValueError, match=r"`preset` must be one of \['exact-s3', .*'formal', 'mad', 'paper-.*'\], got 'mat'"
+        ValueError, match=r"`preset` must be one of \['exact', 'exact-s3', .*'formal', 'mad', 'paper-.*'\], got 'mat'"
     ):
         preset_config("mat", "memorization")
     with pytest.raises(ValueError, match=r"`task` must be one of \['compression', .*\], got 'parity'"):
@@ -115,8 +115,51 @@ def test_exact_tracking_has_a_start_short_lengths_first_and_the_penalty(preset, 
         preset_config(preset, "parity")
 
 
+SIZES = [  # task, M, N, D, layers
+    ({"name": "parity"}, 2, 16, 64, 1),
+    ({"name": "even-pairs"}, 2, 16, 64, 1),
+    ({"name": "cycle-navigation"}, 5, 16, 64, 1),
+    ({"name": "cycle-navigation", "cycle_length": 7}, 7, 16, 64, 1),
+    ({"name": "modular-counting", "modulus": 3}, 3, 16, 64, 1),
+    ({"name": "modular-arithmetic-simple"}, 6, 16, 64, 2),
+    ({"name": "permutation"}, 6, 32, 128, 1),
+    ({"name": "permutation", "group": "A5", "generators": 12}, 6, 32, 128, 1),
+    ({"name": "permutation", "group": "Z3xA4", "generators": "all"}, 5, 32, 128, 1),
+]
+
+
+@pytest.mark.parametrize(("task", "block_size", "num_blocks", "d_model", "layers"), SIZES)
+def test_exact_fits_its_sizes_to_the_task(task, block_size, num_blocks, d_model, layers):
+    config = preset_config("exact", task)
+    assert config.task == {**config.task, **task, "seq_len": 40, "min_len": 1, "start": True, "scored": "last"}
+    assert config.mixer == {**config.mixer, "name": "bd_lru", "block_size": block_size, "num_blocks": num_blocks}
+    assert (config.model.d_model, config.model.num_layers, config.model.mlp_size) == (d_model, layers, 2 * d_model)
+    assert config.curriculum.first == 1
+    assert config.curriculum.quiet is not None
+    assert config.batch_size * config.curriculum.row == 2048
+    assert config.test_lengths == ("40-256",)
+    assert config.row_entropy == (0.15 if layers == 2 else 0.1)
+    assert config.block_dropout == (0.5 if block_size > 2 else 0)
+    assert config.sharpen == 100
+    assert config.task["name"] in PRESETS["exact"]
+    assert TrainConfig.from_json(config.to_json()) == config
+
+
+def test_exact_takes_from_the_recipe_what_a_mixer_can_have():
+    own, lstm = preset_config("exact", "parity"), preset_config("exact", "parity", {"name": "lstm", "hidden_size": 8})
+    assert (lstm.row_entropy, lstm.block_dropout, lstm.sharpen) == (0, 0, None)
+    same = {"row_entropy": own.row_entropy, "block_dropout": own.block_dropout, "sharpen": own.sharpen}
+    assert dataclasses.replace(lstm, mixer=own.mixer, **same) == own
+    tanh = preset_config("exact", "parity", {**own.mixer, "normalization": "tanh"})
+    assert (tanh.row_entropy, tanh.sharpen) == (own.row_entropy, None)
+    with pytest.raises(ValueError, match=r"`task` must be one of \['cycle-navigation', .*\], got 'modular-arithmetic'"):
+        preset_config("exact", "modular-arithmetic")
+
+
 def test_an_unknown_preset_has_no_grid():
-    with pytest.raises(ValueError, match=r"^settings: `preset` must be one of \['formal', 'mad'\], got 'madd'\.$"):
+    with pytest.raises(
+        ValueError, match=r"^settings: `preset` must be one of \['exact', 'formal', 'mad'\], got 'madd'\.$"
+    ):
         preset_grid("madd", "compression", {"name": "lstm", "hidden_size": 4})
 
 

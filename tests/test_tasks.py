@@ -271,6 +271,66 @@ def test_transpositions(group, count):
     assert task.vocab_size == len(elements(group))
 
 
+@pytest.mark.parametrize(("group", "count"), [("S5", 32), ("A5", 12), ("S3", 2), ("Z7", 7)])
+def test_some_elements_alone(group, count):
+    task = PermutationComposition(group, 12, count, start=True, min_len=1, scored="last", generators_seed=3)
+    tokens, targets, _ = task.sample("train", 3000)
+    size = len(group_table(group))
+    assert task.vocab_size == size + 2
+    inputs = sorted(set(tokens.flatten().tolist()) - {task.pad, size + 1})
+    assert len(inputs) == count
+    assert inputs[-1] < size
+    for row, answers in zip(tokens.tolist()[:300], targets.tolist(), strict=False):
+        word = [token for token in row[1:] if token != task.pad]
+        assert row == [size + 1, *word, *[size] * (12 - len(word))]
+        [product] = [slow_targets(group, np.array([word]))[0][-1]]
+        assert answers == [-100] * len(word) + [product] + [-100] * (12 - len(word))
+    assert {12 - row.count(size) for row in tokens.tolist()} == set(range(1, 13))
+    again = PermutationComposition(group, 12, count, start=True, min_len=1, generators_seed=3).sample("train", 3000)
+    assert torch.equal(tokens, again.tokens)
+
+
+def test_the_elements_are_drawn_by_their_seed():
+    drawn = {
+        tuple(PermutationComposition("S5", generators=8, generators_seed=seed).automaton().moves[0])
+        for seed in range(20)
+    }
+    assert len(drawn) == 20
+    counts = np.zeros(6)
+    for seed in range(3000):
+        counts += PermutationComposition("S3", generators=2, generators_seed=seed).automaton().moves[0] >= 0
+    assert chi_square(counts) < 8
+
+
+def test_lengths_of_permutations():
+    task = PermutationComposition("S3", 8, min_len=2)
+    assert (task.vocab_size, task.pad) == (7, 6)
+    assert (task.with_seq_len(5).min_len, task.with_seq_len(5).vocab_size) == (5, 7)
+    ranged = task.with_lengths(3, 4)
+    assert {(row != 6).sum().item() for row in ranged.sample("test", 50).tokens} == {3, 4}
+    assert PermutationComposition("S3").with_seq_len(5).vocab_size == 6
+    with pytest.raises(
+        ValueError, match=r"^permutation: `min_len` must be set for words of many lengths, which it pads\.$"
+    ):
+        PermutationComposition("S3").with_lengths(2, 3)
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_the_automaton_of_a_group(start):
+    task = PermutationComposition("S4", 9, "transpositions", start=start)
+    moves, labels, state = task.automaton()
+    tokens, targets, _ = task.sample("train", 200)
+    states = np.full(200, state)
+    for t, token in enumerate(tokens.numpy().T):
+        states = moves[states, token]
+        assert (states >= 0).all()
+        assert (labels[states] == targets.numpy()[:, t]).all()
+    swaps = sorted(set(tokens.flatten().tolist()) - {24})
+    assert len(swaps) == 6
+    assert np.flatnonzero(moves[0] >= 0).tolist() == swaps
+    assert labels[state] == -100
+
+
 def test_12800_sequences_of_s5_take_under_2_seconds():
     task = PermutationComposition("S5", 128)
     begin = time.process_time()  # of all threads, and of no other process
@@ -285,7 +345,7 @@ FORM = "permutation: `group` must be S<n>, A<n>, Z<n> or a product such as A4xZ5
 SIZE = "permutation: `group` must have at most 5040 elements, got "
 SWAPS = "permutation: generators='transpositions' needs a group S<n> with n >= 2, got "
 BAD_GROUPS = ["S0", "S", "X3", "S3x", "3", "", "s3", "S3xX2", "S3 x S3", "xS3", "S3xxS3", "S03", "S-3", "S3.0", "S3\n"]
-FROM = "permutation: `generators` must be one of ['all', 'transpositions'], got "
+FROM = "permutation: `generators` must be one of ['all', 'transpositions'] or a number of elements, got "
 TRANSPOSITIONS = {"generators": "transpositions"}
 LENGTH = "permutation: `seq_len` must be "
 BAD_TASKS = [
@@ -293,7 +353,14 @@ BAD_TASKS = [
     *(({"group": v}, ValueError, f"{SIZE}{v!r}.") for v in ["S8", "S9", "A8", "Z5041", "S100000", "S5xS5"]),
     *(({"seq_len": v}, ValueError, f"{LENGTH}at least 1, got {v}.") for v in (0, -4)),
     *(({"seq_len": v}, TypeError, f"{LENGTH}an int, got {v!r}.") for v in (1.5, 16.0, True, "16", None)),
-    *(({"generators": v}, ValueError, f"{FROM}{v!r}.") for v in ("swaps", "", None, ["all"])),
+    *(({"generators": v}, ValueError, f"{FROM}{v!r}.") for v in ("swaps", "", None, ["all"], True, 2.0)),
+    ({"generators": 0}, ValueError, "permutation: `generators` must be in [1, 6], as S3 has, got 0."),
+    ({"group": "A5", "generators": 61}, ValueError, "permutation: `generators` must be in [1, 60], as A5 has, got 61."),
+    ({"generators_seed": -1}, ValueError, "permutation: `generators_seed` must be at least 0, got -1."),
+    ({"scored": "end"}, ValueError, "permutation: `scored` must be one of ['every', 'last'], got 'end'."),
+    ({"min_len": 0}, ValueError, "permutation: `min_len` must be at least 1, got 0."),
+    ({"min_len": 17}, ValueError, "permutation: `min_len` must be at most seq_len = 16, got 17."),
+    ({"min_len": 2.0}, TypeError, "permutation: `min_len` must be an int, got 2.0."),
     *(
         ({"group": v, "generators": "transpositions"}, ValueError, f"{SWAPS}{v!r}.")
         for v in ("A4", "Z3", "S1", "S3xZ2")

@@ -54,6 +54,8 @@ def test_the_registry():
         "modular-counting",
         "cycle-navigation",
         "modular-arithmetic",
+        "even-pairs",
+        "modular-arithmetic-simple",
         "text",
     ]
     for name, task in TASKS.items():
@@ -172,6 +174,8 @@ PINNED = {
     "modular-counting": "987185e345a2ad5d",
     "cycle-navigation": "d0043de777d7ad82",
     "modular-arithmetic": "a1380f50ca95b7ba",
+    "even-pairs": "9a873065aa191f83",
+    "modular-arithmetic-simple": "c3c023c85269f019",
 }
 
 
@@ -207,6 +211,8 @@ SMALL = {  # so few sequences that all are drawn again and again
     "modular-counting": {"seq_len": 5, "modulus": 3},
     "cycle-navigation": {"seq_len": 5},
     "modular-arithmetic": {"seq_len": 7, "modulus": 2},
+    "even-pairs": {"seq_len": 7},
+    "modular-arithmetic-simple": {"seq_len": 5, "modulus": 3},
 }
 
 

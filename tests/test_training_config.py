@@ -10,7 +10,7 @@ import torch
 
 from statemix.mixers import MIXERS
 from statemix.tasks import TASKS
-from statemix.training.config import ModelConfig, OptimizerConfig, TrainConfig, first_difference
+from statemix.training.config import CurriculumConfig, ModelConfig, OptimizerConfig, TrainConfig, first_difference
 
 NOT_DEFAULT = [
     TrainConfig(),
@@ -25,6 +25,12 @@ NOT_DEFAULT = [
     TrainConfig(optimizer=OptimizerConfig(schedule="linear", muon_lr=0.02)),
     TrainConfig(task={"name": "text", "test": 0.0, "tokenizer": "characters"}, accumulate=4, carry=True),
     TrainConfig(train_lengths=(4, 16), row_entropy=0.1, block_dropout=0.5),
+    TrainConfig(
+        task={"name": "parity", "start": True},
+        curriculum=CurriculumConfig(2, 1.5, 0.9, 64, 0.2, 8, 3, 9, 4),
+        sharpen=10.0,
+        test_lengths=(8, "40-256"),
+    ),
 ]
 
 
@@ -55,7 +61,16 @@ def test_a_missing_key_has_its_default_and_whole_numbers_serve_as_floats():
 
 def test_specs_are_stored_with_their_defaults():
     config = TrainConfig(task={"name": "permutation"}, mixer={"name": "h_lru", "num_channels": 4, "order": 2})
-    assert config.task == {"name": "permutation", "group": "S3", "seq_len": 16, "generators": "all", "start": False}
+    assert config.task == {
+        "name": "permutation",
+        "group": "S3",
+        "seq_len": 16,
+        "generators": "all",
+        "start": False,
+        "min_len": None,
+        "scored": "every",
+        "generators_seed": 0,
+    }
     assert config.mixer == {
         "name": "h_lru",
         "num_channels": 4,
@@ -125,8 +140,8 @@ WRONG_JSON = {
         TypeError,
         r"`optimizer\.betas` must be of type tuple\[float, float\], got \(0\.9, 'x'\)",
     ),
-    "test_lengths": (8, TypeError, r"`test_lengths` must be of type tuple\[int, ...\], got 8"),
-    "test_lengths ": ([8, 8.5], TypeError, r"`test_lengths` must be of type tuple\[int, ...\], got \(8, 8\.5\)"),
+    "test_lengths": (8, TypeError, r"`test_lengths` must be of type tuple\[int \| str, ...\], got 8"),
+    "test_lengths ": ([8, 8.5], TypeError, r"`test_lengths` must be of type tuple\[int \| str, ...\], got \(8, 8\.5\)"),
     "mixer": ("bd_lru", TypeError, r"`mixer` must be of type dict.*, got 'bd_lru'"),
     "task": (["permutation"], TypeError, r"`task` must be of type dict.*, got \['permutation'\]"),
     "mixer.block_size": ("3", TypeError, r"BDLRU: `block_size` must be an int, got '3'"),
@@ -204,7 +219,7 @@ WRONG_VALUES = [
     (
         "task",
         {"name": "permutation", "generators": "some"},
-        r"permutation: `generators` must be one of \[.*\], got 'some'",
+        r"permutation: `generators` must be one of \[.*\] or a number of elements, got 'some'",
     ),
 ]
 

@@ -49,6 +49,38 @@ Args:{config_help.split("Raises:")[0]}
     resume: auto goes on from the last checkpoint in the folder, best from the best one, as where the last is damaged;
         never deletes that run and starts again.
 """
+    given = _parse(arguments, base, task, mixer, description)
+    if preset is not None:  # its defaults are those of the task that was asked for
+        own = given["mixer"] if mixer != base.mixer["name"] else None
+        given = _parse(arguments, preset_config(preset, given["task"], own), task, mixer, description)
+    out, resume = given.pop("out"), given.pop("resume")
+    if preset is not None:  # its epochs are of the training set that was asked for
+        written = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+        steps, eval_every = preset_steps(preset, given["train_sequences"], given["batch_size"])
+        given |= {} if "--steps" in written else {"steps": steps}
+        given |= {} if "--eval-every" in written else {"eval_every": eval_every}
+    result = train(TrainConfig(**given), out, resume=resume)
+    if os.environ.get("RANK", "0") != "0":  # of many processes that a launcher started, the first one prints
+        return
+    print_tables([read_run(result.out)])
+    if "sharpened" in result.summary:
+        scores = result.summary["sharpened"].items()
+        print(
+            "sharpened: "
+            + ", ".join(f"{score['sequence_accuracy']:.4f} at {length}" for length, score in scores)
+            + "\n"
+        )
+    if (bits := result.summary.get("valid", {}).get("bits_per_byte")) is not None:
+        loss, perplexity = (result.summary["valid"][key] for key in ("loss", "perplexity"))
+        print(f"validation: {loss:.4f} nats per token, {bits:.4f} bits per byte, perplexity {perplexity:.4g}\n")
+    print(
+        f"The run is in {result.out}: metrics.jsonl, curves.png, result.json, and the best weights in "
+        f"step-{result.summary['best_step']}."
+    )
+
+
+def _parse(arguments: list[str], base: TrainConfig, task: str, mixer: str, description: str) -> dict[str, Any]:
+    """The fields of a config, and out and resume, from arguments and the defaults of another config."""
     fields: list[tuple[str, Any, Any]] = [
         ("task", *_options("Task", TASKS[task], base.task if base.task["name"] == task else {})),
         ("mixer", *_options("Mixer", MIXERS[mixer], base.mixer if base.mixer["name"] == mixer else {}, ("d_model",))),
@@ -60,25 +92,9 @@ Args:{config_help.split("Raises:")[0]}
     fields.append(("resume", Literal["auto", "best", "never"], dataclasses.field(default="auto")))
     form = dataclasses.make_dataclass("Train", fields, kw_only=True, namespace={"__doc__": description})
     given = dict(vars(tyro.cli(form, args=arguments, prog="statemix train")))
-    out, resume = given.pop("out"), given.pop("resume")
-    if preset is not None:  # its epochs are of the training set that was asked for
-        written = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
-        steps, eval_every = preset_steps(preset, given["train_sequences"], given["batch_size"])
-        given |= {} if "--steps" in written else {"steps": steps}
-        given |= {} if "--eval-every" in written else {"eval_every": eval_every}
     given["task"] = {"name": task, **vars(given["task"])}
     given["mixer"] = {"name": mixer, **vars(given["mixer"])}
-    result = train(TrainConfig(**given), out, resume=resume)
-    if os.environ.get("RANK", "0") != "0":  # of many processes that a launcher started, the first one prints
-        return
-    print_tables([read_run(result.out)])
-    if (bits := result.summary.get("valid", {}).get("bits_per_byte")) is not None:
-        loss, perplexity = (result.summary["valid"][key] for key in ("loss", "perplexity"))
-        print(f"validation: {loss:.4f} nats per token, {bits:.4f} bits per byte, perplexity {perplexity:.4g}\n")
-    print(
-        f"The run is in {result.out}: metrics.jsonl, curves.png, result.json, and the best weights in "
-        f"step-{result.summary['best_step']}."
-    )
+    return given
 
 
 def _take(arguments: list[str], flag: str) -> str | None:

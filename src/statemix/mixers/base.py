@@ -28,6 +28,11 @@ class Mixer(nn.Module):
         """Between the widths that it takes, of all its other options."""
         return 1
 
+    @classmethod
+    def sharpens(cls, options: Mapping[str, Any]) -> bool:
+        """Whether it has `sharpen`, of these options."""
+        return False
+
     @property
     def state_size(self) -> int:
         """Numbers carried per sequence from one step to the next: M * N."""
@@ -104,6 +109,10 @@ class Mixer(nn.Module):
 
     def row_entropy(self, x: Tensor) -> Tensor:
         """See `LinearRecurrence.row_entropy`; of a mixer with rows of gates."""
+        raise NotImplementedError
+
+    def sharpen(self, factor: float) -> None:
+        """See `LinearRecurrence.sharpen`; of a mixer that `sharpens`."""
         raise NotImplementedError
 
 

@@ -1,7 +1,8 @@
 """BD-LRU and H-LRU as one: raw gates and values from x, a scan with gates normalised row by row, and a read-out."""
 
 import math
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +107,11 @@ class LinearRecurrence(Mixer):
         """Mean over the rows of gates at x (B, T, D) of -sum_j |p_j| ln |p_j|, in nats: 0 where all are one-hot."""
         weights = normalize(self.raw_gates(x), self.normalization, dim=-2).abs()
         return -torch.special.xlogy(weights, weights).sum(-2).mean()
+
+    @classmethod
+    def sharpens(cls, options: Mapping[str, Any]) -> bool:
+        """See `Mixer.sharpens`."""
+        return bool(options["normalization"] == "softmax")
 
     @torch.no_grad()
     def sharpen(self, factor: float) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from statemix.report.tables import Groups
+from statemix.runs.read import longest
 from statemix.runs.statistics import interval
 from statemix.style import COLORS, INK, SMALL, canvas, label_ends, series
 from statemix.tasks import build_task
@@ -85,12 +86,12 @@ def lengths(groups: Groups) -> "Figure":
     with canvas(WIDTH, _height(groups)) as figure:
         axes = figure.subplots()
         for number, (label, runs) in enumerate(groups.items()):
-            tested = sorted({length for run in runs for length in run.summary["test"]}, key=int)
+            tested = sorted({length for run in runs for length in run.summary["test"]}, key=longest)
             scores = [
                 interval([run.summary["test"][n]["token_accuracy"] for run in runs if n in run.summary["test"]])
                 for n in tested
             ]
-            where, means = list(map(int, tested)), [score.mean for score in scores]
+            where, means = list(map(longest, tested)), [score.mean for score in scores]
             (lines[label],) = axes.plot(where, means, **series(number))
             errors = [score.half_width or 0.0 for score in scores]
             axes.errorbar(where, means, errors, fmt="none", capsize=3, ecolor=lines[label].get_color())
@@ -99,7 +100,7 @@ def lengths(groups: Groups) -> "Figure":
             axes.axvline(length, color=INK, linestyle="--", linewidth=0.8, alpha=0.6)
         axes.set(xlabel="length (tokens); dashed: trained", ylabel="token accuracy", ylim=(0, 1.02), xscale="log")
         axes.set_title("test token accuracy over length")
-        marks = sorted({int(n) for runs in groups.values() for run in runs for n in run.summary["test"]} | trained)
+        marks = sorted({longest(n) for runs in groups.values() for run in runs for n in run.summary["test"]} | trained)
         axes.set_xticks(marks, [f"{mark:,}" for mark in marks])
         axes.minorticks_off()
         _mark_chance(axes.axhline, groups)

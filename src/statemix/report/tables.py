@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from statemix.runs.read import Run
+from statemix.runs.read import Run, longest
 from statemix.runs.statistics import interval
 
 Groups = Mapping[str, Sequence[Run]]  # label -> runs that differ in their seed
@@ -50,7 +50,9 @@ def group_rows(groups: Groups) -> list[list[str]]:
 
     Several seeds are shown as mean +- half of the 95 % interval of Student's t.
     """
-    lengths = sorted({length for runs in groups.values() for run in runs for length in run.summary["test"]}, key=int)
+    lengths = sorted(
+        {length for runs in groups.values() for run in runs for length in run.summary["test"]}, key=longest
+    )
     has_text = any("bits_per_byte" in run.summary["valid"] for runs in groups.values() for run in runs)
     valids = {"token": "token_accuracy"} | (BITS if has_text else {})
     scored = ACCURACIES | (BITS if has_text else {})

@@ -18,6 +18,15 @@ Dubinin et al. 2026 (arXiv 2602.12021), each a run of its own, model and trainin
 embedding and head, 10^10 tokens. The text is the user's own (`--task.source`), and so are the BPE learned from it,
 which has fewer than 50,280 tokens of a short one, and how often it validates, on how much.
 
+"exact" is the recipe for regular languages and groups, from labels at the end of words alone: a start token, words of
+one token first and of 40 at last, a penalty on rows of gates that are not one-hot, wrong words again, an end when 1,500
+batches in a row had no error. Its sizes follow from the task. M is the number of points that a token moves: 2 for bits,
+k for a cycle of k; of S_n, A_n and arithmetic modulo n it is n + 1, with one point to spare. A product of groups needs
+that of its largest factor. N is 16 and D 64; for a group, of which many products are to be told apart, twice as much.
+One layer follows what is a group; arithmetic takes two: one for the product at hand, the next for the sum of these,
+and a larger weight of the penalty, 0.15 in place of 0.1. Half of the blocks are hidden before the last length, but of
+bits none: with half of its blocks of two a model is often wrong, and its words grow no longer.
+
 "exact-s3", "exact-s4" and "exact-s5" are runs too: state tracking that stays exact far beyond the trained length, by a
 start token, short lengths first, and a penalty on rows of gates that are not one-hot; S5 also by hiding half of the
 blocks from the read-out in the first half of training (docs/claims/exact.md).
@@ -25,12 +34,15 @@ blocks from the read-out in the first half of training (docs/claims/exact.md).
 
 import dataclasses
 import itertools
+import re
 from typing import Any, NamedTuple
 
+from statemix.mixers import MIXERS, complete_mixer
 from statemix.model import SequenceModel
 from statemix.specs import Spec
-from statemix.tasks import Setting, settings
-from statemix.training.config import ModelConfig, OptimizerConfig, TrainConfig
+from statemix.tasks import ModularArithmeticSimple, PermutationComposition, Setting, Task, build_task, settings
+from statemix.tasks.regular import Counter
+from statemix.training.config import CurriculumConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 
 class Protocol(NamedTuple):
@@ -95,16 +107,51 @@ RUNS = {name: dataclasses.replace(LANGUAGE, mixer=dict(mixer)) for name, mixer i
     "exact-s4": _exact("S4", 4, 32, 64, 1600, (4, 16, 64, 64)),
     "exact-s5": _exact("S5", 5, 64, 128, 2000, (4, 4, 16, 64, 64, 64), block_dropout=0.5),
 }
+EXACT = TrainConfig(
+    task=settings("exact", "permutation")[0].task,
+    optimizer=OptimizerConfig(lr=6e-3, final_lr=3e-4, warmup=0.0, weight_decay=0.0, schedule="linear"),
+    curriculum=CurriculumConfig(first=1, quiet=1500),
+    steps=10_000,
+    batch_size=8,
+    eval_every=500,
+    eval_sequences=1024,
+    sharpen=100.0,
+)
 PROTOCOLS = {
     name: Protocol(run, None, (run.optimizer.lr,), (run.optimizer.weight_decay,)) for name, run in RUNS.items()
 } | {
     "mad": Protocol(MAD, 200, (1e-4, 5e-4, 1e-3), (0.0, 0.1)),
+    "exact": Protocol(EXACT, None, (EXACT.optimizer.lr,), (0.0,)),
     "formal": Protocol(TrainConfig(steps=2_000), None, (3e-3,), (0.1,)),
 }
 
 
-def preset_config(preset: str, task: str | None = None, mixer: Spec | None = None) -> TrainConfig:
+class Fit(NamedTuple):
+    """What of "exact" depends on the task."""
+
+    block_size: int
+    num_blocks: int = 16
+    d_model: int = 64
+    num_layers: int = 1
+    row_entropy: float = 0.1
+    block_dropout: float = 0.5
+
+
+def exact_fit(task: Task) -> Fit:
+    """That of a task of "exact", by the rule of the module's docstring."""
+    if isinstance(task, PermutationComposition):
+        points = max(int(number) for number in re.findall(r"\d+", task.group))
+        return Fit(points + 1, num_blocks=32, d_model=128)
+    if isinstance(task, ModularArithmeticSimple):
+        return Fit(task.modulus + 1, num_layers=2, row_entropy=0.15)
+    assert isinstance(task, Counter)
+    return Fit(task.num_states, block_dropout=0.5 if task.num_states > 2 else 0.0)
+
+
+def preset_config(preset: str, task: str | Spec | None = None, mixer: Spec | None = None) -> TrainConfig:
     """The baseline of a task in a preset, as a run of a mixer. None: the preset's own, or those of `TrainConfig`.
+
+    A task is its name, or a spec with options of its own, to which the sizes of "exact" are fitted.
 
     Raises:
         ValueError: the preset or the mixer is unknown, or the preset has no such task; the message lists the names.
@@ -112,10 +159,13 @@ def preset_config(preset: str, task: str | None = None, mixer: Spec | None = Non
     if preset not in PROTOCOLS:
         raise ValueError(f"preset_config: `preset` must be one of {sorted(PROTOCOLS)}, got {preset!r}.")
     base = PROTOCOLS[preset].base
+    options = {"name": base.task["name"]} if task is None else {"name": task} if isinstance(task, str) else task
+    name = options["name"]
     if preset not in RUNS:
-        return _config(preset, settings(preset, base.task["name"] if task is None else task)[0], mixer)
-    if task not in (None, base.task["name"]):
-        raise ValueError(f"preset_config: `task` of {preset!r} must be {base.task['name']!r}, got {task!r}.")
+        setting = settings(preset, name)[0]
+        return _config(preset, setting._replace(task={**setting.task, **options}), mixer)
+    if name != base.task["name"]:
+        raise ValueError(f"preset_config: `task` of {preset!r} must be {base.task['name']!r}, got {name!r}.")
     return base if mixer is None else dataclasses.replace(base, mixer=dict(mixer))
 
 
@@ -158,13 +208,31 @@ def preset_steps(preset: str, train_sequences: int | None, batch_size: int) -> t
 def _config(preset: str, setting: Setting, mixer: Spec | None) -> TrainConfig:
     base = PROTOCOLS[preset].base
     steps, eval_every = preset_steps(preset, setting.train_sequences, base.batch_size)
+    changes: dict[str, Any] = {} if mixer is None else {"mixer": dict(mixer)}
+    if preset == "exact":
+        changes = _fitted(setting.task, mixer)
     return dataclasses.replace(
         base,
         task=setting.task,
-        mixer=base.mixer if mixer is None else dict(mixer),
         train_sequences=setting.train_sequences,
         eval_sequences=setting.test_sequences,
         test_lengths=setting.test_lengths,
         steps=steps,
         eval_every=eval_every,
+        **changes,
     )
+
+
+def _fitted(task: Spec, mixer: Spec | None) -> dict[str, Any]:
+    """Fields of a run of "exact" by its task; a mixer that was asked for has what it can have of the recipe."""
+    fit = exact_fit(build_task(task))
+    own = {"name": "bd_lru", "num_blocks": fit.num_blocks, "block_size": fit.block_size}
+    options = complete_mixer(own if mixer is None else mixer)
+    kind = MIXERS[options["name"]]
+    return {
+        "mixer": options,
+        "model": ModelConfig(d_model=fit.d_model, num_layers=fit.num_layers, mlp_size=2 * fit.d_model),
+        "row_entropy": fit.row_entropy if kind.has_gate_rows else 0.0,
+        "block_dropout": fit.block_dropout if kind.has_gate_rows else 0.0,
+        "sharpen": EXACT.sharpen if kind.sharpens(options) else None,
+    }

@@ -1,7 +1,8 @@
 """Runs that have ended, as data: read from their folders, and as rows of a table.
 
 A row is flat: the config under its dotted names ("optimizer.lr"), then what came of it: "valid_loss" and the other
-figures of the best validation, "test_16_token_accuracy" and so on for each tested length.
+figures of the best validation, "test_16_token_accuracy" and so on for each tested length, and with sharpened gates
+"sharpened_16_token_accuracy".
 """
 
 import csv
@@ -96,12 +97,18 @@ def unfinished_runs(paths: Iterable[str | Path]) -> list[Path]:
     return [folder for folder in folders if not (folder / RESULT_FILE).exists()]
 
 
+def longest(tested: str) -> int:
+    """The longest length of a test, by its name in result.json: a length, or a range such as "40-256"."""
+    return int(tested.rpartition("-")[2])
+
+
 def row_of(run: Run) -> Row:
     """The row of a run; the scaled accuracy of a task is 0 for guessing and 1 for no error."""
     chance = build_task(run.config.task).chance
     row = flatten(run.config) | {"trained_steps": run.summary["steps"], "train_seconds": train_seconds(run)}
     row |= {key: run.summary[key] for key in SUMMARY} | {"chance": chance}
     tests = {f"test_{length}": scores for length, scores in run.summary["test"].items()}
+    tests |= {f"sharpened_{length}": scores for length, scores in run.summary.get("sharpened", {}).items()}
     for prefix, scores in ({"valid": run.summary["valid"]} | tests).items():
         row |= {f"{prefix}_{key}": value for key, value in scores.items() if key != "accuracy_by_position"}
         if chance < 1:
@@ -127,7 +134,7 @@ def _plain(value: Any) -> Any:
 
 def train_seconds(run: Run) -> float:
     """Time of the training steps alone, without start, validations and test, over all parts of an interrupted run."""
-    tokens, seconds, before = run.config.batch_size * build_task(run.config.task).length, 0.0, 0
+    tokens, seconds, before = run.config.step_tokens, 0.0, 0
     for line in run.metrics:
         if "tokens_per_s" in line:
             seconds += (line["step"] - before) * tokens / line["tokens_per_s"]

@@ -3,15 +3,16 @@
 from typing import Any
 
 from statemix.specs import Spec, complete
+from statemix.tasks.automaton import Automaton
 from statemix.tasks.base import IGNORE_INDEX, SPLITS, Batch, Score, Task, finite_batch, scaled_accuracy
 from statemix.tasks.compression import Compression
 from statemix.tasks.fuzzy_recall import FuzzyInContextRecall
 from statemix.tasks.in_context_recall import InContextRecall, NoisyInContextRecall
 from statemix.tasks.memorization import Memorization
-from statemix.tasks.modular_arithmetic import ModularArithmetic
+from statemix.tasks.modular_arithmetic import ModularArithmetic, ModularArithmeticSimple
 from statemix.tasks.permutation import PermutationComposition
 from statemix.tasks.presets import PRESETS, Setting, settings
-from statemix.tasks.regular import CycleNavigation, ModularCounting, Parity
+from statemix.tasks.regular import CycleNavigation, EvenPairs, ModularCounting, Parity
 from statemix.tasks.selective_copying import SelectiveCopying
 from statemix.tasks.text import Text
 
@@ -29,6 +30,8 @@ TASKS: dict[str, type[Task]] = {
         ModularCounting,
         CycleNavigation,
         ModularArithmetic,
+        EvenPairs,
+        ModularArithmeticSimple,
         Text,
     )
 }
@@ -54,13 +57,16 @@ __all__ = [
     "PRESETS",
     "SPLITS",
     "TASKS",
+    "Automaton",
     "Batch",
     "Compression",
     "CycleNavigation",
+    "EvenPairs",
     "FuzzyInContextRecall",
     "InContextRecall",
     "Memorization",
     "ModularArithmetic",
+    "ModularArithmeticSimple",
     "ModularCounting",
     "NoisyInContextRecall",
     "Parity",

@@ -9,13 +9,16 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from statemix.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from statemix.tasks.automaton import Automaton
 
 IGNORE_INDEX = -100  # a target that is not scored
 
@@ -50,6 +53,7 @@ class Task(ABC):
 
     name: ClassVar[str]  # in TASKS
     autoencoder: ClassVar[bool] = False  # True: read all tokens, then predict all targets from the last position
+    later: ClassVar[tuple[str, ...]] = ()  # options that it has not had in version 0.1.0 from its start
     can_carry: ClassVar[bool] = False  # True: `carried` has batches whose rows go on where the last batch's stopped
 
     @property
@@ -95,6 +99,14 @@ class Task(ABC):
     def with_seq_len(self, seq_len: int) -> Self:
         """The same task at another length."""
         return type(self)(**(vars(self) | {"seq_len": seq_len}))
+
+    def with_lengths(self, shortest: int, longest: int) -> Self:
+        """The same task with lengths uniform in a range. Raises ValueError if its sequences have one length."""
+        raise ValueError(f"{self.name}: its sequences have one length, not those of a range.")
+
+    def automaton(self) -> "Automaton":
+        """The automaton that follows it exactly. Raises ValueError if no finite one does, or none is known."""
+        raise ValueError(f"{self.name}: it has no finite automaton.")
 
     def sample(self, split: str, batch_size: int, *, seed: int = 0, index: int = 0) -> Batch:
         """Batch number `index` of a split's stream: a pure function of its arguments. Splits never overlap.
@@ -180,7 +192,7 @@ def stream(split: str, count: int, seed: int, index: int) -> np.random.Generator
     if split not in SPLITS:
         raise ValueError(f"sample: `split` must be one of {sorted(SPLITS)}, got {split!r}.")
     _check_numbers("sample", ("batch_size", count, 1), ("seed", seed, 0), ("index", index, 0))
-    return np.random.default_rng([*_words(seed, index), *(1 + bucket for bucket in SPLITS[split])])
+    return np.random.default_rng([*seed_words(seed, index), *(1 + bucket for bucket in SPLITS[split])])
 
 
 def in_split(tokens: Tokens, split: str, pad: int | None = None) -> Mask:
@@ -246,10 +258,10 @@ def _finite_set(task: Task, sequences: int, seed: int, fingerprint: str | None) 
 @functools.lru_cache(maxsize=2)
 def _epoch_order(sequences: int, seed: int, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     # the last word sets it apart from the streams of splits
-    return np.random.default_rng([*_words(seed, epoch), 9]).permutation(sequences)
+    return np.random.default_rng([*seed_words(seed, epoch), 9]).permutation(sequences)
 
 
-def _words(*numbers: int) -> list[int]:
+def seed_words(*numbers: int) -> list[int]:
     """Each number as words of fixed width: numpy would read (0, 2^32) and (0, 0, 1) as one seed."""
     return [part for number in numbers for part in (number % 2**32, number // 2**32)]
 

@@ -1,12 +1,13 @@
-"""Modular arithmetic with brackets."""
+"""Modular arithmetic: expressions with brackets, and without."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 
+from statemix.tasks.automaton import NOWHERE, Automaton, automaton_of_words
 from statemix.tasks.base import IGNORE_INDEX, Tokens
-from statemix.tasks.regular import VariableLength
+from statemix.tasks.variable_length import SCORED, VariableLength, last_only
 
 SYMBOLS = "+-*()="
 
@@ -31,6 +32,7 @@ class ModularArithmetic(VariableLength):
         min_len: the shortest, at least 2; lengths are uniform.
         modulus: m, at least 2. Digits are [0, m).
         multiplication: whether there is "*"; the vocabulary is the same without.
+        start: put one more token, the last of the vocabulary, before each sequence: see `VariableLength`.
 
     Raises:
         TypeError, ValueError: an option is out of range.
@@ -40,8 +42,11 @@ class ModularArithmetic(VariableLength):
 
     name: ClassVar[str] = "modular-arithmetic"
 
+    seq_len: int = 40
+    min_len: int = 3
     modulus: int = 5
     multiplication: bool = True
+    start: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,13 +60,8 @@ class ModularArithmetic(VariableLength):
         return self.modulus + SYMBOLS.index(character)
 
     @property
-    def vocab_size(self) -> int:
-        """Digits, six symbols and the pad."""
-        return self.modulus + 7
-
-    @property
-    def pad(self) -> int:
-        """The last token."""
+    def symbols(self) -> int:
+        """Digits and six symbols."""
         return self.modulus + 6
 
     @property
@@ -69,9 +69,9 @@ class ModularArithmetic(VariableLength):
         """One in m."""
         return 1 / self.modulus
 
-    def generate(self, rng: np.random.Generator, count: int, split: str) -> Tokens:
+    def words(self, rng: np.random.Generator, count: int) -> Tokens:
         """All expressions grow at once, from the outer brackets inwards."""
-        tokens = np.full((count, self.seq_len), self.pad)
+        tokens = np.full((count, self.seq_len), self.symbols)
         rows, starts, sizes = np.arange(count), np.zeros(count, dtype=np.int64), self.lengths(rng, count) - 1
         tokens[rows, sizes] = self.symbol("=")
         operators = np.array([self.symbol(c) for c in ("+-*" if self.multiplication else "+-")])
@@ -91,16 +91,16 @@ class ModularArithmetic(VariableLength):
             sizes = np.concatenate((left, sizes - 3 - left))
         return tokens
 
-    def oracle(self, tokens: Tokens) -> Tokens:
+    def answers(self, words: Tokens) -> Tokens:
         """From left to right, with a stack: for each open bracket the value so far, its operator and its sign."""
         plus, minus, times, opening, closing, equals = (self.symbol(c) for c in SYMBOLS)
-        depth = np.zeros(len(tokens), dtype=np.int64)
-        most = int((tokens == opening).sum(1).max()) + 1
-        value, operator = np.zeros((len(tokens), most), dtype=np.int64), np.full((len(tokens), most), plus)
-        negative = np.zeros((len(tokens), most), dtype=bool)
-        operand_before = np.zeros(len(tokens), dtype=bool)
-        targets = np.full_like(tokens, IGNORE_INDEX)
-        for t, token in enumerate(tokens.T):
+        depth = np.zeros(len(words), dtype=np.int64)
+        most = int((words == opening).sum(1).max()) + 1
+        value, operator = np.zeros((len(words), most), dtype=np.int64), np.full((len(words), most), plus)
+        negative = np.zeros((len(words), most), dtype=bool)
+        operand_before = np.zeros(len(words), dtype=bool)
+        targets = np.full_like(words, IGNORE_INDEX)
+        for t, token in enumerate(words.T):
             rows = np.flatnonzero(token == opening)
             depth[rows] += 1
             value[rows, depth[rows]], operator[rows, depth[rows]], negative[rows, depth[rows]] = 0, plus, False
@@ -125,3 +125,93 @@ class ModularArithmetic(VariableLength):
             targets[rows, t] = value[rows, 0]
             operand_before = is_operand
         return targets
+
+
+@dataclass(frozen=True)
+class ModularArithmeticSimple(VariableLength):
+    """Digits with operators between them; the target at each digit is the value of what ends there, modulo m.
+
+    `ModularArithmeticSimple(seq_len=8)`: digits 0-4, + 5, - 6, * 7, pad 8.
+
+                   3  -  2  *  4  +  1
+        tokens     3  6  2  7  4  5  1  8
+        targets    3  .  1  .  0  .  1  .       3 - 2 = 1, 3 - 8 = -5, -5 + 1 = -4, modulo 5
+
+    "*" binds before "+" and "-", and there are no brackets, so that a finite automaton can follow. A word of k digits
+    has 2 k - 1 tokens: where a length is even, the word is one token shorter. Digits and operators are uniform.
+
+    Args:
+        seq_len: the longest length, in tokens. `with_seq_len(n)` has words of length n only.
+        min_len: the shortest; the numbers of digits are uniform.
+        scored: "every" digit, or the "last" of each word.
+        modulus: m, at least 2. Digits are [0, m).
+        start: put one more token, the last of the vocabulary, before each word: see `VariableLength`.
+
+    Raises:
+        TypeError, ValueError: an option is out of range.
+
+    Source: modular arithmetic (simple) in Deletang et al. 2023 (arXiv 2207.02098), where the last digit is scored.
+    """
+
+    name: ClassVar[str] = "modular-arithmetic-simple"
+
+    seq_len: int = 40
+    min_len: int = 3
+    scored: str = "every"
+    modulus: int = 5
+    start: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.check_int("min_len", least=1)
+        super().__post_init__()
+        self.check_choice("scored", SCORED)
+        self.check_int("modulus", least=2)
+
+    @property
+    def symbols(self) -> int:
+        """Digits and three operators."""
+        return self.modulus + 3
+
+    @property
+    def chance(self) -> float:
+        """One in m."""
+        return 1 / self.modulus
+
+    def words(self, rng: np.random.Generator, count: int) -> Tokens:
+        """Digits at even places, operators at odd ones."""
+        digits = rng.integers((self.min_len + 1) // 2, (self.seq_len + 1) // 2 + 1, size=count)
+        words = rng.integers(self.modulus, size=(count, self.seq_len))
+        words[:, 1::2] = self.modulus + rng.integers(3, size=(count, self.seq_len // 2))
+        return self.padded(words, 2 * digits - 1)
+
+    def answers(self, words: Tokens) -> Tokens:
+        """From left to right, with the sum of the finished products and what the next digit is multiplied with."""
+        total, factor = np.zeros(len(words), dtype=np.int64), np.ones(len(words), dtype=np.int64)
+        answers = np.full_like(words, IGNORE_INDEX)
+        for t, token in enumerate(words.T):
+            if t % 2 == 0:
+                product = factor * token % self.modulus
+                answers[:, t] = np.where(token == self.pad, IGNORE_INDEX, (total + product) % self.modulus)
+            else:
+                times = token == self.modulus + 2
+                total = np.where(times, total, (total + product) % self.modulus)
+                factor = np.where(times, product, np.where(token == self.modulus, 1, -1))
+        return last_only(answers) if self.scored == "last" else answers
+
+    def automaton(self) -> Automaton:
+        """After a digit the sum of the finished products and the last product; after an operator what is left of them.
+
+        States: (total, product) after a digit; (total, factor) before one.
+        """
+        m = self.modulus
+        total, product = np.divmod(np.arange(m * m), m)
+        before = m * m  # the first of the states before a digit
+        moves = np.full((2 * m * m, self.symbols), NOWHERE)
+        value = (total + product) % m
+        for digit in range(m):
+            moves[before:, digit] = m * total + product * digit % m  # where `product` is the factor
+        moves[:before, m] = before + m * value + 1
+        moves[:before, m + 1] = before + m * value + m - 1
+        moves[:before, m + 2] = before + m * total + product
+        labels = np.concatenate((value, np.full(m * m, IGNORE_INDEX)))
+        return automaton_of_words(moves, labels, before + 1, self.vocab_size, self.start)

@@ -9,16 +9,19 @@ from typing import ClassVar
 
 import numpy as np
 
-from statemix.tasks.base import IGNORE_INDEX, Task, Tokens
+from statemix.tasks.automaton import NOWHERE, Automaton, automaton_of_words
+from statemix.tasks.base import IGNORE_INDEX, Tokens
+from statemix.tasks.variable_length import SCORED, VariableLength, last_only
 
 Table = np.ndarray[tuple[int, int], np.dtype[np.int16]]
+Elements = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 MAX_GROUP_SIZE = 5040  # S7: a table of 50 MB
 INPUTS = ("all", "transpositions")
 
 
 @dataclass(frozen=True)
-class PermutationComposition(Task):
+class PermutationComposition(VariableLength):
     """Tokens x_1..x_L are uniform in a group G; the target at position t is x_1 o x_2 o ... o x_t.
 
     S3, L = 5. Elements of S3 in lexicographic order: 0 = 012, 1 = 021, 2 = 102, 3 = 120, 4 = 201, 5 = 210.
@@ -30,64 +33,72 @@ class PermutationComposition(Task):
         group: S<n> (all permutations), A<n> (the even ones), Z<n> (addition modulo n), or a product such as A4xZ5. In a
             product the element (a, b) has the number a * |second| + b.
         seq_len: L, in tokens.
-        generators: "all", or "transpositions": inputs restricted to the transpositions of S<n>, which generate it.
-        start: put one more token, the last of the vocabulary, before the sequence; its target is not scored. A linear
-            recurrence starts from a state of zeros, and gates that only see the token cannot tell the first step from
-            later ones: without a start token a layer must write to its state, and so forget, all the time.
+        generators: the inputs: "all", or "transpositions", those of S<n>, which generate it, or k: so many distinct
+            elements of G, drawn at random. They need not generate G.
+        start: put one more token, the last of the vocabulary, before the sequence: see `VariableLength`.
+        min_len: the shortest length; lengths are uniform in [min_len, seq_len]. None: all are of seq_len.
+        scored: "every" position, or the "last" of each sequence.
+        generators_seed: of the draw of k elements.
 
     Raises:
-        TypeError, ValueError: the group is not of that form or has more than 5040 elements, L < 1, or `generators`
-            does not fit the group.
+        TypeError, ValueError: the group is not of that form or has more than 5040 elements, a length is out of range,
+            or `generators` does not fit the group.
 
     Source: state tracking as in Dubinin et al. 2026 (arXiv 2602.12021).
     """
 
     name: ClassVar[str] = "permutation"
+    later: ClassVar[tuple[str, ...]] = ("min_len", "scored", "generators_seed")
 
     group: str = "S3"
     seq_len: int = 16
-    generators: str = "all"
+    generators: int | str = "all"
     start: bool = False
+    min_len: int | None = None
+    scored: str = "every"
+    generators_seed: int = 0
 
     def __post_init__(self) -> None:
-        self.check_int("seq_len", least=1)
-        self.check_choice("generators", INPUTS)
-        self.check_flag("start")
+        super().__post_init__()
+        self.check_choice("scored", SCORED)
+        self.check_int("generators_seed", least=0)
         _factors(self.group)
-        if self.generators == "transpositions":
-            _transpositions(self.group)
+        if self.generators != "all":  # whose table need not be there yet
+            _inputs(self.group, self.generators, self.generators_seed)
 
     @property
-    def vocab_size(self) -> int:
-        """Number of elements of the group: both tokens and targets; and the start token, if there is one."""
-        return len(group_table(self.group)) + self.start
-
-    @property
-    def length(self) -> int:
-        """L, and the start token."""
-        return self.seq_len + self.start
+    def symbols(self) -> int:
+        """Number of elements of the group: both tokens and targets."""
+        return len(group_table(self.group))
 
     @property
     def chance(self) -> float:
         """One in the number of elements of the group."""
         return 1 / len(group_table(self.group))
 
-    def generate(self, rng: np.random.Generator, count: int, split: str) -> Tokens:
-        """Uniform over the group, or over its transpositions."""
-        size = len(group_table(self.group))
-        inputs = np.arange(size) if self.generators == "all" else _transpositions(self.group)
-        tokens = inputs[rng.integers(len(inputs), size=(count, self.seq_len))]
-        return np.pad(tokens, ((0, 0), (1, 0)), constant_values=size) if self.start else tokens
+    def words(self, rng: np.random.Generator, count: int) -> Tokens:
+        """Uniform over the inputs."""
+        lengths = self.lengths(rng, count)
+        inputs = _inputs(self.group, self.generators, self.generators_seed)
+        return self.padded(inputs[rng.integers(len(inputs), size=(count, self.seq_len))], lengths)
 
-    def oracle(self, tokens: Tokens) -> Tokens:
-        """The targets (B, L) of tokens (B, L), from the multiplication table."""
+    def answers(self, words: Tokens) -> Tokens:
+        """The products, from the multiplication table."""
         table = group_table(self.group)
-        targets = np.full_like(tokens, IGNORE_INDEX)
-        product = np.zeros_like(tokens[:, 0])  # the identity is element 0 of every group
-        for t in range(int(self.start), tokens.shape[1]):
-            targets[:, t] = table[product, tokens[:, t]]
-            product = targets[:, t]
-        return targets
+        answers = np.full_like(words, IGNORE_INDEX)
+        product = np.zeros_like(words[:, 0])  # the identity is element 0 of every group
+        for t, token in enumerate(words.T):
+            real = token != self.pad
+            answers[:, t] = np.where(real, table[product, np.where(real, token, 0)], IGNORE_INDEX)
+            product = np.where(real, answers[:, t], 0)
+        return last_only(answers) if self.scored == "last" else answers
+
+    def automaton(self) -> Automaton:
+        """One state for each element of the group."""
+        table, inputs = group_table(self.group), _inputs(self.group, self.generators, self.generators_seed)
+        moves = np.full(table.shape, NOWHERE)
+        moves[:, inputs] = table[:, inputs]
+        return automaton_of_words(moves, np.arange(len(table)), 0, self.vocab_size, self.start)
 
 
 @functools.lru_cache(maxsize=8)
@@ -139,7 +150,22 @@ def _permutations(kind: str, n: int) -> Tokens:
     return elements[inversions % 2 == 0]
 
 
-def _transpositions(group: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _inputs(group: str, generators: int | str, seed: int) -> Elements:
+    """Numbers of the elements of the group that words are made of."""
+    size = len(group_table(group))
+    if generators == "all":
+        return np.arange(size)
+    if generators == "transpositions":
+        return _transpositions(group)
+    if not isinstance(generators, int) or isinstance(generators, bool):
+        allowed = f"one of {sorted(INPUTS)} or a number of elements"
+        raise ValueError(f"permutation: `generators` must be {allowed}, got {generators!r}.")
+    if not 1 <= generators <= size:
+        raise ValueError(f"permutation: `generators` must be in [1, {size}], as {group} has, got {generators}.")
+    return np.sort(np.random.default_rng(seed).permutation(size)[:generators])
+
+
+def _transpositions(group: str) -> Elements:
     """Numbers of the elements of S_n that swap two points."""
     (kind, n), *rest = _factors(group)
     if kind != "S" or n < 2 or rest:

@@ -18,7 +18,7 @@ class Setting(NamedTuple):
     train_sequences: int | None
     test_sequences: int
     changed: str
-    test_lengths: tuple[int, ...] = ()
+    test_lengths: tuple[int | str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,14 @@ class Grid:
     train_sequences: int | None = 12_800
     test_sequences: int = 1_280
     changes: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    test_lengths: tuple[int, ...] = ()
+    test_lengths: tuple[int | str, ...] = ()
 
 
 TRAIN_SEQUENCES = {"train_sequences": (6_400, 3_200, 1_600, 800)}
 RECALL_LENGTHS = {"seq_len": (256, 512, 1_024)}
 SMALL_VOCABULARIES = {"vocab_size": (32, 64, 128)}
 TEST_LENGTHS = (40, 64, 96, 128, 192, 256)
+WORDS = {"seq_len": 40, "min_len": 1, "start": True, "scored": "last"}
 
 PRESETS: dict[str, dict[str, Grid]] = {
     # Poli et al. 2024 (arXiv 2403.17844): 66 settings
@@ -85,6 +86,20 @@ PRESETS: dict[str, dict[str, Grid]] = {
             {"seq_len": 40, "min_len": 3, "modulus": 5, "multiplication": True},
             train_sequences=None,
             test_lengths=TEST_LENGTHS,
+        ),
+    },
+    # Terzic et al. 2025: a label at the end of words of up to 40 tokens, tested at 40 to 256; the start token is ours
+    "exact": {
+        "parity": Grid(WORDS, train_sequences=None, test_lengths=("40-256",)),
+        "even-pairs": Grid(WORDS, train_sequences=None, test_lengths=("40-256",)),
+        "modular-counting": Grid(WORDS, train_sequences=None, test_lengths=("40-256",)),
+        "cycle-navigation": Grid(WORDS, train_sequences=None, test_lengths=("40-256",)),
+        "modular-arithmetic-simple": Grid(WORDS, train_sequences=None, test_lengths=("40-256",)),
+        "permutation": Grid(
+            {**WORDS, "group": "S5", "generators": 32},
+            train_sequences=None,
+            changes={"group": ("A5",), "generators": (8, 12)},
+            test_lengths=("40-256",),
         ),
     },
 }

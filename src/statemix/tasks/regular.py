@@ -1,52 +1,27 @@
-"""Regular languages that count: parity, modular counting, cycle navigation; sequences of many lengths."""
+"""Regular languages that count: parity, even pairs, modular counting, cycle navigation."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, Self
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
-from statemix.tasks.base import IGNORE_INDEX, Task, Tokens
-
-SCORED = ("every", "last")
-
-Lengths = np.ndarray[tuple[int], np.dtype[np.int64]]
-
-
-@dataclass(frozen=True)
-class VariableLength(Task):
-    """Sequences with a length uniform in [min_len, seq_len], padded on the right up to T = seq_len.
-
-    The padding stands behind a sequence and is not scored: a causal model is at each token where it would be without
-    it. Nor does it count in the hash of the sequence, which is in one split whatever it is padded to. The shortest
-    lengths have few sequences (parity has 8 of length 3), most of them for training.
-    """
-
-    seq_len: int = 40
-    min_len: int = 3
-
-    def __post_init__(self) -> None:
-        self.check_int("seq_len", least=1)
-        self.check_int("min_len", least=1)
-        if self.min_len > self.seq_len:
-            raise ValueError(f"{self.name}: `min_len` must be at most seq_len = {self.seq_len}, got {self.min_len}.")
-
-    def with_seq_len(self, seq_len: int) -> Self:
-        """The same task with every sequence exactly `seq_len` tokens long: the accuracy at one length."""
-        return type(self)(**(vars(self) | {"seq_len": seq_len, "min_len": seq_len}))
-
-    def lengths(self, rng: np.random.Generator, count: int) -> Lengths:
-        """Of `count` sequences."""
-        return rng.integers(self.min_len, self.seq_len + 1, size=count)
+from statemix.tasks.automaton import Automaton, automaton_of_words
+from statemix.tasks.base import IGNORE_INDEX, Tokens
+from statemix.tasks.variable_length import SCORED, VariableLength, last_only
 
 
 @dataclass(frozen=True)
 class Counter(VariableLength):
     """Uniform inputs, each of which adds a number to a state modulo `num_states`, zero at first: the target."""
 
+    seq_len: int = 40
+    min_len: int = 3
     scored: str = "every"
+    start: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        self.check_int("min_len", least=1)
         super().__post_init__()
         self.check_choice("scored", SCORED)
 
@@ -65,35 +40,32 @@ class Counter(VariableLength):
         """What each input adds to the state."""
 
     @property
-    def vocab_size(self) -> int:
-        """The inputs or the targets, whichever are more, and the pad."""
-        return max(self.num_inputs, self.num_states) + 1
-
-    @property
-    def pad(self) -> int:
-        """The last token."""
-        return self.vocab_size - 1
+    def symbols(self) -> int:
+        """The inputs or the targets, whichever are more."""
+        return max(self.num_inputs, self.num_states)
 
     @property
     def chance(self) -> float:
         """One in the number of states."""
         return 1 / self.num_states
 
-    def generate(self, rng: np.random.Generator, count: int, split: str) -> Tokens:
+    def words(self, rng: np.random.Generator, count: int) -> Tokens:
         """Uniform inputs and padding."""
         lengths = self.lengths(rng, count)
-        tokens = rng.integers(self.num_inputs, size=(count, self.seq_len))
-        tokens[np.arange(self.seq_len) >= lengths[:, None]] = self.pad
-        return tokens
+        return self.padded(rng.integers(self.num_inputs, size=(count, self.seq_len)), lengths)
 
-    def oracle(self, tokens: Tokens) -> Tokens:
+    def answers(self, words: Tokens) -> Tokens:
         """The state after each token, or after the last one only."""
-        real = tokens != self.pad
-        states = np.cumsum(np.where(real, self.increments(tokens), 0), axis=1) % self.num_states
-        scored = real.copy()
-        if self.scored == "last":
-            scored[:, :-1] &= ~real[:, 1:]
-        return np.where(scored, states, IGNORE_INDEX)
+        real = words != self.pad
+        states = np.cumsum(np.where(real, self.increments(words), 0), axis=1) % self.num_states
+        answers = np.where(real, states, IGNORE_INDEX)
+        return last_only(answers) if self.scored == "last" else answers
+
+    def automaton(self) -> Automaton:
+        """One state for each number."""
+        states, inputs = np.arange(self.num_states), np.arange(self.num_inputs)
+        moves = (states[:, None] + self.increments(inputs[:, None])[:, 0]) % self.num_states
+        return automaton_of_words(moves, states, 0, self.vocab_size, self.start)
 
 
 @dataclass(frozen=True)
@@ -109,6 +81,7 @@ class Parity(Counter):
         seq_len: the longest length, in tokens. `with_seq_len(n)` has sequences of length n only.
         min_len: the shortest; lengths are uniform.
         scored: "every" position, or the "last" of each sequence.
+        start: put one more token, the last of the vocabulary, before each sequence: see `VariableLength`.
 
     Raises:
         TypeError, ValueError: an option is out of range.
@@ -134,6 +107,51 @@ class Parity(Counter):
 
 
 @dataclass(frozen=True)
+class EvenPairs(Counter):
+    """Bits; the target is the number of neighbours so far that differ, 01 or 10, modulo 2.
+
+    `EvenPairs(seq_len=6)`: the pad is 2.
+
+        tokens     1  1  0  1  2  2
+        targets    0  0  1  0  .  .
+
+    So it is 0 where the last bit is the first one.
+
+    Args:
+        seq_len: the longest length, in tokens. `with_seq_len(n)` has sequences of length n only.
+        min_len: the shortest; lengths are uniform.
+        scored: "every" position, or the "last" of each sequence.
+        start: put one more token, the last of the vocabulary, before each sequence: see `VariableLength`.
+
+    Raises:
+        TypeError, ValueError: an option is out of range.
+
+    Source: Deletang et al. 2023 (arXiv 2207.02098), where the last position is scored.
+    """
+
+    name: ClassVar[str] = "even-pairs"
+
+    @property
+    def num_inputs(self) -> int:
+        """0 and 1."""
+        return 2
+
+    @property
+    def num_states(self) -> int:
+        """Even and odd."""
+        return 2
+
+    def increments(self, tokens: Tokens) -> Tokens:
+        """1 where a bit is not the one before it."""
+        return np.pad(tokens[:, 1:] != tokens[:, :-1], ((0, 0), (1, 0))).astype(np.int64)
+
+    def automaton(self) -> Automaton:
+        """A state for the first and the last bit, 2 first + last, and one for the empty word."""
+        moves = np.array([[0, 1], [0, 1], [2, 3], [2, 3], [0, 3]])
+        return automaton_of_words(moves, np.array([0, 1, 1, 0, IGNORE_INDEX]), 4, self.vocab_size, self.start)
+
+
+@dataclass(frozen=True)
 class ModularCounting(Counter):
     """Digits; the target is their sum so far, modulo k.
 
@@ -146,6 +164,7 @@ class ModularCounting(Counter):
         seq_len: the longest length, in tokens. `with_seq_len(n)` has sequences of length n only.
         min_len: the shortest; lengths are uniform.
         scored: "every" position, or the "last" of each sequence.
+        start: put one more token, the last of the vocabulary, before each sequence: see `VariableLength`.
         modulus: k, at least 2. Digits are [0, k).
 
     Raises:
@@ -188,6 +207,7 @@ class CycleNavigation(Counter):
         seq_len: the longest length, in tokens. `with_seq_len(n)` has sequences of length n only.
         min_len: the shortest; lengths are uniform.
         scored: "every" position, or the "last" of each sequence.
+        start: put one more token, the last of the vocabulary, before each sequence: see `VariableLength`.
         cycle_length: k, at least 2.
 
     Raises:

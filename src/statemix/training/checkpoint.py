@@ -47,6 +47,7 @@ from statemix.model import CONFIG_FILE as MODEL_FILE
 from statemix.model import WEIGHTS_FILE, TokenModel, read_tensors
 from statemix.text.tokenizer import TOKENIZER_FILE
 from statemix.training.config import TrainConfig
+from statemix.training.curriculum import STATE as CURRICULUM
 from statemix.training.processes import part_like, whole
 
 OPTIMIZER_FILE, STATE_FILE, TRAIN_FILE = "optimizer.safetensors", "state.safetensors", "train.json"  # of a checkpoint
@@ -67,6 +68,7 @@ PROGRESS = {
     "config": dict,
     "data?": str,
     "tokenizer?": str,
+    "curriculum?": CURRICULUM,
 }
 LINE = {"step": int, "valid_accuracy_by_position?": [float | None], str: float}
 SCORES = {
@@ -91,6 +93,8 @@ RESULT = {
     "valid": SCORES,
     "test": {str: SCORES},
     "kernels?": {str: str},
+    "sharpened?": {str: SCORES},
+    "blocks?": [int],
     "data?": str,
 }
 AGAIN = "Use --resume=never to start again."
@@ -290,8 +294,10 @@ def read_result(folder: Path, owner: str) -> dict[str, Any]:
         ValueError: it, the config or the metrics are not as the run wrote them; the message names the file.
     """
     result: dict[str, Any] = records.read(folder / RESULT_FILE, RESULT, owner)
-    if wrong := [length for length in result["test"] if not re.fullmatch(r"\d{1,18}", length, re.ASCII)]:
-        raise records.damaged(owner, folder / RESULT_FILE, f"`test` must be by lengths, got {wrong[0]!r}")
+    for tests in ("test", "sharpened"):
+        lengths = result.get(tests, {})
+        if wrong := [length for length in lengths if not re.fullmatch(r"\d{1,18}(-\d{1,18})?", length, re.ASCII)]:
+            raise records.damaged(owner, folder / RESULT_FILE, f"`{tests}` must be by lengths, got {wrong[0]!r}")
     tokenizer = [TOKENIZER_FILE] if (folder / TOKENIZER_FILE).exists() else []
     check_manifest(folder, (CONFIG_FILE, METRICS_FILE, RESULT_FILE, *tokenizer), owner)
     return result

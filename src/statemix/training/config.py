@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,21 +14,10 @@ import torch
 
 from statemix import records
 from statemix.mixers import DEFAULT_MIXER, MIXERS, build_mixer, complete_mixer
-from statemix.tasks import build_task, complete_task
+from statemix.tasks import TASKS, Task, build_task, complete_task
 
 PRECISIONS = ("no", "bf16", "fp16")
 SCHEDULES = ("cosine", "linear")
-# fields, dotted, that version 0.1.0 has not had from its start, and their defaults
-LATER = {
-    "accumulate": 1,
-    "block_dropout": 0.0,
-    "carry": False,
-    "row_entropy": 0.0,
-    "train_lengths": (),
-    "model.dropout": 0.0,
-    "optimizer.muon_lr": None,
-    "optimizer.schedule": "cosine",
-}
 
 
 @dataclass(frozen=True)
@@ -102,6 +92,68 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class CurriculumConfig:
+    """Words of many lengths packed into rows: short ones first, wrong ones again, an end after none was wrong.
+
+    Args:
+        first: length of the longest words at first, in tokens; the shortest are of the task's `min_len`. None: there is
+            no curriculum, and what follows is left at its defaults.
+        growth: factor by which the longest length grows, above 1, by 1 at least, up to the task's `seq_len`.
+        accuracy: running token accuracy above which it grows, in (0, 1): a mean that forgets a tenth with each batch.
+        row: tokens in a row of a batch, which is filled with words; the state is zero before each, and the last one is
+            cut. A step has `batch_size` rows.
+        again: share of the words of a batch, in [0, 1), that are of those which were wrong at the last length.
+        kept: the number of wrong words that are kept for that, at least 1; the oldest give way.
+        rights: a wrong word is let go when it has been right more often than this.
+        quiet: training ends after so many batches in a row, at the last length, without an error. None: after `steps`.
+        prune: at that end blocks are taken away for good, without which there is no error on so many new batches, and
+            training goes on until `quiet` batches in a row are right once more. None: no block is. Of a mixer with rows
+            of gates alone.
+    """
+
+    first: int | None = None
+    growth: float = 1.4
+    accuracy: float = 0.95
+    row: int = 256
+    again: float = 0.3
+    kept: int = 64
+    rights: int = 30
+    quiet: int | None = None
+    prune: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_types(self, "curriculum.")
+        for name in ("first", "row", "kept", "rights", "quiet", "prune"):
+            number = getattr(self, name)
+            _require(f"curriculum.{name}", number, number is None or number >= 1, "at least 1")
+        _require("curriculum.growth", self.growth, 1 < self.growth < math.inf, "above 1 and finite")
+        _require("curriculum.accuracy", self.accuracy, 0 < self.accuracy < 1, "in (0, 1)")
+        _require("curriculum.again", self.again, 0 <= self.again < 1, "in [0, 1)")
+        alone = self.prune is not None and self.quiet is None
+        _require("curriculum.prune", self.prune, not alone, "None without `curriculum.quiet`")
+        if self.first is None:
+            for part in dataclasses.fields(self):
+                value = getattr(self, part.name)
+                rule = f"{part.default} without `curriculum.first`"
+                _require(f"curriculum.{part.name}", value, value == part.default, rule)
+
+
+# fields, dotted, that version 0.1.0 has not had from its start, and their defaults
+LATER = {
+    "accumulate": 1,
+    "block_dropout": 0.0,
+    "carry": False,
+    "curriculum": {part.name: part.default for part in dataclasses.fields(CurriculumConfig)},
+    "sharpen": None,
+    "row_entropy": 0.0,
+    "train_lengths": (),
+    "model.dropout": 0.0,
+    "optimizer.muon_lr": None,
+    "optimizer.schedule": "cosine",
+}
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A training run. Two runs of one config on one machine with as many threads are equal bit for bit.
 
@@ -111,18 +163,20 @@ class TrainConfig:
         model: width and depth.
         optimizer: AdamW and its schedule.
         steps: optimizer steps; the schedule's length, also of a run that ends earlier.
-        batch_size: sequences per step, over all processes.
+        batch_size: sequences per step, over all processes; with a curriculum, rows.
         train_sequences: size of the training set, gone through in epochs in an order of their own: the first so many of
             the training stream. None: every batch is new.
         train_lengths: sequence lengths trained on one after another, each for an equal share of the steps, with as many
             tokens in a step as at the task's own length. Empty: that length alone. Validation is at the task's own.
+        curriculum: words of growing lengths, packed. Of a task with words of a range of lengths.
         row_entropy: weight of a penalty on rows of gates that are not one-hot: their mean entropy in nats, which joins
             the loss of every batch (with `accumulate` or many processes, every part) that is answered without an error,
-            with a weight that rises from 0 in the middle of training to this at the end; the best checkpoint is that of
-            the lowest sum. Of a mixer with rows of gates alone.
+            with a weight that rises from 0 in the middle of training to this at the end; with a curriculum it is this
+            from the start. The best checkpoint is that of the lowest sum. Of a mixer with rows of gates alone.
         block_dropout: share of the blocks whose states the read-out of a layer does not see, in [0, 1), other ones for
-            each sequence and step, in the first half of training: what one block gets wrong others cannot make up for
-            then, so each has to be right by itself. Of a mixer with rows of gates alone.
+            each sequence and step, in the first half of training, with a curriculum before its last length: what one
+            block gets wrong others cannot make up for then, so each has to be right by itself. Of a mixer with rows of
+            gates alone.
         seed: of the initial weights and the training stream. Validation and test data are the same for every seed.
         eval_every: steps between validations; each also writes a checkpoint.
         patience: training ends after so many validations in a row without a lower loss. None: after `steps`.
@@ -130,7 +184,10 @@ class TrainConfig:
             `steps`.
         eval_sequences: sequences validated on each time, and tested on at each length at the end; of a text at most as
             many as it has.
-        test_lengths: sequence lengths of the final test, in tokens. Empty: the task's own.
+        test_lengths: sequence lengths of the final test, in tokens, or ranges such as "40-256", of which every length
+            is as likely. Empty: the task's own.
+        sharpen: a factor, above 0: the final test is made again with sharpened gates, as `sharpen` of a mixer does.
+            None: it is not. Of a mixer whose gates are rows of softmax alone.
         log_every: steps between lines of metrics.jsonl.
         mixed_precision: "no", "bf16" or "fp16", through accelerate.
         accumulate: parts in which a step goes through its batch, one after another, to need less memory; the gradients
@@ -150,6 +207,7 @@ class TrainConfig:
     batch_size: int = 128
     train_sequences: int | None = None
     train_lengths: tuple[int, ...] = ()
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     row_entropy: float = 0.0
     block_dropout: float = 0.0
     seed: int = 0
@@ -157,7 +215,8 @@ class TrainConfig:
     patience: int | None = None
     stop_accuracy: float | None = None
     eval_sequences: int = 1024
-    test_lengths: tuple[int, ...] = ()
+    test_lengths: tuple[int | str, ...] = ()
+    sharpen: float | None = None
     log_every: int = 10
     mixed_precision: str = "no"
     accumulate: int = 1
@@ -175,9 +234,10 @@ class TrainConfig:
         stop = self.stop_accuracy
         _require("stop_accuracy", stop, stop is None or 0 < stop <= 1, "above 0 and at most 1")
         _require("seed", self.seed, self.seed >= 0, "at least 0")
-        for name in ("test_lengths", "train_lengths"):
-            lengths = getattr(self, name)
-            _require(name, lengths, all(n >= 1 for n in lengths), "all at least 1")
+        lengths = self.train_lengths
+        _require("train_lengths", lengths, all(n >= 1 for n in lengths), "all at least 1")
+        numbers = [number for length in self.test_lengths for number in range_of(length)]
+        _require("test_lengths", self.test_lengths, all(n >= 1 for n in numbers), "all at least 1")
         allowed = self.mixed_precision in PRECISIONS
         _require("mixed_precision", self.mixed_precision, allowed, f"one of {sorted(PRECISIONS)}")
         # specs are stored with their defaults, so that equal runs have equal configs, also after a default changes
@@ -193,19 +253,41 @@ class TrainConfig:
             _require(
                 "test_lengths", length, own, f"the task's `seq_len` = {task.seq_len}: an autoencoder has one length"
             )
-            task.with_seq_len(length)
+            at_length(task, length)
         for length in self.train_lengths:
             at_will = not task.autoencoder and self.train_sequences is None and not self.carry
             rule = "empty with `train_sequences`, `carry` or an autoencoder"
             _require("train_lengths", self.train_lengths, at_will, rule)
             task.with_seq_len(length)
+        if self.curriculum.first is not None:
+            task.with_lengths(1, task.seq_len)
+            at_will = not (self.train_lengths or self.train_sequences or self.carry)
+            rule = "None with `train_lengths`, `train_sequences` or `carry`"
+            _require("curriculum.first", self.curriculum.first, at_will, rule)
+            row, least = self.curriculum.row, task.length
+            _require("curriculum.row", row, row >= least, f"at least the longest word, {least} tokens")
         entropy, hidden, rows = self.row_entropy, self.block_dropout, MIXERS[self.mixer["name"]].has_gate_rows
         _require("row_entropy", entropy, 0 <= entropy < math.inf, "at least 0 and finite")
         _require("row_entropy", entropy, rows or not entropy, "0 for a mixer without rows of gates")
+        prune = self.curriculum.prune
+        _require("curriculum.prune", prune, rows or prune is None, "None for a mixer without blocks")
         _require("block_dropout", hidden, 0 <= hidden < 1, "in [0, 1)")
         _require("block_dropout", hidden, rows or not hidden, "0 for a mixer without blocks")
+        sharpen, sharpens = self.sharpen, MIXERS[self.mixer["name"]].sharpens(self.mixer)
+        _require("sharpen", sharpen, sharpen is None or 0 < sharpen < math.inf, "above 0 and finite")
+        _require("sharpen", sharpen, sharpens or sharpen is None, "None for a mixer without rows of softmax")
         with torch.device("meta"):  # checks the options; no memory, no random numbers drawn
             build_mixer(self.mixer, self.model.d_model)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens in a step: of padding too, not of `train_lengths`."""
+        packed = self.curriculum.first is not None
+        return self.batch_size * (self.curriculum.row if packed else build_task(self.task).length)
+
+    def sequences_at_once(self, task: Task) -> int:
+        """Of a task at any length, with no more tokens than in a training step."""
+        return max(1, self.step_tokens // task.length)
 
     def to_json(self) -> str:
         """JSON text that `from_json` reads back to an equal config.
@@ -218,6 +300,10 @@ class TrainConfig:
             fields = content[part] if part else content
             if fields[key] == default:
                 del fields[key]
+        defaults = complete_task({"name": self.task["name"]})
+        for option in TASKS[self.task["name"]].later:
+            if content["task"][option] == defaults[option]:
+                del content["task"][option]
         return json.dumps(content, indent=2) + "\n"
 
     @classmethod
@@ -236,6 +322,23 @@ class TrainConfig:
             return cls.from_json(Path(path).read_bytes())
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"TrainConfig: cannot read '{path}': {error}") from error
+
+
+def range_of(length: int | str) -> tuple[int, int]:
+    """The shortest and the longest length of one to test at: 40 or "40-256". Raises ValueError if it is no range."""
+    if isinstance(length, int):
+        return length, length
+    if not re.fullmatch(r"\d{1,18}-\d{1,18}", length, re.ASCII):
+        raise ValueError(f'TrainConfig: `test_lengths` must be numbers or ranges such as "40-256", got {length!r}.')
+    shortest, longest = map(int, length.split("-"))
+    if longest < shortest:
+        raise ValueError(f"TrainConfig: `test_lengths` must end where they begin or later, got {length!r}.")
+    return shortest, longest
+
+
+def at_length(task: Task, length: int | str) -> Task:
+    """The task at a length to test at. Raises ValueError if it has no such."""
+    return task.with_seq_len(length) if isinstance(length, int) else task.with_lengths(*range_of(length))
 
 
 def first_difference(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> str | None:

@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 import statemix
+from statemix import records
 from statemix.files import locked
 from statemix.mixers.library import describe_kernels
 from statemix.model import AutoEncoder, SequenceModel, State, load_model
@@ -19,6 +20,7 @@ from statemix.tasks import IGNORE_INDEX, Batch, Score, build_task
 from statemix.tasks.base import Task, finite_batch
 from statemix.text.tokenizer import save_tokenizer
 from statemix.training.checkpoint import (
+    AGAIN,
     CONFIG_FILE,
     CURVES_FILE,
     RESULT_FILE,
@@ -30,13 +32,15 @@ from statemix.training.checkpoint import (
     read_result,
     step_of,
 )
-from statemix.training.config import TrainConfig, first_difference
+from statemix.training.config import TrainConfig, at_length, first_difference
+from statemix.training.curriculum import Curriculum
 from statemix.training.curves import plot_curves
 from statemix.training.evaluate import accuracies, answer, cross_entropy, evaluate, text_figures
 from statemix.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from statemix.training.processes import all_rows, make_accelerator, own_rows, prepare, whole, whole_model
 from statemix.training.progress import Bar, Stopwatch
-from statemix.training.regularization import entropy_weight, penalty, regularized, row_entropies
+from statemix.training.pruning import silence
+from statemix.training.regularization import penalty, regularized, row_entropies, strengths
 
 RESUME = ("auto", "best", "never")
 
@@ -154,12 +158,15 @@ class Training:
         self.step, self.best_loss, self.best_step = 0, math.inf, 0
         self.is_accurate = False  # as `stop_accuracy` asks for
         self.carried: State | None = None  # of this process's rows, from one step to the next
+        self.curriculum = None if config.curriculum.first is None else Curriculum(config, self.task)
         self.metrics_size = 0  # bytes of metrics.jsonl up to this step
 
     def begin(self, resume: str) -> None:
         """Clear the folder of a run that is not wanted, or that had no checkpoint yet."""
         trained = [self.task.with_seq_len(length) for length in self.config.train_lengths] or [self.task]
-        for split, tasks in (("train", trained), ("valid", [self.task]), ("test", self._test_tasks())):
+        if self.curriculum is not None:
+            trained = self.curriculum.tasks()
+        for split, tasks in (("train", trained), ("valid", [self.task]), ("test", self._test_tasks().values())):
             for task in tasks:
                 task.draw(split, 1, seed=0, index=0)  # what cannot be drawn is better found now than after training
         if self.is_main:
@@ -171,6 +178,8 @@ class Training:
         """What a checkpoint says of itself. Raises ValueError unless it and the best are whole, and of this run."""
         saved = self.folder.check(last)
         self._check_same(last, saved)
+        if self.curriculum is not None and "curriculum" not in saved:
+            raise records.damaged("train", last / TRAIN_FILE, "`curriculum` is missing", AGAIN)
         if (best := self.folder.best_of(saved)) != last:
             self._check_same(best, self.folder.check(best))
         return saved
@@ -198,6 +207,8 @@ class Training:
             rows = load_carried(last, self.model, self.config.batch_size)
             self.carried = tuple(own_rows(self.accelerator, layer) for layer in rows)
         self.step, self.best_loss, self.best_step = saved["step"], saved["best_loss"], step_of(best)
+        if self.curriculum is not None:
+            self.curriculum.restore(saved["curriculum"])
         self.is_accurate = any(self._is_accurate(line) for line in self.folder.metrics() if line["step"] <= self.step)
         self.metrics_size = saved["metrics"]["bytes"]
 
@@ -224,43 +235,55 @@ class Training:
         config = self.config
         in_vain = self.step - self.best_step  # steps since the best validation
         impatient = config.patience is not None and in_vain >= config.patience * config.eval_every
-        return self.step >= config.steps or self.is_accurate or impatient
+        return self.step >= config.steps or self.is_accurate or impatient or self._is_learned()
+
+    def _is_learned(self) -> bool:
+        """Whether the curriculum has come to its end."""
+        return self.curriculum is not None and self.curriculum.has_ended
 
     def is_logged(self, step: int) -> bool:
         """Whether a step, the first of which is 1, has a line in the metrics: also each that may be the last."""
         config = self.config
         ends_early = config.patience is not None or config.stop_accuracy is not None
         may_end = step == config.steps or (ends_early and step % config.eval_every == 0)
-        return step % config.log_every == 0 or may_end
+        return step % config.log_every == 0 or may_end or self._is_learned()
 
     def is_validated(self, step: int) -> bool:
         """Whether a validation and a checkpoint follow a step."""
-        return step % self.config.eval_every == 0 or step == self.config.steps
+        return step % self.config.eval_every == 0 or step == self.config.steps or self._is_learned()
 
     def train_step(self) -> Outcome:
         """Update the weights by the next batch."""
-        config, accelerator = self.config, self.accelerator
-        batch = training_batch(config, self.task, self.step)
+        config, accelerator, learner = self.config, self.accelerator, self.curriculum
+        batch = training_batch(config, self.task, self.step) if learner is None else learner.batch(self.step)
         scored = max(1, int((batch.targets != IGNORE_INDEX).sum()))  # 0 if each of few short windows ends its document
         own = Batch._make(None if rows is None else own_rows(accelerator, rows) for rows in batch)
         set_learning_rate(self.optimizer, learning_rate(config.optimizer, self.step, config.steps))
-        with regularized(self.model, config, self.step, accelerator.process_index) as entropies:
-            loss, predictions = self._add_gradients(own, scored, entropies)
+        strong = strengths(config, self.step, learner)
+        with regularized(self.model, config, strong, self.step, accelerator.process_index) as entropies:
+            loss, predictions = self._add_gradients(own, scored, entropies, strong.entropy)
         clip = math.inf if config.optimizer.clip is None else config.optimizer.clip
         grad_norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
+        if learner is not None:
+            learner.observe(all_rows(accelerator, predictions), batch.targets.to(predictions.device))
+            if learner.is_quiet and learner.will_prune:
+                learner.prune(self.model)
+            silence(self.model, learner.dead or [])
         return Outcome(loss, predictions, own.targets, grad_norm)
 
-    def _add_gradients(self, own: Batch, scored: int, entropies: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Add up the gradients of a batch, part by part. Returns the loss, and the predictions of a logged step.
+    def _add_gradients(
+        self, own: Batch, scored: int, entropies: list[Tensor], entropy_weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """Add up the gradients of a batch, part by part. Returns the loss, and the predictions where they are read.
 
         The loss is a mean over the `scored` targets of all parts and processes: one loss however they divide the batch.
         Each part adds its share of the penalty, of the `entropies` that its forward fills.
         """
         accelerator, parts, size = self.accelerator, self.config.accumulate, len(own.tokens)
-        weight = entropy_weight(self.config, self.step) / parts
+        weight = entropy_weight / parts
         losses, predictions, states = [], [own.targets.new_empty(0)], []
         for number in range(parts):
             rows = slice(number * size // parts, (number + 1) * size // parts)
@@ -273,7 +296,7 @@ class Training:
                 accelerator.backward(total + penalty(entropies, weight, logits, part.targets))
             entropies.clear()
             losses.append(loss.detach())
-            if self.is_logged(self.step + 1):
+            if self.curriculum is not None or self.is_logged(self.step + 1):
                 predictions.append(logits.argmax(-1))
             if self.config.carry:
                 states.append([layer.detach() for layer in after])
@@ -291,6 +314,8 @@ class Training:
         line |= text_figures(self.task, loss, targets)
         line |= {"grad_norm": float(whole(outcome.grad_norm)), "lr": self.optimizer.param_groups[0]["lr"]}
         self._check_finite(line, "loss", "grad_norm")
+        if self.curriculum is not None:
+            line |= self.curriculum.figures()
         line["tokens_per_s"] = self.stopwatch.steps_per_second(self.step) * targets.numel()
         self._append(line)
         return line
@@ -304,7 +329,7 @@ class Training:
                 self.task,
                 "valid",
                 config.eval_sequences,
-                config.batch_size,
+                config.sequences_at_once(self.task),
                 device,
                 carry=config.carry,
             )
@@ -314,7 +339,7 @@ class Training:
         line = {"step": self.step} | {f"valid_{key}": value for key, value in valid.items()}
         self._check_finite(line, "valid_loss")
         penalised = valid["loss"] + config.row_entropy * valid.get("row_entropy", 0.0)
-        if penalised < self.best_loss:
+        if penalised < self.best_loss or self._is_learned():
             self.best_loss, self.best_step = penalised, self.step
         self.is_accurate = self._is_accurate(line)
         self._append(line)
@@ -330,6 +355,8 @@ class Training:
                 progress["data"] = self.task.fingerprint
             if self.task.vocabulary is not None:
                 progress["tokenizer"] = self.task.vocabulary.fingerprint
+            if self.curriculum is not None:
+                progress["curriculum"] = self.curriculum.state()
             is_best = self.best_step == self.step
             self.folder.save_checkpoint(model, moments, progress, best=is_best, state=carried)
         self.stopwatch.start(self.step)
@@ -369,24 +396,43 @@ class Training:
             "processes": self.accelerator.num_processes,
             "kernels": {self.config.mixer["name"]: describe_kernels([*self.model.mixers, *model.mixers])},
             "valid": {key.removeprefix("valid_"): value for key, value in valid.items() if key != "step"},
-            "test": {str(task.seq_len): self._test_scores(model, task) for task in self._test_tasks()},
+            "test": self._test_scores(model),
         }
         if self.task.fingerprint is not None:
             summary["data"] = self.task.fingerprint
+        if self.curriculum is not None and self.curriculum.dead is not None:
+            dead = self.curriculum.dead
+            summary["blocks"] = [
+                mixer.state_shape[1] - len(blocks) for mixer, blocks in zip(model.mixers, dead, strict=True)
+            ]
+        if self.config.sharpen is not None:
+            for mixer in model.mixers:
+                mixer.sharpen(self.config.sharpen)
+            summary["sharpened"] = self._test_scores(model)
         return summary
 
-    def _test_tasks(self) -> list[Task]:
+    def _test_tasks(self) -> dict[str, Task]:
         """The task at every length of the final test; none if there is nothing to test on."""
         if "test" not in self.task.splits:
-            return []
-        return [self.task.with_seq_len(length) for length in self.config.test_lengths or (self.task.seq_len,)]
+            return {}
+        lengths = self.config.test_lengths or (self.task.seq_len,)
+        return {str(length): at_length(self.task, length) for length in lengths}
 
-    def _test_scores(self, model: torch.nn.Module, task: Task) -> dict[str, Any]:
-        """The scores at one length, with no more tokens at once than in a training step."""
-        config = self.config
-        batch_size = max(1, config.batch_size * self.task.length // task.length)
-        device = self.accelerator.device
-        return evaluate(model, task, "test", config.eval_sequences, batch_size, device, carry=config.carry)
+    def _test_scores(self, model: torch.nn.Module) -> dict[str, Any]:
+        """The scores at each length, with no more tokens at once than in a training step."""
+        config, device = self.config, self.accelerator.device
+        return {
+            length: evaluate(
+                model,
+                task,
+                "test",
+                config.eval_sequences,
+                config.sequences_at_once(task),
+                device,
+                carry=config.carry,
+            )
+            for length, task in self._test_tasks().items()
+        }
 
     def _is_accurate(self, line: dict[str, Any]) -> bool:
         """Whether a line of metrics is a validation at the accuracy that ends training."""

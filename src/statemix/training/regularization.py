@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from statemix.mixers import Mixer
 from statemix.model import TokenModel
 from statemix.tasks import IGNORE_INDEX
 from statemix.training.config import TrainConfig
+from statemix.training.curriculum import Curriculum
 
 ENTROPY_TOKENS = 512  # of a batch: more would cost as much as the layer itself
 
@@ -24,12 +26,28 @@ def hidden_share(config: TrainConfig, step: int) -> float:
     return config.block_dropout if 2 * step < config.steps else 0.0
 
 
+class Strengths(NamedTuple):
+    """Of a training step: the share of the blocks that are hidden, and the weight of the rows' entropy."""
+
+    hidden: float
+    entropy: float
+
+
+def strengths(config: TrainConfig, step: int, curriculum: Curriculum | None) -> Strengths:
+    """Those of a step: by halves of training, or by where the curriculum is."""
+    if curriculum is None:
+        return Strengths(hidden_share(config, step), entropy_weight(config, step))
+    return Strengths(0.0 if curriculum.at_last else config.block_dropout, config.row_entropy)
+
+
 @contextlib.contextmanager
-def regularized(model: TokenModel, config: TrainConfig, step: int, process: int) -> Iterator[list[Tensor]]:
+def regularized(
+    model: TokenModel, config: TrainConfig, strong: Strengths, step: int, process: int
+) -> Iterator[list[Tensor]]:
     """While it lasts the model runs as in this training step; yields a list that fills as that of `row_entropies`."""
     with (
-        row_entropies(model, enabled=entropy_weight(config, step) > 0) as entropies,
-        hidden_blocks(model, hidden_share(config, step)),
+        row_entropies(model, enabled=strong.entropy > 0) as entropies,
+        hidden_blocks(model, strong.hidden),
         dropout_seed(config, step, process),
     ):
         yield entropies

@@ -1,0 +1,189 @@
+"""Words of growing lengths packed into rows; wrong ones come again; an end where none has been wrong for long.
+
+What a step trains on is a function of the config, the step and the state of the curriculum, which a checkpoint holds.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from statemix.model import TokenModel
+from statemix.tasks import IGNORE_INDEX, Batch
+from statemix.tasks.base import Task, seed_words
+from statemix.training.config import TrainConfig
+from statemix.training.pruning import Blocks, dispensable
+
+MEMORY = 0.9  # of the running accuracy, for one batch
+
+# the form of a curriculum's state in a checkpoint, see records.py
+STATE = {
+    "longest": int,
+    "accuracy": float,
+    "quiet": int,
+    "wrong": [{"tokens": [int], "targets": [int], "rights": int}],
+    "dead?": [[int]],
+}
+
+
+class Word(NamedTuple):
+    """A sequence without padding, and its targets."""
+
+    tokens: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+class Curriculum:
+    """What a run trains on next, as `CurriculumConfig` says, and what it has come to.
+
+    Args:
+        config: with a curriculum.
+        task: of the config: the lengths that are reached at last.
+
+    Attributes:
+        longest: length of the longest words now, in tokens.
+        quiet: batches in a row, at the last length, without an error.
+        wrong: words that were wrong -> how often they were right since; the oldest first.
+        dead: blocks that were taken away, by layer. None: pruning has not come yet.
+    """
+
+    def __init__(self, config: TrainConfig, task: Task) -> None:
+        assert config.curriculum.first is not None
+        self.config, self.options, self.task = config, config.curriculum, task
+        self.longest = min(max(config.curriculum.first, self._shortest), task.seq_len)
+        self.accuracy, self.quiet = 0.0, 0
+        self.wrong: dict[Word, int] = {}
+        self.dead: Blocks | None = None
+        self._batch: list[Word | None] = []  # the words of the last batch; None: one that was cut
+        self._numbers = np.empty((0, 0), dtype=np.int64)  # which of them each of its tokens belongs to
+
+    @property
+    def _shortest(self) -> int:
+        return int(self.config.task["min_len"])
+
+    @property
+    def at_last(self) -> bool:
+        """Whether the words are as long as those of the task."""
+        return self.longest == self.task.seq_len
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether enough batches in a row were without an error."""
+        return self.options.quiet is not None and self.quiet >= self.options.quiet
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether they were, and if there is pruning, after it."""
+        return self.is_quiet and not self.will_prune
+
+    @property
+    def will_prune(self) -> bool:
+        """Whether pruning is to come."""
+        return self.options.prune is not None and self.dead is None
+
+    def tasks(self) -> list[Task]:
+        """The task at every range of lengths from here on."""
+        found, longest = [self._task(self.longest)], self.longest
+        while longest < self.task.seq_len:
+            longest = self._longer(longest)
+            found.append(self._task(longest))
+        return found
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step: `batch_size` rows of words, in each of which the last word is cut where the row ends."""
+        size, rows = self.options.row, self.config.batch_size
+        tokens = np.zeros((rows, size), dtype=np.int64)
+        targets = np.full((rows, size), IGNORE_INDEX, dtype=np.int64)
+        reset = np.zeros((rows, size), dtype=bool)
+        self._batch, self._numbers = [], np.zeros((rows, size), dtype=np.int64)
+        words = self._words(step)
+        for row in range(rows):
+            begin = 0
+            while begin < size:
+                word = next(words)
+                end = min(begin + len(word.tokens), size)
+                tokens[row, begin:end] = word.tokens[: end - begin]
+                targets[row, begin:end] = word.targets[: end - begin]
+                reset[row, begin] = True
+                self._numbers[row, begin:end] = len(self._batch)
+                self._batch.append(word if end - begin == len(word.tokens) else None)
+                begin = end
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(reset))
+
+    def observe(self, predictions: Tensor, targets: Tensor) -> None:
+        """Take note of the answers (rows, T) to the last batch, and go on to longer words where they are right."""
+        scored = targets != IGNORE_INDEX
+        wrong = (predictions != targets) & scored
+        accuracy = 1 - int(wrong.sum()) / max(1, int(scored.sum()))
+        self.quiet = self.quiet + 1 if self.at_last and accuracy == 1 else 0
+        if self.at_last:
+            self._note(set(self._numbers[wrong.cpu().numpy()].tolist()))
+        self.accuracy = MEMORY * self.accuracy + (1 - MEMORY) * accuracy
+        if self.accuracy > self.options.accuracy and not self.at_last:
+            self.longest, self.accuracy = self._longer(self.longest), 0.0
+
+    def prune(self, model: TokenModel) -> None:
+        """Choose the dead blocks, on new batches, and begin to count batches without an error anew."""
+        assert self.options.prune is not None
+        device = next(model.parameters()).device
+        batches = [self.batch(self.config.steps + number) for number in range(self.options.prune)]
+        here = [Batch._make(None if part is None else part.to(device) for part in batch) for batch in batches]
+        self.dead, self.quiet = dispensable(model, here, self.config.seed), 0
+
+    def figures(self) -> dict[str, float]:
+        """What a line of metrics says of it."""
+        figures: dict[str, float] = {"longest": self.longest, "quiet": self.quiet, "wrong_words": len(self.wrong)}
+        return figures if self.dead is None else figures | {"dead_blocks": sum(map(len, self.dead))}
+
+    def state(self) -> dict[str, Any]:
+        """All that the next steps depend on: STATE."""
+        wrong = [{"tokens": word.tokens, "targets": word.targets, "rights": n} for word, n in self.wrong.items()]
+        state = {"longest": self.longest, "accuracy": self.accuracy, "quiet": self.quiet, "wrong": wrong}
+        return state if self.dead is None else state | {"dead": self.dead}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.longest, self.accuracy, self.quiet = state["longest"], state["accuracy"], state["quiet"]
+        self.wrong = {Word(tuple(w["tokens"]), tuple(w["targets"])): w["rights"] for w in state["wrong"]}
+        self.dead = state.get("dead")
+
+    def _task(self, longest: int) -> Task:
+        return self.task.with_lengths(self._shortest, longest)
+
+    def _longer(self, longest: int) -> int:
+        return min(self.task.seq_len, max(longest + 1, int(longest * self.options.growth)))
+
+    def _note(self, wrong: set[int]) -> None:
+        """Keep the words that were wrong, of these numbers, and let go of those that were right often enough."""
+        for number, word in enumerate(self._batch):
+            if word is None:
+                continue
+            if number in wrong:
+                self.wrong[word] = 0
+                if len(self.wrong) > self.options.kept:
+                    del self.wrong[next(iter(self.wrong))]
+            elif word in self.wrong:
+                self.wrong[word] += 1
+                if self.wrong[word] > self.options.rights:
+                    del self.wrong[word]
+
+    def _words(self, step: int) -> Iterator[Word]:
+        """Words of a step without end: new ones, and of those that were wrong a share."""
+        rng = np.random.default_rng([*seed_words(self.config.seed, step), 10])  # sets it apart from other streams
+        again, fresh = list(self.wrong), self._fresh(step)
+        while True:
+            repeats = again and rng.random() < self.options.again
+            yield again[rng.integers(len(again))] if repeats else next(fresh)
+
+    def _fresh(self, step: int) -> Iterator[Word]:
+        """Words of the training stream, by about as many at a time as a batch takes."""
+        task, config = self._task(self.longest), self.config
+        count = config.batch_size * (2 + 2 * self.options.row // (self._shortest + task.length))
+        for block in itertools.count():
+            sample = task.sample("train", count, seed=config.seed, index=step + block * config.steps)
+            sizes = (sample.tokens.numpy() != task.pad).sum(1).tolist()
+            for tokens, targets, size in zip(sample.tokens.tolist(), sample.targets.tolist(), sizes, strict=True):
+                yield Word(tuple(tokens[:size]), tuple(targets[:size]))

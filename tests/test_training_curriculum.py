@@ -1,0 +1,431 @@
+"""The curriculum: packing, growing lengths, wrong words again, its end; tests over ranges, and with sharpened gates."""
+
+import dataclasses
+import itertools
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from run_helpers import Stopped, run, seal, small_config, snapshot, without_measured
+
+from statemix import SequenceModel, TrainConfig
+from statemix.tasks import IGNORE_INDEX, Batch, build_task
+from statemix.tasks.base import in_split
+from statemix.training.config import CurriculumConfig, ModelConfig, OptimizerConfig
+from statemix.training.curriculum import Curriculum
+from statemix.training.evaluate import evaluate
+from statemix.training.pruning import dispensable, read_out, silence
+from statemix.training.regularization import Strengths, strengths
+
+X = IGNORE_INDEX
+WORDS = {"name": "permutation", "group": "S3", "seq_len": 9, "min_len": 2, "start": True, "scored": "last"}
+PAD, START = 6, 7
+
+
+def curriculum(seed=0, task=WORDS, batch_size=4, **options) -> Curriculum:
+    options = {"first": 3, "row": 20} | options
+    config = small_config(task=task, batch_size=batch_size, seed=seed, curriculum=CurriculumConfig(**options))
+    return Curriculum(config, build_task(config.task))
+
+
+def words_of(batch) -> list[tuple[list[int], list[int]]]:
+    """Tokens and targets of every word, the last of each row maybe cut."""
+    found = []
+    for tokens, targets, reset in zip(*(part.tolist() for part in batch), strict=True):
+        assert reset[0]
+        begins = [t for t, is_begin in enumerate(reset) if is_begin]
+        for begin, end in itertools.pairwise([*begins, len(tokens)]):
+            found.append((tokens[begin:end], targets[begin:end]))
+    return found
+
+
+def answered(batch, wrong=()) -> torch.Tensor:
+    """Predictions that are right but at the words of these tokens."""
+    predictions = batch.targets.clone()
+    for row, t in (batch.targets != X).nonzero().tolist():
+        begin = max(i for i in range(t + 1) if batch.reset[row, i])
+        if batch.tokens[row, begin : t + 1].tolist() in wrong:
+            predictions[row, t] += 1
+    return predictions
+
+
+# ---- packing
+
+
+@pytest.mark.parametrize("scored", ["every", "last"])
+def test_rows_are_full_of_words_and_the_last_is_cut(scored):
+    learner = curriculum(task=WORDS | {"scored": scored})
+    task = learner.task.with_lengths(2, 3)
+    seen = set()
+    for step in range(20):
+        batch = learner.batch(step)
+        assert batch.tokens.shape == batch.targets.shape == batch.reset.shape == (4, 20)
+        assert not (batch.tokens == PAD).any()
+        assert torch.equal(batch.reset, batch.tokens == START)
+        for tokens, targets in words_of(batch):
+            padded = np.array([tokens + [PAD] * (4 - len(tokens))])
+            if len(tokens) == 4 or (scored == "last" and targets[-1] != X):  # a word that was cut may be anyone's
+                assert in_split(padded, "train", PAD).all()
+                assert task.oracle(padded)[0, : len(tokens)].tolist() == targets
+                seen.add(len(tokens))
+    assert seen == ({3, 4} if scored == "last" else {4})
+
+
+def test_a_cut_word_has_no_answer_at_its_cut():
+    for step in range(20):
+        batch = curriculum(row=21).batch(step)
+        for tokens, targets in words_of(batch):
+            assert len(tokens) <= 4
+            assert targets[:-1] == [X] * (len(tokens) - 1)
+    ends = [targets[-1] for step in range(20) for _, targets in words_of(curriculum(row=21).batch(step))]
+    assert X in ends  # some are cut
+
+
+def test_a_batch_is_a_function_of_seed_step_and_state():
+    first = curriculum().batch(3)
+    assert all(map(torch.equal, first, curriculum().batch(3)))
+    others = [curriculum(seed=1).batch(3), curriculum().batch(4), curriculum(first=4).batch(3)]
+    assert not any(torch.equal(first.tokens, other.tokens) for other in others)
+
+
+# ---- lengths
+
+
+def test_lengths_grow_where_answers_are_right():
+    learner = curriculum(task=WORDS | {"seq_len": 40, "min_len": 1}, first=1, row=64, batch_size=2)
+    lengths = [learner.longest]
+    for step in range(400):
+        batch = learner.batch(step)
+        longest = max(len(tokens) - 1 for tokens, _ in words_of(batch))
+        assert longest <= learner.longest
+        learner.observe(batch.targets, batch.targets)
+        lengths.append(learner.longest)
+    stages = [(length, len(list(steps))) for length, steps in itertools.groupby(lengths)]
+    assert [length for length, _ in stages] == [1, 2, 3, 4, 5, 7, 9, 12, 16, 22, 30, 40]
+    # 1 - 0.9^n is above 0.95 from n = 29 on
+    assert {steps for _, steps in stages[1:-1]} == {29}
+    assert [task.seq_len for task in learner.tasks()] == [40]
+    assert [task.seq_len for task in curriculum(first=3).tasks()] == [3, 4, 5, 7, 9]
+
+
+def test_lengths_stay_where_answers_are_wrong():
+    learner = curriculum()
+    for step in range(60):
+        batch = learner.batch(step)
+        wrong = [tokens for tokens, _ in words_of(batch)][:3]
+        learner.observe(answered(batch, wrong), batch.targets)
+    assert learner.longest == 3
+    assert not learner.wrong  # they are of no use before the last length
+    scored = (batch.targets != X).sum()
+    right = (answered(batch, wrong) == batch.targets)[batch.targets != X].sum()
+    assert 0 < right < scored
+
+
+# ---- wrong words
+
+
+def test_a_wrong_word_comes_again_until_it_was_right_often_enough():
+    learner = curriculum(first=9, again=0.5, rights=3)
+    batch = learner.batch(0)
+    tokens, targets = words_of(batch)[0]
+    learner.observe(answered(batch, [tokens]), batch.targets)
+    assert [(list(word.tokens), list(word.targets)) for word in learner.wrong] == [(tokens, targets)]
+    again = words_of(learner.batch(1))
+    assert again.count((tokens, targets)) > 1
+    rights, step = 0, 1
+    while learner.wrong:
+        batch = learner.batch(step)
+        rights += words_of(batch).count((tokens, targets))
+        learner.observe(batch.targets, batch.targets)
+        step += 1
+    assert 4 <= rights < 20
+    assert step < 20
+
+
+def test_the_share_of_words_that_come_again():
+    learner = curriculum(first=9, again=0.25, batch_size=64, row=100)
+    batch = learner.batch(0)
+    wrong = [tokens for tokens, _ in words_of(batch)][:5]
+    learner.observe(answered(batch, wrong), batch.targets)
+    assert len(learner.wrong) == 5
+    words = [tokens for tokens, targets in words_of(learner.batch(1)) if targets[-1] != X]
+    assert sum(tokens in wrong for tokens in words) / len(words) == pytest.approx(0.25, abs=0.05)
+
+
+def test_the_oldest_wrong_words_give_way():
+    learner = curriculum(first=9, kept=3)
+    batch = learner.batch(0)
+    wrong = [tokens for tokens, targets in words_of(batch) if targets[-1] != X][:5]
+    assert len({tuple(tokens) for tokens in wrong}) == 5
+    learner.observe(answered(batch, wrong), batch.targets)
+    assert [list(word.tokens) for word in learner.wrong] == wrong[2:]
+
+
+# ---- the end
+
+
+def test_it_ends_after_batches_without_an_error():
+    learner = curriculum(first=9, quiet=4)
+    for step, right in enumerate([True, True, True, False, True, True, True]):
+        batch = learner.batch(step)
+        wrong = [] if right else [words_of(batch)[0][0]]
+        learner.observe(answered(batch, wrong), batch.targets)
+        assert not learner.has_ended
+    assert learner.figures() == {"longest": 9, "quiet": 3, "wrong_words": 1}
+    batch = learner.batch(7)
+    learner.observe(batch.targets, batch.targets)
+    assert learner.has_ended
+    assert not curriculum(first=9).has_ended
+
+
+def test_a_state_goes_through_json():
+    learner, other = curriculum(first=8), curriculum(first=8)
+    for step in range(60):
+        batch = learner.batch(step)
+        wrong = [words_of(batch)[0][0]] if step > 40 else []
+        learner.observe(answered(batch, wrong), batch.targets)
+    other.restore(json.loads(json.dumps(learner.state())))
+    assert (other.longest, other.quiet, other.accuracy) == (learner.longest, learner.quiet, learner.accuracy)
+    assert len(other.wrong) > 3
+    assert list(other.wrong.items()) == list(learner.wrong.items())
+    assert all(map(torch.equal, learner.batch(60), other.batch(60)))
+
+
+# ---- pruning
+
+
+class Blockwise:
+    """Two layers of four blocks, of which each layer's first or second is needed, and the layer's third."""
+
+    def __init__(self):
+        self.model = SequenceModel(3, 4, 2, {"name": "bd_lru", "num_blocks": 4, "block_size": 2})
+        for mixer in self.model.mixers:
+            read_out(mixer.output.weight.data, 4)[:] = 1
+
+    def __call__(self, tokens):
+        seen = [read_out(mixer.output.weight, 4).abs().sum((0, 1)) > 0 for mixer in self.model.mixers]
+        right = all(bool((s[0] | s[1]) & s[2]) for s in seen)
+        return torch.nn.functional.one_hot(torch.zeros_like(tokens) if right else tokens, 3).float(), ()
+
+    @property
+    def mixers(self):
+        return self.model.mixers
+
+
+def test_pruning_takes_away_all_that_is_not_needed():
+    batch = Batch(torch.tensor([[1, 2, 1]]), torch.tensor([[0, X, X]]))
+    ways = set()
+    for seed in range(12):
+        model = Blockwise()
+        before = [mixer.output.weight.clone() for mixer in model.mixers]
+        dead = dispensable(model, [batch, batch], seed)
+        assert all(map(torch.equal, before, [mixer.output.weight for mixer in model.mixers]))
+        for blocks in dead:
+            assert blocks in ([0, 3], [1, 3])
+        ways.add(str(dead))
+        silence(model, dead)
+        assert model(batch.tokens)[0].argmax(-1)[0, 0] == 0
+        assert dispensable(model, [batch], seed + 1) == [[blocks[0], 3] for blocks in dead]
+    assert len(ways) > 2  # the order is drawn
+    wrong = batch._replace(targets=torch.tensor([[0, 1, X]]))
+    assert dispensable(Blockwise(), [batch, wrong], 0) == [[], []]  # nothing where there are errors anyway
+
+
+# ---- runs
+
+WIDE = {"name": "bd_lru", "num_blocks": 6, "block_size": 3}
+
+
+def packed_config(**changes) -> TrainConfig:
+    small = {
+        "task": WORDS | {"group": "Z2", "seq_len": 6, "min_len": 1},
+        "model": ModelConfig(d_model=8),
+        "optimizer": OptimizerConfig(lr=0.02, final_lr=0.02, warmup=0.0),
+        "steps": 200,
+        "batch_size": 4,
+        "eval_every": 10,
+        "log_every": 5,
+        "curriculum": CurriculumConfig(first=3, row=32, growth=1.5, accuracy=0.9, quiet=12),
+        "row_entropy": 0.1,
+        "block_dropout": 0.25,
+        "sharpen": 100.0,
+        "test_lengths": ("7-30", 12),
+    }
+    return small_config(**small | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("curriculum") / "run", packed_config())
+
+
+def test_a_run_says_where_its_curriculum_is_and_ends_with_it(finished):
+    lines = [line for line in finished.metrics if "longest" in line]
+    assert [line["longest"] for line in lines] == sorted(line["longest"] for line in lines)
+    assert (lines[0]["longest"], lines[-1]["longest"]) == (3, 6)
+    assert lines[-1]["quiet"] == 12
+    assert lines[-1]["step"] == finished.summary["steps"] == finished.summary["best_step"] < 200
+    assert finished.metrics[-1]["valid_token_accuracy"] == finished.summary["valid"]["token_accuracy"]
+
+
+def test_the_tests_are_of_ranges_and_once_more_with_sharpened_gates(finished):
+    config = packed_config()
+    assert list(finished.summary["test"]) == list(finished.summary["sharpened"]) == ["7-30", "12"]
+    model = SequenceModel.load(finished.out / f"step-{finished.summary['best_step']}")
+    task = build_task(config.task).with_lengths(7, 30)
+    for key, factor in (("test", 1.0), ("sharpened", 100.0)):
+        model.mixers[0].sharpen(factor)
+        score = evaluate(model, task, "test", config.eval_sequences, 4)
+        assert finished.summary[key]["7-30"]["token_accuracy"] == score["token_accuracy"]
+        assert finished.summary[key]["7-30"]["loss"] == pytest.approx(score["loss"], rel=1e-5)
+    assert finished.summary["test"]["12"]["loss"] != finished.summary["sharpened"]["12"]["loss"]
+
+
+@pytest.mark.parametrize("stop_before", [11, 25, 38])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(finished, tmp_path, stop_before):
+    out = tmp_path / "run"
+    with pytest.raises(Stopped):
+        run(out, packed_config(), stop_before=stop_before)
+    result = run(out, packed_config())
+    assert [without_time(line) for line in result.metrics] == [without_time(line) for line in finished.metrics]
+    mine, theirs = snapshot(out), snapshot(finished.out)
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        if name.endswith(".safetensors"):
+            assert mine[name] == theirs[name], name
+        if name.endswith("train.json"):
+            assert without_measured(json.loads(mine[name])) == without_measured(json.loads(theirs[name]))
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    config = packed_config(curriculum=dataclasses.replace(packed_config().curriculum, prune=3), mixer=WIDE)
+    return config, run(tmp_path_factory.mktemp("pruned") / "run", config)
+
+
+def test_a_run_is_pruned_at_its_end_and_goes_on(pruned):
+    _, result = pruned
+    lines = [line for line in result.metrics if "longest" in line]
+    with_dead = [line for line in lines if "dead_blocks" in line]
+    assert len(lines) > len(with_dead) >= 12 // 5
+    [dead] = {line["dead_blocks"] for line in with_dead}
+    assert dead > 0
+    assert result.summary["blocks"] == [6 - dead]
+    assert (lines[-1]["quiet"], lines[-1]["step"]) == (12, result.summary["best_step"])
+    model = SequenceModel.load(result.out / f"step-{result.summary['best_step']}")
+    seen = read_out(model.mixers[0].output.weight, 6).abs().sum((0, 1))
+    assert int((seen == 0).sum()) == dead
+
+
+def test_a_pruned_run_that_was_stopped_ends_as_one_that_was_not(pruned, tmp_path):
+    config, result = pruned
+    last = result.summary["steps"]
+    for stop_before in (last - 2, last - 14):
+        out = tmp_path / str(stop_before)
+        with pytest.raises(Stopped):
+            run(out, config, stop_before=stop_before)
+        again = run(out, config)
+        assert [without_time(line) for line in again.metrics] == [without_time(line) for line in result.metrics]
+
+
+def without_time(line):
+    return {key: value for key, value in line.items() if key != "tokens_per_s"}
+
+
+def test_a_checkpoint_without_its_curriculum_is_refused(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(Stopped):
+        run(out, packed_config(), stop_before=11)
+    path = out / "step-10" / "train.json"
+    saved = json.loads(path.read_text())
+    assert saved.pop("curriculum")["longest"] >= 3
+    path.write_text(json.dumps(saved))
+    seal(out / "step-10")
+    with pytest.raises(ValueError, match=r"step-10.train\.json.*`curriculum` is missing"):
+        run(out, packed_config())
+
+
+def test_what_presses_on_a_step_follows_the_curriculum():
+    config = packed_config()
+    learner = Curriculum(config, build_task(config.task))
+    assert strengths(config, 199, learner) == Strengths(hidden=0.25, entropy=0.1)
+    learner.longest = 6
+    assert strengths(config, 0, learner) == Strengths(hidden=0.0, entropy=0.1)
+    assert strengths(config, 0, None) == Strengths(hidden=0.25, entropy=0.0)
+    assert strengths(config, 150, None) == Strengths(hidden=0.0, entropy=0.05)
+
+
+# ---- config
+
+
+def test_configs_without_a_curriculum_are_written_as_before():
+    text = TrainConfig().to_json()
+    assert "curriculum" not in text
+    assert "sharpen" not in text
+    assert "min_len" not in text
+    config = packed_config()
+    assert TrainConfig.from_json(config.to_json()) == config
+    assert '"start"' in TrainConfig(task={"name": "parity", "start": True}).to_json()
+    assert '"start"' not in TrainConfig(task={"name": "parity"}).to_json()
+
+
+LSTM = {"name": "lstm", "hidden_size": 4}
+BAD = [
+    (
+        {"curriculum": CurriculumConfig(first=3, row=6)},
+        "`curriculum.row` must be at least the longest word, 7 tokens, got 6.",
+    ),
+    ({"task": {"name": "permutation"}}, "permutation: `min_len` must be set for words of many lengths, which it pads."),
+    ({"task": {"name": "memorization"}}, "memorization: its sequences have one length, not those of a range."),
+    (
+        {"train_lengths": (4,)},
+        "`curriculum.first` must be None with `train_lengths`, `train_sequences` or `carry`, got 3.",
+    ),
+    (
+        {"train_sequences": 4},
+        "`curriculum.first` must be None with `train_lengths`, `train_sequences` or `carry`, got 3.",
+    ),
+    (
+        {"mixer": LSTM, "curriculum": CurriculumConfig(first=1, quiet=2, prune=2), "row_entropy": 0.0},
+        "`curriculum.prune` must be None for a mixer without blocks, got 2.",
+    ),
+    ({"sharpen": 0.0}, "`sharpen` must be above 0 and finite, got 0.0."),
+    (
+        {"mixer": LSTM, "row_entropy": 0.0, "block_dropout": 0.0},
+        "`sharpen` must be None for a mixer without rows of softmax, got 100.0.",
+    ),
+    ({"test_lengths": ("9-8",)}, "`test_lengths` must end where they begin or later, got '9-8'."),
+    ({"test_lengths": ("8",)}, "`test_lengths` must be numbers or ranges such as \"40-256\", got '8'."),
+    ({"test_lengths": ("0-8",)}, "`test_lengths` must be all at least 1, got ('0-8',)."),
+]
+
+
+@pytest.mark.parametrize(("changes", "text"), BAD)
+def test_bad_configs(changes, text):
+    base = {"test_lengths": ()} if "task" in changes else {}
+    with pytest.raises(ValueError, match=f"{re.escape(text)}$"):
+        packed_config(**base | changes)
+
+
+BAD_CURRICULA = [
+    ({"first": 0}, ValueError, "`curriculum.first` must be at least 1, got 0."),
+    ({"first": 1.5}, TypeError, "`curriculum.first` must be of type int | None, got 1.5."),
+    ({"first": 1, "growth": 1.0}, ValueError, "`curriculum.growth` must be above 1 and finite, got 1.0."),
+    ({"first": 1, "accuracy": 1.0}, ValueError, "`curriculum.accuracy` must be in (0, 1), got 1.0."),
+    ({"first": 1, "again": 1.0}, ValueError, "`curriculum.again` must be in [0, 1), got 1.0."),
+    ({"first": 1, "kept": 0}, ValueError, "`curriculum.kept` must be at least 1, got 0."),
+    ({"first": 1, "quiet": 0}, ValueError, "`curriculum.quiet` must be at least 1, got 0."),
+    ({"first": 1, "prune": 0, "quiet": 3}, ValueError, "`curriculum.prune` must be at least 1, got 0."),
+    ({"first": 1, "prune": 3}, ValueError, "`curriculum.prune` must be None without `curriculum.quiet`, got 3."),
+    ({"quiet": 4}, ValueError, "`curriculum.quiet` must be None without `curriculum.first`, got 4."),
+    ({"row": 99}, ValueError, "`curriculum.row` must be 256 without `curriculum.first`, got 99."),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "text"), BAD_CURRICULA)
+def test_bad_curricula(options, error, text):
+    with pytest.raises(error, match=f"^{re.escape(f'TrainConfig: {text}')}$"):
+        CurriculumConfig(**options)
+    assert dataclasses.replace(CurriculumConfig(first=1), growth=2.0).growth == 2.0
