@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from statemix.analysis import Automaton
 from statemix.text.tokenizer import Tokenizer
 
 IGNORE_INDEX = -100  # a target that is not scored
@@ -91,6 +92,17 @@ class Task(ABC):
     def fingerprint(self) -> str | None:
         """Of the data, if they are read: a run goes on with the same data alone. None: the options determine them."""
         return None
+
+    def automaton(self) -> Automaton:
+        """What says the targets of the task's words at every length, its tokens as columns.
+
+        Where the last position alone is scored, each at which a word may end has its output. Lengths that a task leaves
+        out, such as the shortest, are words too.
+
+        Raises:
+            ValueError: there is no finite one.
+        """
+        raise ValueError(f"{self.name}: no finite automaton says its targets at every length.")
 
     def with_seq_len(self, seq_len: int) -> Self:
         """The same task at another length."""

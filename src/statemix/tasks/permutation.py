@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from statemix.analysis import NONE, Automaton
 from statemix.tasks.base import IGNORE_INDEX, Task, Tokens
 
 Table = np.ndarray[tuple[int, int], np.dtype[np.int16]]
@@ -72,10 +73,22 @@ class PermutationComposition(Task):
         """One in the number of elements of the group."""
         return 1 / len(group_table(self.group))
 
+    @property
+    def inputs(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """The elements that are tokens."""
+        return np.arange(len(group_table(self.group))) if self.generators == "all" else _transpositions(self.group)
+
+    def automaton(self) -> Automaton:
+        """The products are the states, the identity the first; see `Task.automaton`."""
+        table, inputs = group_table(self.group), self.inputs
+        transitions = np.full((len(table), self.vocab_size), NONE)
+        transitions[:, inputs] = table[:, inputs]
+        automaton = Automaton(transitions, transitions)
+        return automaton.preceded_by(len(table)) if self.start else automaton
+
     def generate(self, rng: np.random.Generator, count: int, split: str) -> Tokens:
         """Uniform over the group, or over its transpositions."""
-        size = len(group_table(self.group))
-        inputs = np.arange(size) if self.generators == "all" else _transpositions(self.group)
+        size, inputs = len(group_table(self.group)), self.inputs
         tokens = inputs[rng.integers(len(inputs), size=(count, self.seq_len))]
         return np.pad(tokens, ((0, 0), (1, 0)), constant_values=size) if self.start else tokens
 

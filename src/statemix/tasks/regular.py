@@ -6,6 +6,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
+from statemix.analysis import NONE, Automaton
 from statemix.tasks.base import IGNORE_INDEX, Task, Tokens
 
 SCORED = ("every", "last")
@@ -78,6 +79,13 @@ class Counter(VariableLength):
     def chance(self) -> float:
         """One in the number of states."""
         return 1 / self.num_states
+
+    def automaton(self) -> Automaton:
+        """The sums are the states, zero the first; see `Task.automaton`."""
+        states, inputs = np.arange(self.num_states)[:, None], np.arange(self.num_inputs)[None]
+        transitions = np.full((self.num_states, self.vocab_size), NONE)
+        transitions[:, : self.num_inputs] = (states + self.increments(inputs)) % self.num_states
+        return Automaton(transitions, transitions)
 
     def generate(self, rng: np.random.Generator, count: int, split: str) -> Tokens:
         """Uniform inputs and padding."""
