@@ -8,6 +8,8 @@ import pytest
 from automata.fa.dfa import DFA
 
 from statemix.analysis import NONE, Automaton
+from statemix.report.automata import draw_automaton
+from statemix.style import render
 from statemix.tasks import TASKS, CycleNavigation, ModularCounting, Parity, PermutationComposition, build_task
 
 PARITY = Automaton([[-1, -1, 1], [1, 2, -1], [2, 1, -1]], [[-1, -1, -1], [0, 1, -1], [1, 0, -1]])
@@ -166,6 +168,28 @@ def test_an_automaton_of_a_task_is_minimal(task):
 def test_tasks_without_a_finite_automaton(name):
     with pytest.raises(ValueError, match=f"^{name}: no finite automaton says its targets at every length.$"):
         build_task({"name": name}).automaton()
+
+
+# ---- pictures
+
+
+def test_a_small_one_is_a_graph():
+    (axes,) = draw_automaton(PARITY).axes
+    arrows = {(tuple(np.round(p._posA_posB, 6).flatten()), p.get_linestyle()) for p in axes.patches}
+    assert len(arrows) == len(axes.patches) == 3
+    texts = [text.get_text() for text in axes.texts]
+    assert sorted(texts) == sorted(["0", "1", "2", "2", "1: 1", "1: 0", "stays\n0: 0", "stays\n0: 1"])
+    assert render(axes.figure, "png").startswith(b"\x89PNG")
+
+
+def test_a_large_one_is_a_table():
+    automaton = PermutationComposition(group="S4", start=True).automaton().in_order()
+    figure = draw_automaton(automaton)
+    (image,) = figure.axes[0].images
+    shown = image.get_array()
+    assert (shown.mask == (automaton.transitions == NONE)).all()
+    assert (shown.filled(NONE) == automaton.transitions).all()
+    assert render(figure, "png").startswith(b"\x89PNG")
 
 
 # ---- bad input
