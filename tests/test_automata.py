@@ -10,7 +10,16 @@ from automata.fa.dfa import DFA
 from statemix.analysis import NONE, Automaton
 from statemix.report.automata import draw_automaton
 from statemix.style import render
-from statemix.tasks import TASKS, CycleNavigation, ModularCounting, Parity, PermutationComposition, build_task
+from statemix.tasks import (
+    TASKS,
+    CycleNavigation,
+    ModularCounting,
+    Parity,
+    PermutationComposition,
+    RandomAutomaton,
+    build_task,
+)
+from statemix.tasks.random_automaton import drawn_automaton
 
 PARITY = Automaton([[-1, -1, 1], [1, 2, -1], [2, 1, -1]], [[-1, -1, -1], [0, 1, -1], [1, 0, -1]])
 FINITE = [
@@ -18,6 +27,8 @@ FINITE = [
     Parity(scored="last"),
     ModularCounting(modulus=4),
     CycleNavigation(),
+    RandomAutomaton(),
+    RandomAutomaton(num_states=32, num_symbols=4, number=3, scored="last", start=True),
     PermutationComposition(group="S3"),
     PermutationComposition(group="A4xZ2", start=True),
     PermutationComposition(group="S4", generators="transpositions", start=True),
@@ -162,6 +173,64 @@ def test_the_automaton_of_a_task_says_its_targets(task):
 def test_an_automaton_of_a_task_is_minimal(task):
     automaton = task.automaton()
     assert len(automaton.minimal().transitions) == len(automaton.transitions)
+
+
+@pytest.mark.parametrize(("states", "symbols"), [(2, 2), (4, 3), (8, 2), (16, 4), (32, 3)])
+def test_a_drawn_automaton_needs_all_of_its_states(states, symbols):
+    """As another library counts the states of the language of its words and what they say, but for the empty word."""
+    tables = set()
+    for draw in range(5):
+        automaton = drawn_automaton(states, symbols, draw)
+        assert len(as_dfa(automaton).minify().states) == states
+        assert set(automaton.outputs.flatten().tolist()) == {0, 1}
+        for state in range(states):  # what it says is of the state after
+            assert len(set(automaton.outputs[automaton.transitions == state].tolist())) <= 1
+        assert drawn_automaton.__wrapped__(states, symbols, draw).transitions.tolist() == automaton.transitions.tolist()
+        tables.add(str(automaton.transitions.tolist()))
+    assert len(tables) > 1
+
+
+def naive_words(task: RandomAutomaton, row: list[int]) -> list[int]:
+    """The targets of a row, by its automaton, token by token."""
+    automaton, targets, state = drawn_automaton(task.num_states, task.num_symbols, task.number), [], 0
+    real = [token < task.num_symbols for token in row]
+    for t, token in enumerate(row):
+        targets.append(-100)
+        if real[t]:
+            if task.scored == "every" or not any(real[t + 1 :]):
+                targets[t] = int(automaton.outputs[state, token])
+            state = int(automaton.transitions[state, token])
+    return targets
+
+
+@pytest.mark.parametrize("scored", ["every", "last"])
+@pytest.mark.parametrize("start", [False, True])
+def test_targets_of_drawn_automata(scored, start):
+    task = RandomAutomaton(seq_len=12, num_states=5, num_symbols=3, number=7, scored=scored, start=start)
+    tokens, targets, _ = task.sample("train", 200)
+    assert tokens.shape == (200, 12 + start)
+    assert targets.tolist() == [naive_words(task, row) for row in tokens.tolist()]
+    assert (tokens[:, 0] == task.vocab_size - 1).all() == start
+    sizes = (tokens < 3).sum(1)
+    assert (int(sizes.min()), int(sizes.max())) == (3, 12)
+    assert not ((tokens[:, :-1] == task.pad) & (tokens[:, 1:] < 3)).any()  # the padding is behind
+
+
+BAD_TASKS = [
+    ({"num_states": 1}, ValueError, "`num_states` must be at least 2, got 1."),
+    ({"num_states": 33}, ValueError, "`num_states` must be at most 32, got 33."),
+    ({"num_symbols": 1}, ValueError, "`num_symbols` must be at least 2, got 1."),
+    ({"number": -1}, ValueError, "`number` must be at least 0, got -1."),
+    ({"number": "0"}, TypeError, "`number` must be an int, got '0'."),
+    ({"start": 1}, TypeError, "`start` must be True or False, got 1."),
+    ({"scored": "first"}, ValueError, "`scored` must be one of ['every', 'last'], got 'first'."),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "text"), BAD_TASKS, ids=[str(case[0]) for case in BAD_TASKS])
+def test_bad_draws(options, error, text):
+    with pytest.raises(error, match="^" + re.escape(f"random-automaton: {text}") + "$"):
+        RandomAutomaton(**options)
 
 
 @pytest.mark.parametrize("name", INFINITE)

@@ -54,6 +54,7 @@ def test_the_registry():
         "modular-counting",
         "cycle-navigation",
         "modular-arithmetic",
+        "random-automaton",
         "text",
     ]
     for name, task in TASKS.items():
@@ -172,6 +173,7 @@ PINNED = {
     "modular-counting": "987185e345a2ad5d",
     "cycle-navigation": "d0043de777d7ad82",
     "modular-arithmetic": "a1380f50ca95b7ba",
+    "random-automaton": "0f673929e86004f7",
 }
 
 
@@ -207,6 +209,7 @@ SMALL = {  # so few sequences that all are drawn again and again
     "modular-counting": {"seq_len": 5, "modulus": 3},
     "cycle-navigation": {"seq_len": 5},
     "modular-arithmetic": {"seq_len": 7, "modulus": 2},
+    "random-automaton": {"seq_len": 7},
 }
 
 

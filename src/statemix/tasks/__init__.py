@@ -11,6 +11,7 @@ from statemix.tasks.memorization import Memorization
 from statemix.tasks.modular_arithmetic import ModularArithmetic
 from statemix.tasks.permutation import PermutationComposition
 from statemix.tasks.presets import PRESETS, Setting, settings
+from statemix.tasks.random_automaton import RandomAutomaton
 from statemix.tasks.regular import CycleNavigation, ModularCounting, Parity
 from statemix.tasks.selective_copying import SelectiveCopying
 from statemix.tasks.text import Text
@@ -29,6 +30,7 @@ TASKS: dict[str, type[Task]] = {
         ModularCounting,
         CycleNavigation,
         ModularArithmetic,
+        RandomAutomaton,
         Text,
     )
 }
@@ -65,6 +67,7 @@ __all__ = [
     "NoisyInContextRecall",
     "Parity",
     "PermutationComposition",
+    "RandomAutomaton",
     "Score",
     "SelectiveCopying",
     "Setting",
