@@ -14,7 +14,7 @@ from statemix import SequenceModel, TrainConfig, cli
 from statemix.analysis import NONE, Automaton
 from statemix.model import MODEL
 from statemix.tasks import PermutationComposition
-from statemix.verify import WrongWord, explore, verify, write_verdict
+from statemix.verify import WRONG_STATES, WrongWord, explore, verify, write_verdict
 
 ONE_HOT = 1000.0  # raw gates that far above the others
 
@@ -251,8 +251,9 @@ def test_more_states_than_asked_for():
 
 def test_a_word_that_was_met_is_wrong_whatever_is_beyond():
     model = solved_model(3, gap=0.2)  # it leaks: states never come again, and in the end it errs
-    verdict = explore(model, task(3).automaton(), max_states=3000)
+    verdict = explore(model, task(3).automaton())
     assert (verdict.outcome, verdict.automaton) == ("differs", None)
+    assert WRONG_STATES < verdict.states < 2 * WRONG_STATES  # it does not go on to the end
     word, target, said = verdict.wrong
     state = None
     with torch.no_grad():

@@ -37,6 +37,7 @@ from statemix.training.config import TrainConfig
 from statemix.training.regularization import row_entropies
 
 MAX_STATES = 100_000
+WRONG_STATES = 2_000  # after an error the search goes on as far as this, for the automaton of a small wrong model
 VERDICT_FILE = "verify.json"
 
 
@@ -54,8 +55,7 @@ class Verdict:
 
     states: pairs of a model's and the task's states that were visited.
     wrong: the shortest wrong word, the first of them in the order of their tokens; None if none was met.
-    automaton: the least one that says what the model says where the task scores; None if there are more states than
-        were asked for.
+    automaton: the least one that says what the model says where the task scores; None if not all states were visited.
     """
 
     states: int
@@ -89,11 +89,13 @@ def explore(model: SequenceModel, task: Automaton, *, max_states: int = MAX_STAT
     tokens = task.transitions.shape[1]
     if tokens != model.config["vocab_size"]:
         raise ValueError(f"explore: `task` must be of the model's {model.config['vocab_size']} tokens, got {tokens}.")
-    search = _Search(model, task)
-    while search.pending and len(search.pairs) <= max_states:
+    search, most = _Search(model, task), max_states
+    while search.pending and len(search.pairs) <= most:
         search.advance()
-    if len(search.pairs) > max_states:
-        return Verdict(max_states, search.wrong, None)
+        if search.wrong is not None:
+            most = min(max_states, WRONG_STATES)
+    if search.pending or len(search.pairs) > max_states:
+        return Verdict(min(len(search.pairs), max_states), search.wrong, None)
     return Verdict(len(search.pairs), search.wrong, search.automaton().minimal())
 
 
