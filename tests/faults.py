@@ -592,9 +592,17 @@ FAULTS = (
         name="two states of the model whose first layers agree are one",
         file="src/statemix/verify.py",
         old="[part.flatten(1) for part in state]",
-        new="[state[0].flatten(1)]",
+        new="[state[0].flatten(1)] + [0 * part.flatten(1) for part in state[1:]]",
         tests="tests/test_verify.py",
         select="all_layers",
+    ),
+    Fault(
+        name="only blocks whose every weight is there are read",
+        file="src/statemix/verify.py",
+        old=".any(0).any(0)",
+        new=".all(0).all(0)",
+        tests="tests/test_verify.py",
+        select="never_read or all_layers",
     ),
     Fault(
         name="a model is right where the task does not score",

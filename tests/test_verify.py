@@ -28,7 +28,7 @@ def solved_model(n: int, blocks: int = 1, layers: int = 1, *, gap: float = ONE_H
     """A model that follows S_n behind a start token, written down: h_t[i] = h_{t-1}[x_t[i]], h_0 = (1, ..., n).
 
     So h_t[i] = p[i] + 1 for the product p of all tokens, and of all permutations q it is p for which
-    sum_i h_t[i] (q[i] + 1) is largest. A second layer remembers the last token and is not read.
+    sum_i h_t[i] (q[i] + 1) is largest. A second layer remembers the last token, for which the head has no weight.
 
     Args:
         n: of S_n.
@@ -62,6 +62,7 @@ def solved_model(n: int, blocks: int = 1, layers: int = 1, *, gap: float = ONE_H
             second = model.layers[1].mixer
             second.raw_gates.projection.bias.view(n, n + 1, blocks)[:, n] = ONE_HOT
             second.values.weight.view(n, blocks, -1)[0, 0, :tokens] = torch.arange(1.0, tokens + 1)
+            second.output.weight[0, 0] = 1
     return model
 
 
@@ -146,6 +147,23 @@ def test_the_states_of_all_layers_count():
     assert verdict.outcome == "equal"
     assert verdict.states == 1 + 1 + 6 * 6
     assert len(verdict.automaton.transitions) == 7
+
+
+@pytest.mark.parametrize(("block", "read", "states"), [(1, False, 7), (1, True, 1 + 1 + 6 * 6), (None, True, 7)])
+def test_blocks_that_are_never_read_have_no_states(block, read, states):
+    """A block that holds the last token is one state more for each, unless the read-out has no weight for it."""
+    model = solved_model(3, 2)
+    mixer = model.layers[0].mixer
+    with torch.no_grad():
+        if block is not None:
+            gates = mixer.raw_gates.projection
+            gates.weight.view(3, 4, 2, -1)[:, :, block] = 0
+            gates.bias.view(3, 4, 2)[:, 3, block] = ONE_HOT
+            mixer.values.weight.view(3, 2, -1)[0, block] = torch.arange(10.0)
+            mixer.output.weight.view(-1, 3, 2)[:, :, block] = 0
+            mixer.output.weight.view(-1, 3, 2)[0, 0, block] = float(read)  # the head has no weight for this
+    verdict = explore(model, task(3).automaton())
+    assert (verdict.outcome, verdict.states) == ("equal", states)
 
 
 @pytest.mark.parametrize("hooked", [False, True])

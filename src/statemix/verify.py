@@ -5,7 +5,8 @@ makes of its input. softmax rows are one-hot in floating point once the largest 
 the others, as after `sharpen`. So the states of a first layer hold nothing but zeros and values of single tokens, which
 are finitely many; then its outputs are, and so the inputs and the states of the next layer. The search assumes none of
 this: it steps the float program itself, with the very kernels that decode, and takes states for one where all their
-bits are. One-hot rows are why it comes to an end.
+bits are. One-hot rows are why it comes to an end. Only what a layer's read-out has no weight for is left out of them: a
+block acts on no other, so that no answer depends on one that is never read.
 
 What it visits are pairs: the states of all layers, and the state in which the task's automaton is after the same word.
 Each transition of a pair is taken once (the product construction), so that an error at any word of any length is an
@@ -112,7 +113,8 @@ class _Search:
         self.pending: deque[tuple[int, int]] = deque()  # numbers of pairs, and a token that may come
         self.taken: list[tuple[int, int, int, int]] = []  # these two, what is said, and the pair after
         self._numbers: dict[tuple[bytes, int], int] = {}
-        self._number(_pack(zero_state(model, 1))[0], task.start, (NONE, NONE))
+        self._read = _read(model)
+        self._number(self._pack(zero_state(model, 1))[0], task.start, (NONE, NONE))
 
     def advance(self) -> None:
         """Take some transitions."""
@@ -123,7 +125,7 @@ class _Search:
         if not logits.isfinite().all():
             raise RuntimeError("explore: the model's logits are not finite: its training diverged or a weight is NaN.")
         for (number, token), (_, state), said, after in zip(
-            batch, before, logits.argmax(-1).tolist(), _pack(decoder.state), strict=True
+            batch, before, logits.argmax(-1).tolist(), self._pack(decoder.state), strict=True
         ):
             target = int(self.task.outputs[state, token])
             if self.wrong is None and target not in (NONE, said):
@@ -138,6 +140,11 @@ class _Search:
         before, token, said, after = np.array(self.taken, dtype=np.int64).reshape(-1, 4).T
         transitions[before, token], outputs[before, token] = after, said
         return Automaton(transitions, outputs)
+
+    def _pack(self, state: State) -> list[bytes]:
+        """The bits of each row of a state, of all layers together, without what is never read."""
+        rows = torch.cat([part.flatten(1) for part in state], dim=1).masked_fill(~self._read, 0).numpy()
+        return [row.tobytes() for row in rows]
 
     def _number(self, state: bytes, of_task: int, came_by: tuple[int, int]) -> int:
         """The number of a pair; one that is new is put behind the others, with all that may come there."""
@@ -159,14 +166,23 @@ class _Search:
         return tuple(reversed(word))
 
 
-def _pack(state: State) -> list[bytes]:
-    """The bits of each row of a state, of all layers together."""
-    rows = torch.cat([part.flatten(1) for part in state], dim=1).numpy()
-    return [row.tobytes() for row in rows]
+def _read(model: SequenceModel) -> Tensor:
+    """Which numbers of a state, of all layers together, may be read: not those of blocks without a weight.
+
+    Rows of gates that are normalised keep such a block finite, and what is finite has no part in a sum where its weight
+    is zero.
+    """
+    parts = []
+    for mixer in model.mixers:
+        read = torch.ones(mixer.state_shape, dtype=torch.bool)
+        if isinstance(mixer, LinearRecurrence) and mixer.normalization != "none":
+            read &= (mixer.output.weight.unflatten(1, (-1, mixer.state_shape[1])) != 0).any(0).any(0)
+        parts.append(read.flatten())
+    return torch.cat(parts)
 
 
 def _unpack(rows: Sequence[bytes], model: SequenceModel) -> State:
-    """The state whose rows `_pack` has read."""
+    """The state whose rows were packed."""
     dtype = zero_state(model, 1)[0].dtype
     numbers = torch.frombuffer(bytearray(b"".join(rows)), dtype=dtype).view(len(rows), -1)
     parts = numbers.split([mixer.state_size for mixer in model.mixers], dim=1)
