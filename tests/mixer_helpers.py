@@ -29,11 +29,14 @@ SPECS = {
     "gated_delta_net": {"name": "gated_delta_net", "head_dim": 3, "num_heads": 2, "chunk_size": 5},
     "delta_product": {"name": "delta_product", "head_dim": 8, "num_heads": 2, "rank": 3, "chunk_size": 4},
     "delta_product gated": {"name": "delta_product", "head_dim": 8, "num_heads": 1, "gated": True, "conv_size": 0},
+    "pd_ssm": {"name": "pd_ssm", "num_channels": 5, "dictionary_size": 3, "chunk_size": 4},
+    "pd_ssm soft": {"name": "pd_ssm", "num_channels": 4, "expand": 1, "one_hot": False},
     "attention": {"name": "attention", "head_dim": 4, "num_heads": 2, "context": 5},
     "attention W=2": {"name": "attention", "head_dim": 2, "num_heads": 3, "context": 2},
     "attention W=30": {"name": "attention", "head_dim": 2, "num_heads": 3, "context": 30},  # more than steps
 }
 SCANNED = [name for name, spec in SPECS.items() if spec["name"] in ("bd_lru", "h_lru")]
+STRAIGHT_THROUGH = ("pd_ssm",)  # its gradient is that of another function
 each_mixer = pytest.mark.parametrize("mixer", SPECS)
 # Chunks and windows sum over time, too, in another order, and a norm divides by what may be small.
 CHUNKED = (MLSTM, Mamba2, DeltaProduct, Attention)
@@ -53,6 +56,8 @@ def build(name: str, generator: torch.Generator, dtype: torch.dtype = torch.floa
             mixer.log_nu[::2] = -7
         elif name == "mlstm":
             mixer.gates.bias[-1] = 6  # the forget gate
+        elif name.startswith("pd_ssm"):
+            mixer.magnitude[-1].bias[::2] = 7
         elif getattr(mixer, "decay", None) is not None:
             mixer.decay.rate[::2] = -7
         elif name in SCANNED:

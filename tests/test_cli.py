@@ -103,12 +103,16 @@ def test_usage(capsys):
         status, text, _ = call(capsys, *arguments)
         assert status == expected
         assert "usage: statemix COMMAND" in text
-        assert re.findall(r"^  (\w+) ", text, re.MULTILINE) == ["train", "sweep", "generate", "report", "bench", "info"]
+        commands = ["train", "sweep", "generate", "report", "verify", "bench", "info"]
+        assert re.findall(r"^  (\w+) ", text, re.MULTILINE) == commands
 
 
 WRONG_CALLS = [
-    ("tran", r"COMMAND must be one of \['bench', 'generate', 'info', 'report', 'sweep', 'train'\], got 'tran'"),
-    ("--steps 5", r"COMMAND must be one of \[.*'train'\], got '--steps'"),
+    (
+        "tran",
+        r"COMMAND must be one of \['bench', 'generate', 'info', 'report', 'sweep', 'train', 'verify'\], got 'tran'",
+    ),
+    ("--steps 5", r"COMMAND must be one of \[.*'train', 'verify'\], got '--steps'"),
     ("info now", r"Unrecognized options: now"),
     ("info --budget 5", r"info: `--budget`, `--what` and `--d-model` are of `--sizes`\."),
     ("info --sizes --what speed", r"invalid choice 'speed' for argument '--what'"),

@@ -3,12 +3,14 @@
 import csv
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 
-from statemix import TrainConfig
+from statemix import TrainConfig, train
+from statemix.runs.read import find_runs
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"
@@ -82,6 +84,27 @@ def test_the_page_shows_the_plain_tables_too(results):
 def test_the_page_shows_the_measured_speeds(results):
     page, content = results["fill"]("efficiency", results["align"](results["efficiency"](), markdown=True))
     assert content == page.read_text(), "run `make results`"
+
+
+def test_an_automaton_is_verified_once(tmp_path):
+    automata = runpy.run_path(str(EXPERIMENTS / "automata.py"), run_name="automata")
+    made = automata["configs"]("quick")
+    assert sum(label.startswith("BD-LRU, 32 states") for label in made) >= 20
+    assert len({config.to_json() for config in made.values()}) == len(made)
+    own = {"name": "bd_lru", "num_blocks": 2, "block_size": 3}
+    config = replace(automata["recipe"](4, 1, own, one_hot=True), steps=2, batch_size=4, eval_sequences=4)
+    train(config, tmp_path, progress=False)
+    (run,) = find_runs([tmp_path])
+    row = automata["verified"](run)
+    assert (row["outcome"], row["seed"]) == ("differs", 1)
+    written = tmp_path / "verify.json"
+    kept = written.read_text().replace('"differs"', '"equal"')
+    written.write_text(kept)  # what is there already is not made again
+    again = automata["verified"](run)
+    assert again == row | {"outcome": "equal"}
+    assert written.read_text() == kept
+    assert automata["table"]([row, again])[1:] == [["bd_lru", "4", "2", "1", "0.50 (0.09-0.91)", "1", "0", "0"]]
+    assert automata["wilson"](0, 20) == (0, pytest.approx(0.161, abs=1e-3))
 
 
 def test_every_measured_picture_has_the_samples_it_is_drawn_from():

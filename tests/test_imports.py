@@ -37,7 +37,7 @@ ALLOWED = {
     # NVIDIA's bindings it imports at the first call; the test of what `import statemix` asks for holds that
     f"{SCAN}.gpu": ("statemix.gates", f"{SCAN}.problem", f"{SCAN}.gpu", KERNELS),
     "statemix.text": (TEXT, "statemix.files", "statemix.records"),
-    "statemix.tasks": ("statemix.tasks", "statemix.specs", TEXT),
+    "statemix.tasks": ("statemix.tasks", "statemix.analysis", "statemix.specs", TEXT),
     "statemix.analysis": ("statemix.analysis", "statemix.gates"),
     "statemix.mixers": (
         "statemix.mixers",

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from helpers import TOLERANCE, assert_close, relative_error
 from mixer_helpers import D, build, normal, random_reset, start
 from torch import Tensor
 
-from statemix.mixers import LRU, MLSTM, Attention, DeltaNet, DeltaProduct, GatedDeltaNet, Mamba2, Mixer
+from statemix.mixers import LRU, MLSTM, PDSSM, Attention, DeltaNet, DeltaProduct, GatedDeltaNet, Mamba2, Mixer
 from statemix.mixers.chunks import delta_scan
 
 Arrays = dict[str, np.ndarray]
@@ -158,6 +159,32 @@ def delta(weights: Arrays, x, state, reset, heads, width, columns, rank, top):
     return np.stack(ys), np.concatenate([memory.ravel(), recent.ravel()])[None]
 
 
+def pd_ssm(weights: Arrays, x, state, reset, one_hot):
+    """Component by component: where the column of each is largest it is added, or everywhere by its softmax."""
+    h = state[0] + 1j * state[1]
+    n = len(h)
+
+    def network(name, row):
+        inner = weights[f"{name}.0.weight"] @ row + weights[f"{name}.0.bias"]
+        inner = inner * (1 + np.array([math.erf(z / math.sqrt(2)) for z in inner])) / 2
+        return sigmoid(weights[f"{name}.2.weight"] @ inner + weights[f"{name}.2.bias"])
+
+    b = weights["values.weight"][:n] + 1j * weights["values.weight"][n:]
+    ys = []
+    for x_t, clear in zip(x, reset, strict=True):
+        chosen = np.exp(weights["selector.weight"] @ x_t)
+        matrix = sum(w * each for w, each in zip(chosen / chosen.sum(), weights["dictionary"], strict=True))
+        turned = network("magnitude", x_t) * np.exp(2j * np.pi * network("phase", x_t)) * (0 if clear else h)
+        h = b @ x_t
+        for j in range(n):
+            if one_hot:
+                h[matrix[:, j].argmax()] += turned[j]
+            else:
+                h += np.exp(matrix[:, j]) / np.exp(matrix[:, j]).sum() * turned[j]
+        ys.append(weights["output.weight"] @ np.concatenate([h.real, h.imag]) + weights["skip"] * x_t)
+    return np.stack(ys), np.stack([h.real, h.imag])
+
+
 def attention(weights: Arrays, x, state, reset, heads, window):
     """The window as a list; a rotated pair of numbers is a complex one, turned by its age."""
     width = weights["output.weight"].shape[1] // heads
@@ -196,6 +223,8 @@ ORACLES = {  # name in SPECS of test_mixers: loop, its options
     "gated_delta_net": (delta, {"heads": 2, "width": 3, "columns": 6, "rank": 1, "top": 1}),
     "delta_product": (delta, {"heads": 2, "width": 8, "columns": 8, "rank": 3, "top": 2}),
     "delta_product gated": (delta, {"heads": 1, "width": 8, "columns": 8, "rank": 2, "top": 2}),
+    "pd_ssm": (pd_ssm, {"one_hot": True}),
+    "pd_ssm soft": (pd_ssm, {"one_hot": False}),
     "attention": (attention, {"heads": 2, "window": 5}),
     "attention W=2": (attention, {"heads": 3, "window": 2}),
     "attention W=30": (attention, {"heads": 3, "window": 30}),
@@ -237,6 +266,7 @@ def test_an_oracle_notices_a_reset_one_step_late(generator, name):
         (GatedDeltaNet, (8,)),
         (DeltaProduct, (16,)),
         (LRU, (16,)),
+        (PDSSM, (16,)),
         (Attention, (8, 40)),
     ],
 )
@@ -281,6 +311,48 @@ def test_negative_eigenvalues_reflect(generator):
         _, state = mixer.step(torch.ones(1, 1, dtype=torch.float64), state)
         signs.append(state.item())
     np.testing.assert_allclose(signs, [-1, 1, -1, 1], rtol=1e-4)  # beta |k|^2 = 2 - 4e-6
+
+
+def test_the_gradient_of_pd_ssm_is_that_of_the_columns_softmax(generator):
+    """The states are those of one-hot columns; what a softmax in their place would change is what it learns from."""
+    mixer, x = build("pd_ssm", generator), normal(generator, 3, 9, D)
+    state = start(mixer, generator)
+    soft = torch.softmax(torch.einsum("btk,kij->btij", mixer.selector(x).softmax(-1), mixer.dictionary), dim=2)
+    hard = torch.nn.functional.one_hot(soft.argmax(2), 5).mT.double()
+    columns = soft + (hard - soft).detach()
+    magnitude, phase = (torch.sigmoid(part(x)) for part in (mixer.magnitude, mixer.phase))
+    transition = columns * torch.polar(magnitude, 2 * math.pi * phase)[:, :, None]
+    h, ys = torch.complex(state[:, 0], state[:, 1]), []
+    for t in range(x.shape[1]):
+        values = mixer.values(x[:, t])
+        h = (transition[:, t] @ h[..., None])[..., 0] + torch.complex(values[:, :5], values[:, 5:])
+        ys.append(mixer.output(torch.cat([h.real, h.imag], dim=1)) + mixer.skip * x[:, t])
+    weights, wanted = list(mixer.parameters()), torch.stack(ys, dim=1)
+    y = mixer(x, state)[0]
+    assert_close(y, wanted)
+    seed = normal(generator, *y.shape)
+    pairs = zip(*(torch.autograd.grad((out * seed).sum(), weights) for out in (y, wanted)), strict=True)
+    for (name, _), (actual, expected) in zip(mixer.named_parameters(), pairs, strict=True):
+        assert_close(actual, expected, name)
+        assert (expected != 0).any(), name
+
+
+def test_pd_ssm_follows_an_automaton_that_no_permutation_does(generator):
+    """Token 0 takes every state to the second, token 1 turns three of them: an exact one-hot vector of the state."""
+    mixer = PDSSM(2, 3, dictionary_size=2)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.zero_()
+        mixer.selector.weight.copy_(100 * torch.eye(2))
+        mixer.magnitude[-1].bias.fill_(30)  # |d| = 1 in float32
+        mixer.phase[-1].bias.fill_(-200)
+        mixer.dictionary[0, 1] = 1
+        mixer.dictionary[1].copy_(torch.eye(3).roll(1, dims=0))
+    state, place = torch.eye(3)[:1, None] * torch.tensor([1.0, 0.0])[:, None], 0
+    for token in torch.randint(2, (200,), generator=generator).tolist():
+        _, state = mixer.step(torch.eye(2)[token : token + 1], state)
+        place = 1 if token == 0 else (place + 1) % 3
+        assert state[0].tolist() == [torch.eye(3)[place].tolist(), [0.0] * 3]
 
 
 def test_attention_with_a_long_window_is_full_causal_attention(generator):

@@ -84,7 +84,10 @@ def test_statemix_commands_run(name, tmp_path, capsys, monkeypatch):
                 short = ["--max-new-tokens", "3"]
             if command[0] == "bench":
                 short = ["--sizes", "1x4", "--length", "16", "--seconds", "0.01", "--out", str(tmp_path / "bench")]
-            assert main(command + short) == 0, capsys.readouterr().err
+            if command[0] == "verify":
+                short = ["--max-states", "100"]
+            wrong = command[0] == "verify"  # after two steps
+            assert main(command + short) == wrong, capsys.readouterr().err
         elif program == "statemix" and command[1] == "experiments/recall.py":
             assert main(command) == 0, capsys.readouterr().err
 

@@ -16,6 +16,7 @@ from statemix.mixers import (
     LSTM,
     MIXERS,
     MLSTM,
+    PDSSM,
     Attention,
     DeltaNet,
     DeltaProduct,
@@ -91,6 +92,9 @@ COUNTS = [  # mixer, its sizes from d_model on, options, state shape, parameters
         (1, 2 * 18 + 3 * 60),
         5 * (60 + 6) + 4 * 60 + 6 + 12 * 5 + 5 * (2 + 12) + 4,
     ),
+    # D K + K N^2 + 2 E N (D + 1) + 2 N (E N + 1) + D (4 N + 1)
+    (PDSSM, (5, 3), {}, (2, 3), 5 * 8 + 8 * 9 + 12 * 6 + 6 * 7 + 5 * 13),
+    (PDSSM, (5, 4), {"dictionary_size": 2, "expand": 3}, (2, 4), 5 * 2 + 2 * 16 + 24 * 6 + 8 * 13 + 5 * 17),
     # 4 D H P; the state is W (2 H P + 1)
     (Attention, (5, 2, 9), {}, (9, 17), 4 * 5 * 8),
     (Attention, (5, 4, 2), {"num_heads": 3}, (2, 25), 4 * 5 * 12),

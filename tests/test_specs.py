@@ -96,6 +96,7 @@ MIXER_SPECS = {
     "delta_net": {"head_dim": 3},
     "gated_delta_net": {"head_dim": 3},
     "delta_product": {"head_dim": 3},
+    "pd_ssm": {"num_channels": 3},
     "attention": {"head_dim": 2, "context": 3},
 }
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from statemix.analysis import NONE
 from statemix.tasks import SPLITS, PermutationComposition, Score, build_task
 from statemix.tasks.base import sequence_hash
 from statemix.tasks.permutation import group_table
@@ -292,13 +293,13 @@ def test_some_elements_alone(group, count):
 
 def test_the_elements_are_drawn_by_their_seed():
     drawn = {
-        tuple(PermutationComposition("S5", generators=8, generators_seed=seed).automaton().moves[0])
+        tuple(PermutationComposition("S5", generators=8, generators_seed=seed).automaton().transitions[0])
         for seed in range(20)
     }
     assert len(drawn) == 20
     counts = np.zeros(6)
     for seed in range(3000):
-        counts += PermutationComposition("S3", generators=2, generators_seed=seed).automaton().moves[0] >= 0
+        counts += PermutationComposition("S3", generators=2, generators_seed=seed).automaton().transitions[0] != NONE
     assert chi_square(counts) < 8
 
 
@@ -318,17 +319,15 @@ def test_lengths_of_permutations():
 @pytest.mark.parametrize("start", [False, True])
 def test_the_automaton_of_a_group(start):
     task = PermutationComposition("S4", 9, "transpositions", start=start)
-    moves, labels, state = task.automaton()
+    automaton = task.automaton()
     tokens, targets, _ = task.sample("train", 200)
-    states = np.full(200, state)
-    for t, token in enumerate(tokens.numpy().T):
-        states = moves[states, token]
-        assert (states >= 0).all()
-        assert (labels[states] == targets.numpy()[:, t]).all()
+    said = automaton.run(tokens.numpy())
+    assert (np.where(said == NONE, -100, said) == targets.numpy()).all()
     swaps = sorted(set(tokens.flatten().tolist()) - {24})
     assert len(swaps) == 6
-    assert np.flatnonzero(moves[0] >= 0).tolist() == swaps
-    assert labels[state] == -100
+    assert np.flatnonzero(automaton.transitions[0] != NONE).tolist() == swaps
+    before = [24] if start else swaps
+    assert np.flatnonzero(automaton.transitions[automaton.start] != NONE).tolist() == before
 
 
 def test_12800_sequences_of_s5_take_under_2_seconds():

@@ -56,6 +56,7 @@ def test_the_registry():
         "modular-arithmetic",
         "even-pairs",
         "modular-arithmetic-simple",
+        "random-automaton",
         "text",
     ]
     for name, task in TASKS.items():
@@ -176,6 +177,7 @@ PINNED = {
     "modular-arithmetic": "a1380f50ca95b7ba",
     "even-pairs": "9a873065aa191f83",
     "modular-arithmetic-simple": "c3c023c85269f019",
+    "random-automaton": "0f673929e86004f7",
 }
 
 
@@ -213,6 +215,7 @@ SMALL = {  # so few sequences that all are drawn again and again
     "modular-arithmetic": {"seq_len": 7, "modulus": 2},
     "even-pairs": {"seq_len": 7},
     "modular-arithmetic-simple": {"seq_len": 5, "modulus": 3},
+    "random-automaton": {"seq_len": 7},
 }
 
 

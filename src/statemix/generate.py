@@ -291,34 +291,34 @@ def _tokenizer_of(checkpoint: Path) -> str | None:
     return fingerprint
 
 
-def find_checkpoint(folder: str | Path) -> Path:
-    """The folder itself if a model is in it, the best checkpoint if it is a run's.
+def find_checkpoint(folder: str | Path, owner: str = "generate") -> Path:
+    """The folder itself if a model is in it, the best checkpoint if it is a run's; errors are in the name of `owner`.
 
     Raises:
         ValueError: it is neither; or what is read of a checkpoint is not as it was written, where there is a manifest
             to tell: a model that was saved on its own has none.
     """
     folder = Path(folder)
-    checkpoint = folder if (folder / CONFIG_FILE).exists() else _best_checkpoint(folder)
+    checkpoint = folder if (folder / CONFIG_FILE).exists() else _best_checkpoint(folder, owner)
     if (checkpoint / MANIFEST_FILE).exists():
-        check_manifest(checkpoint, (CONFIG_FILE, WEIGHTS_FILE, TRAIN_FILE), "generate")
+        check_manifest(checkpoint, (CONFIG_FILE, WEIGHTS_FILE, TRAIN_FILE), owner)
     return checkpoint
 
 
-def _best_checkpoint(run: Path) -> Path:
+def _best_checkpoint(run: Path, owner: str) -> Path:
     """The best checkpoint of a run, which is the one that its last checkpoint knows. Raises ValueError if not."""
     try:
-        pointer = read_pointer(run, "generate")
+        pointer = read_pointer(run, owner)
     except FileNotFoundError as error:
         raise ValueError(
-            f"generate: '{run}' must be the folder of a run or of a checkpoint, but has neither {POINTER_FILE} nor "
+            f"{owner}: '{run}' must be the folder of a run or of a checkpoint, but has neither {POINTER_FILE} nor "
             f"{CONFIG_FILE}."
         ) from error
     with contextlib.suppress(FileNotFoundError):
-        best = records.read(run / pointer["last"] / TRAIN_FILE, {"best?": str}, "generate").get("best")
+        best = records.read(run / pointer["last"] / TRAIN_FILE, {"best?": str}, owner).get("best")
         if best not in (None, pointer["best"]):
             what = f"`best` must be '{best}', as {TRAIN_FILE} of {pointer['last']} says"
-            raise records.damaged("generate", run / POINTER_FILE, what)
+            raise records.damaged(owner, run / POINTER_FILE, what)
     return run / pointer["best"]
 
 

@@ -8,6 +8,8 @@ transitions.
 """
 
 from statemix.analysis.automata import (
+    NONE,
+    Automaton,
     needed_block_size,
 )
 from statemix.analysis.groups import (
@@ -37,6 +39,8 @@ from statemix.analysis.spectra import (
 
 __all__ = [
     "MAX_SUBSETS",
+    "NONE",
+    "Automaton",
     "Composition",
     "Representation",
     "Table",

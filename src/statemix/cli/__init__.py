@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-COMMANDS = ("train", "sweep", "generate", "report", "bench", "info")
+COMMANDS = ("train", "sweep", "generate", "report", "verify", "bench", "info")
 USAGE = """usage: statemix COMMAND [options]
 
 commands:
@@ -14,13 +14,14 @@ commands:
   sweep     train many: every config of a Python file, side by side; started again, what is missing
   generate  text that goes on from a prompt, from a run of the task text
   report    tables, pictures and one HTML page of runs
+  verify    whether a run's model is right at every length: all states that it can reach are visited
   bench     time and memory of scans, layers and training steps against baselines, in one run
   info      versions, backends and the instruction set in use, and why a backend is missing; --sizes: of all mixers
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 if a run failed, 2 if it was asked for wrongly."""
+    """Run a command; returns its exit status: 0, 1 if it failed, 2 if it was asked for wrongly, or one of its own."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper) and codecs.lookup(sys.stdout.encoding).name != "utf-8":
         sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show ends no command
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments[0] not in COMMANDS:
             raise ValueError(f"statemix: COMMAND must be one of {sorted(COMMANDS)}, got {arguments[0]!r}.")
         command = import_module(f"{__name__}.{arguments[0]}")  # of the others' imports none is waited for
-        command.run(list(arguments[1:]))
+        status: int | None = command.run(list(arguments[1:]))
     except SystemExit as stop:  # from tyro, which has said why
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
@@ -41,4 +42,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TypeError, ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, RuntimeError | OSError) else 2
-    return 0
+    return status or 0

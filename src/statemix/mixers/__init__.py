@@ -13,6 +13,7 @@ from statemix.mixers.lru import LRU
 from statemix.mixers.lstm import LSTM
 from statemix.mixers.mamba2 import Mamba2
 from statemix.mixers.mlstm import MLSTM
+from statemix.mixers.pd_ssm import PDSSM
 from statemix.specs import Spec, complete
 
 MIXERS: dict[str, type[Mixer]] = {
@@ -26,6 +27,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "delta_net": DeltaNet,
     "gated_delta_net": GatedDeltaNet,
     "delta_product": DeltaProduct,
+    "pd_ssm": PDSSM,
     "attention": Attention,
 }
 
@@ -71,6 +73,7 @@ __all__ = [
     "LSTM",
     "MIXERS",
     "MLSTM",
+    "PDSSM",
     "Attention",
     "DeltaNet",
     "DeltaProduct",

@@ -3,7 +3,6 @@
 from typing import Any
 
 from statemix.specs import Spec, complete
-from statemix.tasks.automaton import Automaton
 from statemix.tasks.base import IGNORE_INDEX, SPLITS, Batch, Score, Task, finite_batch, scaled_accuracy
 from statemix.tasks.compression import Compression
 from statemix.tasks.fuzzy_recall import FuzzyInContextRecall
@@ -12,6 +11,7 @@ from statemix.tasks.memorization import Memorization
 from statemix.tasks.modular_arithmetic import ModularArithmetic, ModularArithmeticSimple
 from statemix.tasks.permutation import PermutationComposition
 from statemix.tasks.presets import PRESETS, Setting, settings
+from statemix.tasks.random_automaton import RandomAutomaton
 from statemix.tasks.regular import CycleNavigation, EvenPairs, ModularCounting, Parity
 from statemix.tasks.selective_copying import SelectiveCopying
 from statemix.tasks.text import Text
@@ -32,6 +32,7 @@ TASKS: dict[str, type[Task]] = {
         ModularArithmetic,
         EvenPairs,
         ModularArithmeticSimple,
+        RandomAutomaton,
         Text,
     )
 }
@@ -57,7 +58,6 @@ __all__ = [
     "PRESETS",
     "SPLITS",
     "TASKS",
-    "Automaton",
     "Batch",
     "Compression",
     "CycleNavigation",
@@ -71,6 +71,7 @@ __all__ = [
     "NoisyInContextRecall",
     "Parity",
     "PermutationComposition",
+    "RandomAutomaton",
     "Score",
     "SelectiveCopying",
     "Setting",

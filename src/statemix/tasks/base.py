@@ -9,16 +9,14 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from statemix.analysis import Automaton
 from statemix.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from statemix.tasks.automaton import Automaton
 
 IGNORE_INDEX = -100  # a target that is not scored
 
@@ -96,6 +94,17 @@ class Task(ABC):
         """Of the data, if they are read: a run goes on with the same data alone. None: the options determine them."""
         return None
 
+    def automaton(self) -> Automaton:
+        """What says the targets of the task's words at every length, its tokens as columns.
+
+        Where the last position alone is scored, each at which a word may end has its output. Lengths that a task leaves
+        out, such as the shortest, are words too.
+
+        Raises:
+            ValueError: there is no finite one.
+        """
+        raise ValueError(f"{self.name}: no finite automaton says its targets at every length.")
+
     def with_seq_len(self, seq_len: int) -> Self:
         """The same task at another length."""
         return type(self)(**(vars(self) | {"seq_len": seq_len}))
@@ -103,10 +112,6 @@ class Task(ABC):
     def with_lengths(self, shortest: int, longest: int) -> Self:
         """The same task with lengths uniform in a range. Raises ValueError if its sequences have one length."""
         raise ValueError(f"{self.name}: its sequences have one length, not those of a range.")
-
-    def automaton(self) -> "Automaton":
-        """The automaton that follows it exactly. Raises ValueError if no finite one does, or none is known."""
-        raise ValueError(f"{self.name}: it has no finite automaton.")
 
     def sample(self, split: str, batch_size: int, *, seed: int = 0, index: int = 0) -> Batch:
         """Batch number `index` of a split's stream: a pure function of its arguments. Splits never overlap.

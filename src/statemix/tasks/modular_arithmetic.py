@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from statemix.tasks.automaton import NOWHERE, Automaton, automaton_of_words
+from statemix.analysis import NONE, Automaton
 from statemix.tasks.base import IGNORE_INDEX, Tokens
 from statemix.tasks.variable_length import SCORED, VariableLength, last_only
 
@@ -199,19 +199,20 @@ class ModularArithmeticSimple(VariableLength):
         return last_only(answers) if self.scored == "last" else answers
 
     def automaton(self) -> Automaton:
-        """After a digit the sum of the finished products and the last product; after an operator what is left of them.
+        """After a digit the sum of the finished products and the last one, after an operator their value and a factor.
 
-        States: (total, product) after a digit; (total, factor) before one.
+        States: (total, product) after a digit; (total, factor) before one. See `Task.automaton`.
         """
         m = self.modulus
         total, product = np.divmod(np.arange(m * m), m)
         before = m * m  # the first of the states before a digit
-        moves = np.full((2 * m * m, self.symbols), NOWHERE)
+        transitions = np.full((2 * m * m, self.symbols), NONE)
+        outputs = np.full_like(transitions, NONE)
         value = (total + product) % m
         for digit in range(m):
-            moves[before:, digit] = m * total + product * digit % m  # where `product` is the factor
-        moves[:before, m] = before + m * value + 1
-        moves[:before, m + 1] = before + m * value + m - 1
-        moves[:before, m + 2] = before + m * total + product
-        labels = np.concatenate((value, np.full(m * m, IGNORE_INDEX)))
-        return automaton_of_words(moves, labels, before + 1, self.vocab_size, self.start)
+            transitions[before:, digit] = m * total + product * digit % m  # where `product` is the factor
+        outputs[before:, :m] = value[transitions[before:, :m]]
+        transitions[:before, m] = before + m * value + 1
+        transitions[:before, m + 1] = before + m * value + m - 1
+        transitions[:before, m + 2] = before + m * total + product
+        return self.automaton_of_words(transitions, outputs, before + 1)  # total 0, factor 1

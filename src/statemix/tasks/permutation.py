@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from statemix.tasks.automaton import NOWHERE, Automaton, automaton_of_words
+from statemix.analysis import NONE, Automaton
 from statemix.tasks.base import IGNORE_INDEX, Tokens
 from statemix.tasks.variable_length import SCORED, VariableLength, last_only
 
@@ -94,11 +94,11 @@ class PermutationComposition(VariableLength):
         return last_only(answers) if self.scored == "last" else answers
 
     def automaton(self) -> Automaton:
-        """One state for each element of the group."""
+        """The products are the states, the identity the first; see `Task.automaton`."""
         table, inputs = group_table(self.group), _inputs(self.group, self.generators, self.generators_seed)
-        moves = np.full(table.shape, NOWHERE)
-        moves[:, inputs] = table[:, inputs]
-        return automaton_of_words(moves, np.arange(len(table)), 0, self.vocab_size, self.start)
+        transitions = np.full(table.shape, NONE)
+        transitions[:, inputs] = table[:, inputs]
+        return self.automaton_of_words(transitions, transitions)
 
 
 @functools.lru_cache(maxsize=8)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from statemix.tasks.automaton import Automaton, automaton_of_words
+from statemix.analysis import Automaton
 from statemix.tasks.base import IGNORE_INDEX, Tokens
 from statemix.tasks.variable_length import SCORED, VariableLength, last_only
 
@@ -62,10 +62,10 @@ class Counter(VariableLength):
         return last_only(answers) if self.scored == "last" else answers
 
     def automaton(self) -> Automaton:
-        """One state for each number."""
+        """The sums are the states, zero the first; see `Task.automaton`."""
         states, inputs = np.arange(self.num_states), np.arange(self.num_inputs)
-        moves = (states[:, None] + self.increments(inputs[:, None])[:, 0]) % self.num_states
-        return automaton_of_words(moves, states, 0, self.vocab_size, self.start)
+        transitions = (states[:, None] + self.increments(inputs[:, None])[:, 0]) % self.num_states
+        return self.automaton_of_words(transitions, transitions)
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,10 @@ class EvenPairs(Counter):
         return np.pad(tokens[:, 1:] != tokens[:, :-1], ((0, 0), (1, 0))).astype(np.int64)
 
     def automaton(self) -> Automaton:
-        """A state for the first and the last bit, 2 first + last, and one for the empty word."""
-        moves = np.array([[0, 1], [0, 1], [2, 3], [2, 3], [0, 3]])
-        return automaton_of_words(moves, np.array([0, 1, 1, 0, IGNORE_INDEX]), 4, self.vocab_size, self.start)
+        """A state for each first bit, 1 and 2, behind that of the empty word, 0; see `Task.automaton`."""
+        transitions = np.array([[1, 2], [1, 1], [2, 2]])
+        differs = np.array([[0, 0], [0, 1], [1, 0]])
+        return self.automaton_of_words(transitions, differs)
 
 
 @dataclass(frozen=True)

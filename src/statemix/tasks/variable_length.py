@@ -5,6 +5,8 @@ from typing import ClassVar, Self
 
 import numpy as np
 
+from statemix.analysis import NONE, Automaton
+from statemix.analysis.permutations import Table
 from statemix.tasks.base import IGNORE_INDEX, Task, Tokens
 
 SCORED = ("every", "last")
@@ -89,6 +91,19 @@ class VariableLength(Task):
     def padded(self, words: Tokens, lengths: Lengths) -> Tokens:
         """Words with the padding behind their lengths."""
         return words if self.pad is None else np.where(np.arange(words.shape[1]) < lengths[:, None], words, self.pad)
+
+    def automaton_of_words(self, transitions: Table, outputs: Table, first: int = 0) -> Automaton:
+        """An automaton of words as one of sequences: of the whole vocabulary, and with the start token if there is one.
+
+        Args:
+            transitions, outputs: (S, X), see `Automaton`; of the first X tokens alone.
+            first: the state of the empty word.
+        """
+        more = ((0, 0), (0, self.vocab_size - transitions.shape[1]))
+        automaton = Automaton(
+            np.pad(transitions, more, constant_values=NONE), np.pad(outputs, more, constant_values=NONE), first
+        )
+        return automaton.preceded_by(self.vocab_size - 1) if self.start else automaton
 
     def generate(self, rng: np.random.Generator, count: int, split: str) -> Tokens:
         """Words, after the start token if there is one."""

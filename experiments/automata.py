@@ -1,0 +1,142 @@
+"""Random automata: how often is one learned from labelled words so that it is right at every length?
+
+    statemix sweep experiments/automata.py --budget quick --out runs/automata
+    python experiments/automata.py runs/automata          verifies every run, writes results/automata.csv
+
+Automata of 4 to 32 states over 2 to 4 symbols, each with a mixer of its own weights. A success is one that
+`statemix.verify` finds equal at every length; a run is verified once, and its answer kept beside it.
+
+Why two layers: a one-hot row of gates copies, new component i is old component f(i). After a word x_1 ... x_t component
+i holds what was in f_1(f_2(... f_t(i))) at the start: it says what an automaton of the components says of the word read
+backwards. For a group that is no matter; but of most automata of S states the one of the reversed words has many more.
+What a first layer says may choose the gates of a second, and cascades of permutations and resets follow any automaton
+(Krohn and Rhodes 1965). Columns with a single one, as of pd_ssm, need one layer of S components.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from statemix import TrainConfig, records
+from statemix.mixers.linear_recurrence import LinearRecurrence
+from statemix.model import SequenceModel
+from statemix.report.tables import align
+from statemix.runs.read import Row, Run, find_runs, write_table
+from statemix.sizing import measure, solve
+from statemix.specs import Spec
+from statemix.tasks import build_task
+from statemix.training.config import ModelConfig, OptimizerConfig
+from statemix.verify import VERDICT_FILE, explore, write_verdict
+
+STATES, DRAWS = (4, 8, 16, 32), {"quick": 20, "full": 50}
+RIVAL_STATES = {"quick": (4, 8), "full": STATES}  # a rival as large as the larger ones takes minutes a run
+D_MODEL, NUM_BLOCKS, SHARPER = 64, 16, 100.0
+# rivals have as many parameters as the BD-LRU of the same automaton
+RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
+    "PD-SSM": ("pd_ssm", {}),
+    "LSTM": ("lstm", {}),
+    "DeltaProduct, rank 2": ("delta_product", {}),
+    "Mamba-2": ("mamba2", {"state_dim": 16}),
+    "LRU": ("lru", {}),
+}
+
+
+def recipe(states: int, number: int, mixer: Spec, *, one_hot: bool) -> TrainConfig:
+    """How one automaton is learned. `one_hot`: with what the recipe has for rows of gates."""
+    return TrainConfig(
+        task={
+            "name": "random-automaton",
+            "num_states": states,
+            "num_symbols": 2 + number % 3,
+            "number": number,
+            "min_len": 1,
+            "start": True,
+        },
+        mixer=dict(mixer),
+        model=ModelConfig(d_model=D_MODEL, num_layers=2, mlp_size=128),
+        optimizer=OptimizerConfig(lr=6e-3),
+        train_lengths=(4, 10, 20, 40, 40, 40),
+        row_entropy=0.1 if one_hot else 0.0,
+        block_dropout=0.5 if one_hot else 0.0,
+        steps=1000,
+        batch_size=64,
+        eval_every=100,
+        eval_sequences=256,
+        test_lengths=(40, 256),
+        seed=number,
+    )
+
+
+def configs(budget: str) -> dict[str, TrainConfig]:
+    """Every automaton with BD-LRU and with each rival; the smallest first."""
+    made = {}
+    for states in STATES:
+        own: Spec = {"name": "bd_lru", "num_blocks": NUM_BLOCKS, "block_size": min(states + 1, 16)}
+        size, _ = measure(own, D_MODEL)
+        mixers = {"BD-LRU": own}
+        for label, (name, options) in RIVALS.items() if states in RIVAL_STATES[budget] else ():
+            mixers[label] = solve(name, D_MODEL, budget=size, **options).spec
+        for number in range(DRAWS[budget]):
+            for label, mixer in mixers.items():
+                config = recipe(states, number, mixer, one_hot=mixer is own)
+                made[f"{label}, {states} states, seed {number}"] = config
+    return made
+
+
+def verified(run: Run) -> Row:
+    """What a search through the states of a run's best model finds; it is made once, and read from then on."""
+    path = run.folder / VERDICT_FILE
+    if not path.exists():
+        model = SequenceModel.load(run.folder / f"step-{run.summary['best_step']}")
+        for mixer in model.mixers:
+            if isinstance(mixer, LinearRecurrence):
+                mixer.sharpen(SHARPER)
+        write_verdict(explore(model, build_task(run.config.task).automaton()), run.folder)
+    found = records.read(path, {"outcome": str, "states": int}, "automata")
+    return {
+        "mixer": run.config.mixer["name"],
+        "states of the automaton": run.config.task["num_states"],
+        "seed": run.config.seed,
+        "outcome": found["outcome"],
+        "states explored": found["states"],
+        "sequences right at 256": run.summary["test"]["256"]["sequence_accuracy"],
+    }
+
+
+def wilson(successes: int, tries: int) -> tuple[float, float]:
+    """The 95 % interval of a rate (Wilson 1927): of no success in 20 tries, 0 to 0.16."""
+    z = 1.96
+    middle, spread = successes + z**2 / 2, z * math.sqrt(successes * (tries - successes) / tries + z**2 / 4)
+    return max(0.0, (middle - spread) / (tries + z**2)), (middle + spread) / (tries + z**2)
+
+
+def table(rows: Sequence[Row]) -> list[list[str]]:
+    """Per mixer and number of states: verified successes, their rate, and what became of the others."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["mixer"], int(row["states of the automaton"])), []).append(row)
+    lines = [["mixer", "states", "draws", "equal at every length", "rate", "differ", "undecided", "right at 256"]]
+    for (mixer, states), of in sorted(groups.items()):
+        equal, differ, undecided = (
+            sum(row["outcome"] == outcome for row in of) for outcome in ("equal", "differs", "undecided")
+        )
+        low, high = wilson(equal, len(of))
+        right = sum(float(row["sequences right at 256"]) == 1 for row in of)
+        counts = [len(of), equal, f"{equal / len(of):.2f} ({low:.2f}-{high:.2f})", differ, undecided, right]
+        lines.append([mixer, *map(str, [states, *counts])])
+    return lines
+
+
+def main() -> None:
+    """Verify every run that has ended, write the table, print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path)
+    rows = [verified(run) for run in find_runs([parser.parse_args().runs])]
+    write_table(rows, Path("results"), "automata")
+    print(align(table(rows), markdown=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""Is a model right at every length? All states that it can reach are visited, and at each all that may come next.
+
+A layer of one-hot rows of gates copies: each component of its next state is one of the last, or a value that the layer
+makes of its input. softmax rows are one-hot in floating point once the largest raw gate of a row is some hundred above
+the others, as after `sharpen`. So the states of a first layer hold nothing but zeros and values of single tokens, which
+are finitely many; then its outputs are, and so the inputs and the states of the next layer. The search assumes none of
+this: it steps the float program itself, with the very kernels that decode, and takes states for one where all their
+bits are. One-hot rows are why it comes to an end. Only what a layer's read-out has no weight for is left out of them: a
+block acts on no other, so that no answer depends on one that is never read.
+
+What it visits are pairs: the states of all layers, and the state in which the task's automaton is after the same word.
+Each transition of a pair is taken once (the product construction), so that an error at any word of any length is an
+error at one of them; the search is breadth-first, so the first that it meets is at the end of a shortest wrong word.
+"""
+
+import json
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import statemix
+from statemix import kernels
+from statemix.analysis import NONE, Automaton
+from statemix.files import write_whole
+from statemix.generate import Decoder, find_checkpoint, zero_state
+from statemix.mixers.base import check_sizes
+from statemix.mixers.linear_recurrence import LinearRecurrence
+from statemix.model import MODEL, SequenceModel, State
+from statemix.tasks import build_task
+from statemix.training.checkpoint import CONFIG_FILE
+from statemix.training.config import TrainConfig
+from statemix.training.regularization import row_entropies
+
+MAX_STATES = 100_000
+WRONG_STATES = 2_000  # after an error the search goes on as far as this, for the automaton of a small wrong model
+VERDICT_FILE = "verify.json"
+
+
+class WrongWord(NamedTuple):
+    """A word at whose last token a model says another than the target."""
+
+    word: tuple[int, ...]
+    target: int
+    said: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a search has found.
+
+    states: pairs of a model's and the task's states that were visited.
+    wrong: the shortest wrong word, the first of them in the order of their tokens; None if none was met.
+    automaton: the least one that says what the model says where the task scores; None if not all states were visited.
+    """
+
+    states: int
+    wrong: WrongWord | None
+    automaton: Automaton | None
+
+    @property
+    def outcome(self) -> str:
+        """Equal, differs, or undecided: then nothing is claimed."""
+        if self.wrong is not None:
+            return "differs"
+        return "undecided" if self.automaton is None else "equal"
+
+
+def explore(model: SequenceModel, task: Automaton, *, max_states: int = MAX_STATES) -> Verdict:
+    """Whether a model's answers are the outputs of an automaton at every word that it has, of any length.
+
+    An answer is the likeliest token. The claim is about `Decoder` on this machine; where the kernels serve it, a row is
+    in any batch what it is alone, and elsewhere rows are stepped one by one.
+
+    Args:
+        model: on a CPU.
+        task: its tokens are those of the model.
+        max_states: pairs of states to visit, at least 1; each is kept, with all numbers of the model's state.
+
+    Raises:
+        TypeError, ValueError: `max_states` is no int of at least 1, or the automaton is of another number of tokens.
+        RuntimeError: the model's logits are not finite.
+    """
+    check_sizes("explore", max_states=max_states)
+    tokens = task.transitions.shape[1]
+    if tokens != model.config["vocab_size"]:
+        raise ValueError(f"explore: `task` must be of the model's {model.config['vocab_size']} tokens, got {tokens}.")
+    search, most = _Search(model, task), max_states
+    while search.pending and len(search.pairs) <= most:
+        search.advance()
+        if search.wrong is not None:
+            most = min(max_states, WRONG_STATES)
+    if search.pending or len(search.pairs) > max_states:
+        return Verdict(min(len(search.pairs), max_states), search.wrong, None)
+    return Verdict(len(search.pairs), search.wrong, search.automaton().minimal())
+
+
+class _Search:
+    """Pairs of states in the order in which they are met, and the transitions that are still to be taken from them."""
+
+    def __init__(self, model: SequenceModel, task: Automaton) -> None:
+        self.model, self.task = model, task
+        by_kernels = MODEL.plainly_called(model) and MODEL.inputs(model) is not None
+        self.rows = kernels.STEP_ROWS if by_kernels else 1
+        self.wrong: WrongWord | None = None
+        self.pairs: list[tuple[bytes, int]] = []
+        self.words: list[tuple[int, int]] = []  # to each pair: the one before it, and the token
+        self.pending: deque[tuple[int, int]] = deque()  # numbers of pairs, and a token that may come
+        self.taken: list[tuple[int, int, int, int]] = []  # these two, what is said, and the pair after
+        self._numbers: dict[tuple[bytes, int], int] = {}
+        self._read = _read(model)
+        self._number(self._pack(zero_state(model, 1))[0], task.start, (NONE, NONE))
+
+    def advance(self) -> None:
+        """Take some transitions."""
+        batch = [self.pending.popleft() for _ in range(min(self.rows, len(self.pending)))]
+        before = [self.pairs[number] for number, _ in batch]
+        decoder = Decoder(self.model, _unpack([state for state, _ in before], self.model))
+        logits = decoder.step(torch.tensor([token for _, token in batch]))
+        if not logits.isfinite().all():
+            raise RuntimeError("explore: the model's logits are not finite: its training diverged or a weight is NaN.")
+        for (number, token), (_, state), said, after in zip(
+            batch, before, logits.argmax(-1).tolist(), self._pack(decoder.state), strict=True
+        ):
+            target = int(self.task.outputs[state, token])
+            if self.wrong is None and target not in (NONE, said):
+                self.wrong = WrongWord((*self._word(number), token), target, said)
+            reached = self._number(after, int(self.task.transitions[state, token]), (number, token))
+            self.taken.append((number, token, NONE if target == NONE else said, reached))
+
+    def automaton(self) -> Automaton:
+        """Of the pairs, with what the model says where the task scores."""
+        shape = len(self.pairs), self.task.transitions.shape[1]
+        transitions, outputs = np.full(shape, NONE), np.full(shape, NONE)
+        before, token, said, after = np.array(self.taken, dtype=np.int64).reshape(-1, 4).T
+        transitions[before, token], outputs[before, token] = after, said
+        return Automaton(transitions, outputs)
+
+    def _pack(self, state: State) -> list[bytes]:
+        """The bits of each row of a state, of all layers together, without what is never read."""
+        rows = torch.cat([part.flatten(1) for part in state], dim=1).masked_fill(~self._read, 0).numpy()
+        return [row.tobytes() for row in rows]
+
+    def _number(self, state: bytes, of_task: int, came_by: tuple[int, int]) -> int:
+        """The number of a pair; one that is new is put behind the others, with all that may come there."""
+        pair = state, of_task
+        number = self._numbers.setdefault(pair, len(self.pairs))
+        if number == len(self.pairs):
+            self.pairs.append(pair)
+            self.words.append(came_by)
+            may_come = np.flatnonzero(self.task.transitions[of_task] != NONE).tolist()
+            self.pending.extend((number, token) for token in may_come)
+        return number
+
+    def _word(self, number: int) -> tuple[int, ...]:
+        """The word by which a pair was met first."""
+        word = []
+        while number:
+            number, token = self.words[number]
+            word.append(token)
+        return tuple(reversed(word))
+
+
+def _read(model: SequenceModel) -> Tensor:
+    """Which numbers of a state, of all layers together, may be read: not those of blocks without a weight.
+
+    Rows of gates that are normalised keep such a block finite, and what is finite has no part in a sum where its weight
+    is zero.
+    """
+    parts = []
+    for mixer in model.mixers:
+        read = torch.ones(mixer.state_shape, dtype=torch.bool)
+        if isinstance(mixer, LinearRecurrence) and mixer.normalization != "none":
+            read &= (mixer.output.weight.unflatten(1, (-1, mixer.state_shape[1])) != 0).any(0).any(0)
+        parts.append(read.flatten())
+    return torch.cat(parts)
+
+
+def _unpack(rows: Sequence[bytes], model: SequenceModel) -> State:
+    """The state whose rows were packed."""
+    dtype = zero_state(model, 1)[0].dtype
+    numbers = torch.frombuffer(bytearray(b"".join(rows)), dtype=dtype).view(len(rows), -1)
+    parts = numbers.split([mixer.state_size for mixer in model.mixers], dim=1)
+    return tuple(part.unflatten(1, mixer.state_shape) for part, mixer in zip(parts, model.mixers, strict=True))
+
+
+def verify(run: str | Path, *, sharpen: float | None = None, max_states: int = MAX_STATES) -> Verdict:
+    """Whether the model of a run is right at every word of its task, of any length: see `explore`.
+
+    Args:
+        run: folder of a run, then its best checkpoint, or a folder in it with a model.
+        sharpen: factor of the raw gates (`LinearRecurrence.sharpen`) of the model that is verified; the one in the
+            folder stays as it is. None: it is verified as it is.
+        max_states: see `explore`.
+
+    Raises:
+        ValueError: the folder has no run or no model, the task has no finite automaton, or a mixer cannot be sharpened;
+            or nothing can be said because rows of gates are not one-hot.
+        TypeError, RuntimeError: as of `explore`.
+    """
+    folder = Path(run)
+    checkpoint = find_checkpoint(folder, "verify")
+    owner = next((path for path in (folder, folder.parent) if (path / CONFIG_FILE).exists()), None)
+    if owner is None:
+        raise ValueError(f"verify: '{folder}' must be the folder of a run or within one, but has no {CONFIG_FILE}.")
+    task = build_task(TrainConfig.load(owner / CONFIG_FILE).task)
+    automaton = task.automaton()
+    model = SequenceModel.load(checkpoint)
+    if sharpen is not None:
+        for mixer in model.mixers:
+            if not isinstance(mixer, LinearRecurrence):
+                raise ValueError(f"verify: `sharpen` must be None: {type(mixer).__name__} has no rows of gates.")
+            mixer.sharpen(sharpen)
+    verdict = explore(model, automaton, max_states=max_states)
+    if verdict.outcome == "undecided" and (blur := _blur(model, task.sample("valid", 32).tokens)) > 0:
+        raise ValueError(
+            f"verify: the model must have one-hot rows of gates to have few states, but their mean entropy is "
+            f"{blur:.3g} nats, and there are more than {max_states:,} states. Sharpen it, as with --sharpen 100."
+        )
+    return verdict
+
+
+@torch.no_grad()
+def _blur(model: SequenceModel, tokens: Tensor) -> float:
+    """The largest of the layers' mean entropies of rows of gates; 0 where all are one-hot, or there are none."""
+    with row_entropies(model, enabled=True) as entropies:
+        model(tokens)
+    return max((entropy.item() for entropy in entropies), default=0.0)
+
+
+def write_verdict(verdict: Verdict, out: str | Path) -> Path:
+    """Write what was found as verify.json in a folder, with the automaton. Returns the file."""
+    content: dict[str, Any] = {
+        "version": statemix.__version__,
+        "outcome": verdict.outcome,
+        "states": verdict.states,
+        "wrong": None if verdict.wrong is None else verdict.wrong._asdict(),
+        "automaton": None,
+    }
+    if (automaton := verdict.automaton) is not None:
+        tables = {name: getattr(automaton, name).tolist() for name in ("transitions", "outputs")}
+        content["automaton"] = {"start": automaton.start} | tables
+    path = Path(out) / VERDICT_FILE
+    write_whole(path, (json.dumps(content) + "\n").encode())
+    return path
