@@ -357,6 +357,18 @@ def test_sharpened_on_the_way(tmp_path):
     assert verify(checkpoint, sharpen=100.0).outcome == "equal"
 
 
+def test_sharpened_as_in_the_test_of_the_run(tmp_path, capsys):
+    checkpoint = write_run(tmp_path, solved_model(3, gap=8.0))
+    spec = {"name": "permutation", "group": "S3", "start": True}
+    (tmp_path / "config.json").write_text(TrainConfig(task=spec, sharpen=100.0).to_json())
+    status, out, _ = call(capsys, checkpoint)
+    assert status == 0
+    assert ", 7 in the least automaton with the same answers, of the model sharpened by 100.\n" in out
+    assert json.loads((checkpoint / "verify.json").read_text())["sharpened"] == 100
+    with pytest.raises(ValueError, match=r"there are more than 50 states\. Sharpen it by more than 1\.$"):
+        verify(checkpoint, sharpen=1.0, max_states=50)
+
+
 BAD_RUNS = [
     ({"group": "S4"}, {}, ValueError, "explore: `task` must be of the model's 7 tokens, got 25."),
     ({}, {"max_states": 0}, ValueError, "explore: `max_states` must be at least 1, got 0."),

@@ -13,6 +13,7 @@ Each transition of a pair is taken once (the product construction), so that an e
 error at one of them; the search is breadth-first, so the first that it meets is at the end of a shortest wrong word.
 """
 
+import dataclasses
 import json
 from collections import deque
 from collections.abc import Sequence
@@ -57,11 +58,13 @@ class Verdict:
     states: pairs of a model's and the task's states that were visited.
     wrong: the shortest wrong word, the first of them in the order of their tokens; None if none was met.
     automaton: the least one that says what the model says where the task scores; None if not all states were visited.
+    sharpened: factor of the raw gates with which the model was searched; None: as it is.
     """
 
     states: int
     wrong: WrongWord | None
     automaton: Automaton | None
+    sharpened: float | None = None
 
     @property
     def outcome(self) -> str:
@@ -195,7 +198,7 @@ def verify(run: str | Path, *, sharpen: float | None = None, max_states: int = M
     Args:
         run: folder of a run, then its best checkpoint, or a folder in it with a model.
         sharpen: factor of the raw gates (`LinearRecurrence.sharpen`) of the model that is verified; the one in the
-            folder stays as it is. None: it is verified as it is.
+            folder stays as it is, and 1 verifies that. None: the run's own `sharpen`, as in its test.
         max_states: see `explore`.
 
     Raises:
@@ -208,19 +211,21 @@ def verify(run: str | Path, *, sharpen: float | None = None, max_states: int = M
     owner = next((path for path in (folder, folder.parent) if (path / CONFIG_FILE).exists()), None)
     if owner is None:
         raise ValueError(f"verify: '{folder}' must be the folder of a run or within one, but has no {CONFIG_FILE}.")
-    task = build_task(TrainConfig.load(owner / CONFIG_FILE).task)
+    config = TrainConfig.load(owner / CONFIG_FILE)
+    task, factor = build_task(config.task), config.sharpen if sharpen is None else sharpen
     automaton = task.automaton()
     model = SequenceModel.load(checkpoint)
-    if sharpen is not None:
+    if factor is not None:
         for mixer in model.mixers:
             if not isinstance(mixer, LinearRecurrence):
                 raise ValueError(f"verify: `sharpen` must be None: {type(mixer).__name__} has no rows of gates.")
-            mixer.sharpen(sharpen)
-    verdict = explore(model, automaton, max_states=max_states)
+            mixer.sharpen(factor)
+    verdict = dataclasses.replace(explore(model, automaton, max_states=max_states), sharpened=factor)
     if verdict.outcome == "undecided" and (blur := _blur(model, task.sample("valid", 32).tokens)) > 0:
         raise ValueError(
             f"verify: the model must have one-hot rows of gates to have few states, but their mean entropy is "
-            f"{blur:.3g} nats, and there are more than {max_states:,} states. Sharpen it, as with --sharpen 100."
+            f"{blur:.3g} nats, and there are more than {max_states:,} states. "
+            f"Sharpen it{', as with --sharpen 100' if factor is None else f' by more than {factor:g}'}."
         )
     return verdict
 
@@ -239,6 +244,7 @@ def write_verdict(verdict: Verdict, out: str | Path) -> Path:
         "version": statemix.__version__,
         "outcome": verdict.outcome,
         "states": verdict.states,
+        "sharpened": verdict.sharpened,
         "wrong": None if verdict.wrong is None else verdict.wrong._asdict(),
         "automaton": None,
     }

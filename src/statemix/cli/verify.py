@@ -25,8 +25,8 @@ class Verify:
 
     Args:
         run: folder of a run, then its best checkpoint, or a folder in it with a model.
-        sharpen: factor of the raw gates of the model that is verified; 100 makes rows one-hot that nearly are. None:
-            as it is.
+        sharpen: factor of the raw gates of the model that is verified; 100 makes rows one-hot that nearly are, 1
+            leaves it as it is. None: the run's own, as in its test.
         max_states: pairs of a model's and its task's states.
         out: folder of verify.json, with the answer and the automaton, and of its picture. None: that of the run.
     """
@@ -54,13 +54,18 @@ def run(arguments: list[str]) -> int:
 
 
 def _answer(verdict: Verdict) -> str:
+    how = "" if verdict.sharpened is None else f", of the model sharpened by {verdict.sharpened:g}"
+    return f"{_outcome(verdict)}{how}."
+
+
+def _outcome(verdict: Verdict) -> str:
     states = f"{verdict.states:,} states explored"
     if verdict.automaton is not None:
         states += f", {len(verdict.automaton.transitions):,} in the least automaton with the same answers"
     if verdict.wrong is not None:
         word, target, said = verdict.wrong
         shown = " ".join(map(str, word))
-        return f"differs: at the end of {shown}, a shortest wrong word, it says {said} and not {target}; {states}."
+        return f"differs: at the end of {shown}, a shortest wrong word, it says {said} and not {target}; {states}"
     if verdict.automaton is None:
-        return f"undecided: more than {verdict.states:,} states, and nothing is claimed."
-    return f"equal for all lengths: {states}."
+        return f"undecided: more than {verdict.states:,} states, and nothing is claimed"
+    return f"equal for all lengths: {states}"
