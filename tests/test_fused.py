@@ -23,7 +23,7 @@ import statemix.fused
 from statemix import BDLRU, SequenceModel, block_scan, kernels
 from statemix.generate import Decoder, generate
 from statemix.mixers import MIXERS, build_mixer
-from statemix.mixers.linear_recurrence import RawGates
+from statemix.mixers.linear_recurrence import RECURRENCE, RawGates
 from statemix.model import Layer, SwiGLU
 
 pytestmark = pytest.mark.skipif(kernels.load_problem() is not None, reason=f"no kernels: {kernels.load_problem()}")
@@ -579,3 +579,14 @@ def test_a_module_that_is_gone_leaves_nothing(calls):
         assert weight() is None
     finally:
         gc.enable()
+
+
+def test_without_the_library_a_module_is_read_at_each_call(monkeypatch):
+    """As where there is a GPU and no compiler: no snapshot can be made."""
+    mixer = make_model().layers[0].mixer
+    anywhere = statemix.fused.Engine(serves=lambda device: True, dtypes=(torch.float32,), autocasts=True)
+    part = RECURRENCE.on(anywhere, allows=lambda mixer: True, arrange=lambda mixer, weights: weights)
+    monkeypatch.setattr(kernels, "load_problem", lambda: "there is none")
+    assert part.inputs(mixer)[2] is mixer.values.weight
+    mixer.values.weight = nn.Parameter(torch.zeros(16, WIDTH))
+    assert part.inputs(mixer)[2] is mixer.values.weight
