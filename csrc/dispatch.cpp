@@ -1,5 +1,6 @@
 // The C entry points, and the choice of instruction set at run time.
 #include "interface.h"
+#include "snapshot.h"
 #include "threads.h"
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -58,6 +59,7 @@ using namespace statemix;
 STATEMIX_EXPORT const char* statemix_instruction_set(int index) { return index < kCount ? kInstructionSets[index].name : nullptr; }
 STATEMIX_EXPORT int statemix_supported(int index) { return kInstructionSets[index].supported; }
 STATEMIX_EXPORT int statemix_vector_bytes(int index) { return kInstructionSets[index].kernels.vector_bytes; }
+STATEMIX_EXPORT int statemix_as_it_was(const SnapshotCall* call) { return all_as_they_were(*call); }
 STATEMIX_EXPORT int statemix_interface() { return kInterface; }
 
 // Each kernel returns 0, or -n where it found no memory for n bytes: then nothing was done.

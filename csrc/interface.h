@@ -5,7 +5,7 @@
 
 namespace statemix {
 
-constexpr int kInterface = 8;  // counts the changes of these structs and of what the entry points return
+constexpr int kInterface = 9;  // counts the changes of these structs and of what the entry points return
 constexpr int kMaxOrder = 64;  // largest block size or order served
 
 enum Kind : int32_t { kBlock = 0, kCompanion = 1, kObserver = 2 };
@@ -81,6 +81,49 @@ struct GatedCall {
   int32_t storage, threads;  // kFloat or kDouble
   const void *x, *grad_y;
   void *y, *grad_x;  // null: the one that is not wanted
+};
+
+// Whether objects of Python are as they were: a look at each. The functions that look are handed over by Python, so that the
+// library links neither Python nor torch; who calls this holds Python's lock.
+struct Place {  // of a tensor: DLTensor of DLPack 1
+  void* data;
+  int32_t device_type, device, ndim;
+  uint8_t code, bits;  // of the dtype
+  uint16_t lanes;
+  int64_t *sizes, *strides;
+  uint64_t offset;
+};
+
+using SizeOf = intptr_t(void* dictionary);                                     // PyDict_Size
+using NextOf = int(void* dictionary, intptr_t* at, void** key, void** value);  // PyDict_Next
+using ItemOf = void*(void* dictionary, void* key);                             // PyDict_GetItemWithError, which lends what it finds
+using ClassOf = void*(void* object);                                           // PyObject_Type
+using ResultOf = void*(void* function);                                        // PyObject_CallNoArgs
+using AttributeOf = void*(void* object, void* name);                           // PyObject_GetAttr
+using Release = void(void* object);                                            // Py_DecRef
+using ForgetError = void();                                                    // PyErr_Clear
+using PlaceOf = int(void* tensor, Place* place);                               // dltensor_from_py_object_no_sync of DLPack
+
+enum Sight : int32_t { kSize = 0, kContents, kItem, kClass, kResult, kAttribute, kPlace };
+
+struct Look {
+  int64_t sight;
+  void *object, *name;  // the name is of an item or attribute
+  const void* wanted;   // kSize: a number; kContents: the values of a dictionary in its order, and null; kPlace: a Place
+};
+
+struct SnapshotCall {
+  int64_t count;
+  const Look* looks;
+  SizeOf* size;
+  NextOf* next;
+  ItemOf* item;
+  ClassOf* class_of;
+  ResultOf* result;
+  AttributeOf* attribute;
+  Release* release;
+  ForgetError* forget_error;
+  PlaceOf* place;
 };
 
 // What a kernel throws where it finds no memory. It does so before its threads start: an exception that leaves one ends the

@@ -173,7 +173,8 @@ inline void begin(char* at, size_t size) {
 
 inline void tell(const char* what, int64 offset, int other) {
   if (problem != nullptr) return;
-  const char* form = other < 0 ? "lane %d %s byte %lld of shared memory" : "lane %d %s byte %lld of shared memory, no barrier after lane %d";
+  const char* form = "lane %d %s byte %lld of shared memory, no barrier after lane %d";
+  if (other < 0) form = "lane %d %s byte %lld of shared memory";
   snprintf(found, sizeof found, form, lane->thread.x, what, offset, other);
   problem = found;
 }

@@ -4,7 +4,7 @@
 the loop; then each fault that is planted must be told. Twice:
 
 - of shared memory the emulator itself is told by the compiler, as its thread sanitizer would be (`races` in emulate.h).
-  That sanitizer, with a thread for each lane, did not end in hours, and takes an exchange between lanes for a barrier;
+  That sanitizer, with a thread for each lane, was too slow to end, and takes an exchange between lanes for a barrier;
 - of all other memory, the tensors', by the address sanitizer, in a process of its own: its runtime has to come first.
 """
 
@@ -112,14 +112,14 @@ def use(options: tuple[str, ...]) -> None:
 
 
 def check_all() -> None:
-    """Every case, whole and in chunks."""
-    rule = plan.chunk_size
-    for chunk_size in (rule, lambda *_: 16):
-        plan.chunk_size = chunk_size
+    """Every case, whole and in chunks; there with teams of half a warp, which slabs may have."""
+    rules = plan.chunk_size, plan.team
+    for chunk_size, team in (rules, (lambda *_: 16, lambda *_: plan.HALF_WARP)):
+        plan.chunk_size, plan.team = chunk_size, team
         forget()
         for case in CASES:
             check(*case)
-    plan.chunk_size = rule
+    plan.chunk_size, plan.team = rules
 
 
 def check(kind: str, order: int, dtype: torch.dtype = torch.float32) -> None:

@@ -29,7 +29,7 @@ from helpers import (
 import statemix
 from statemix import kernels
 from statemix.gates import NORMALIZATIONS
-from statemix.kernels import library
+from statemix.kernels import library, snapshot
 from statemix.scan.problem import KINDS
 
 SOURCES = Path(__file__).parents[1] / "csrc"
@@ -402,6 +402,7 @@ assert (kernels.instruction_set() if "cpu" in available_backends() else None) ==
 
 # struct -> how many fields it has
 STRUCTS = {"ScanCall": 23, "LayerCall": 28, "PairCall": 8, "ReadoutCall": 10, "ModelCall": 7, "GatedCall": 8}
+STRUCTS |= {"Place": 10, "Look": 4, "SnapshotCall": 11}
 
 
 @pytest.mark.parametrize(("struct", "count"), STRUCTS.items())
@@ -414,6 +415,7 @@ def test_the_problem_of_python_is_the_struct_of_the_header(struct, count):
         for name in names.split(","):
             fields.append((name.strip(" *\n"), "pointer" if "*" in name else ctype))
     ctypes_of = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "pointer": ctypes.c_void_p}
+    ctypes_of |= {"uint8_t": ctypes.c_uint8, "uint16_t": ctypes.c_uint16, "uint64_t": ctypes.c_uint64}
     ctypes_of |= {"double": ctypes.c_double, "LayerCall": library.LayerCall, "ReadoutCall": library.ReadoutCall}
     assert [(name, ctypes_of[ctype]) for name, ctype in fields] == getattr(library, struct)._fields_
     assert len(fields) == count
@@ -421,8 +423,8 @@ def test_the_problem_of_python_is_the_struct_of_the_header(struct, count):
 
 @pytest.mark.parametrize(
     ("enum", "numbers"),
-    [("Kind", library.KINDS), ("Normalization", library.NORMALIZATIONS)],
-    ids=["kind", "normalization"],
+    [("Kind", library.KINDS), ("Normalization", library.NORMALIZATIONS), ("Sight", snapshot.SIGHTS)],
+    ids=["kind", "normalization", "sight"],
 )
 def test_the_names_of_python_have_the_numbers_of_the_header(enum, numbers):
     (body,) = re.findall(rf"enum {enum} : int32_t {{(.*?)}};", (SOURCES / "interface.h").read_text())

@@ -23,7 +23,7 @@ import statemix.fused
 from statemix import BDLRU, SequenceModel, block_scan, kernels
 from statemix.generate import Decoder, generate
 from statemix.mixers import MIXERS, build_mixer
-from statemix.mixers.linear_recurrence import RawGates
+from statemix.mixers.linear_recurrence import RECURRENCE, RawGates
 from statemix.model import Layer, SwiGLU
 
 pytestmark = pytest.mark.skipif(kernels.load_problem() is not None, reason=f"no kernels: {kernels.load_problem()}")
@@ -468,18 +468,43 @@ def test_quantised_mixers_run(name):
         assert relative_error(quantised.step(x[:, 1], state)[0], mixer(x[:, :2])[0][:, 1].double()) < 0.2
 
 
+# Beside its products a layer has its scan. The loop is of sums of products, which torch does not count; the associative
+# scan multiplies blocks, more often than there are steps.
+SCAN_FLOPS: dict[str, Callable[[int], int] | None] = {
+    "auto": lambda gates: gates,
+    "cpu": lambda gates: gates,
+    "reference": lambda gates: 0,
+    "associative": None,
+}
+
+
 @each_kind
+@pytest.mark.parametrize("backend", SCAN_FLOPS)
 @pytest.mark.parametrize("shape", [(2, 64), (2, 1)], ids=["many", "one"])
-def test_products_are_counted_under_a_mode(kind, shape):
-    mixer = make_model(kind).layers[0].mixer
+def test_flops_are_counted(kind, backend, shape):
+    mixer = build_mixer(KINDS[kind] | {"backend": backend}, WIDTH)
     with FlopCounterMode(display=False) as counter:
         y, _ = mixer(torch.randn(*shape, WIDTH, requires_grad=True))
-    weights = (mixer.raw_gates.projection.weight, mixer.values.weight, mixer.output.weight)
-    products = 2 * shape[0] * shape[1] * sum(weight.numel() for weight in weights)
-    assert counter.get_total_flops() == products
+    projection, steps = mixer.raw_gates.projection, shape[0] * shape[1]
+    weights = (projection.weight, mixer.values.weight, mixer.output.weight)
+    products = 2 * steps * sum(weight.numel() for weight in weights)
+    forward = counter.get_total_flops() - products
     with counter:
         y.sum().backward()
-    assert counter.get_total_flops() == 2 * products  # of x and of the weights
+    backward = counter.get_total_flops() - 2 * products  # of x and of the weights; the counter began anew
+    gates = 2 * steps * projection.out_features
+    if (flops := SCAN_FLOPS[backend]) is None:
+        assert shape[1] == 1 or (forward > gates and backward > 2 * gates)
+    else:
+        assert (forward, backward) == (flops(gates), 2 * flops(gates))
+
+
+def test_a_scan_alone_is_counted_under_its_name():
+    gates, values = torch.randn(1, 3, 2, 3, 4), torch.randn(1, 3, 2, 4)
+    for _ in range(2):  # each counter is told
+        with FlopCounterMode(display=False) as counter:
+            block_scan(gates, values)
+        assert counter.get_flop_counts()["Global"] == {torch.ops.statemix.scan_forward: 2 * gates.numel()}
 
 
 def test_a_mode_sees_the_scan_as_an_operator():
@@ -579,3 +604,14 @@ def test_a_module_that_is_gone_leaves_nothing(calls):
         assert weight() is None
     finally:
         gc.enable()
+
+
+def test_without_the_library_a_module_is_read_at_each_call(monkeypatch):
+    """As where there is a GPU and no compiler: no snapshot can be made."""
+    mixer = make_model().layers[0].mixer
+    anywhere = statemix.fused.Engine(serves=lambda device: True, dtypes=(torch.float32,), autocasts=True)
+    part = RECURRENCE.on(anywhere, allows=lambda mixer: True, arrange=lambda mixer, weights: weights)
+    monkeypatch.setattr(kernels, "load_problem", lambda: "there is none")
+    assert part.inputs(mixer)[2] is mixer.values.weight
+    mixer.values.weight = nn.Parameter(torch.zeros(16, WIDTH))
+    assert part.inputs(mixer)[2] is mixer.values.weight

@@ -18,9 +18,9 @@ few microseconds whether anything on the list may have changed.
 """
 
 import copy
-import operator
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, repeat
+from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -34,6 +34,7 @@ from statemix import kernels
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 OWN_CALLS = ("_call_impl", "_compiled_call_impl")  # an instance that has them is called otherwise
 PLAIN = (Tensor, nn.Parameter)
+CALLS = (nn.Module, "__call__"), (nn.Module, "_call_impl")
 KEPT = "_fused"  # a module's attribute
 
 Class = TypeVar("Class", bound=type[nn.Module])
@@ -141,26 +142,28 @@ class Part:
 
         The module's own hooks are those of a caller, who asks `plainly_called` before it goes round its call.
         """
-        if not undisturbed(self.engine):
-            return None
         if torch.compiler.is_compiling():
-            weights = self._read(module)
+            weights = self._read(module) if undisturbed(self.engine) else None
             return None if weights is None else self.arrange(module, weights)
         kept = module.__dict__.get(KEPT)
         if kept is not None and kept.part is self and kept.holds(module):
             return kept.inputs
         module.__dict__[KEPT] = None
+        if not undisturbed(self.engine):
+            return None
         if (weights := self._read(module)) is None:
             return None
-        if any(type(weight) is not nn.Parameter for weight in weights):  # lent by functional_call, perhaps of a graph
+        lent = any(type(weight) is not nn.Parameter for weight in weights)  # by functional_call, perhaps of a graph
+        if lent or kernels.load_problem() is not None:
             return self.arrange(module, weights)
         module.__dict__[KEPT] = kept = Watch(self, module, weights)
         return kept.inputs
 
     def watch(self, module: nn.Module) -> "Watch | None":
-        """What a kernel reads of a module, and whether it is still so; None where it may not stand in."""
-        weights = self._read(module)
-        return None if weights is None else Watch(self, module, weights)
+        """What a kernel reads that stands in for calls of a module without gradients, or None where it may not."""
+        plain = undisturbed(self.engine) and not transformed() and self.plainly_called(module)
+        weights = self._read(module) if plain else None
+        return None if weights is None else Watch(self, module, weights, whole=True)
 
     def walk(self, module: nn.Module) -> "Iterator[tuple[Part, nn.Module]]":
         """A module that was read and all below it, each with its part."""
@@ -220,52 +223,35 @@ class Part:
 class Watch:
     """What was read of a module, and whether all that it was read from is as it was then.
 
-    It does not hold the module itself, which keeps it; copies of the module do not keep it.
+    It does not hold the module, which may keep it; copies of the module do not keep it.
+
+    Args:
+        part, module, weights: what was read.
+        whole: whether it also sees what would make a call of the module itself, without gradients, another one.
     """
 
-    def __init__(self, part: Part, module: nn.Module, weights: tuple[Tensor, ...]) -> None:
-        self.part, self.weights, self.inputs = part, weights, part.arrange(module, weights)
-        (_, _), *below = part.walk(module)
-        modules = [child for _, child in below]
-        self._own = module._modules
-        self._hooks = [child.__dict__[name] for child in modules for name in HOOKS]
-        self._children = [child._modules for child in (module, *modules) if child._modules]
-        self._were_children = [dict(children) for children in self._children]
-        # views of dictionaries show what is in them at any time
-        views = [child._parameters.values() for child in (module, *modules) if child._parameters]
-        self._parameters: list[Any] = [*views, (_nothing,)]
-        self._were_parameters = list(chain.from_iterable(self._parameters))
-        self._modules, self._attributes = modules, [child.__dict__ for child in modules]
-        # a square may be transposed where it lies; all else would change its count or its place
-        self._squares = [weight for weight in weights if weight.ndim == 2 and weight.shape[0] == weight.shape[1]]
-        named = {(owner, name) for known, child in below for owner, name, _ in known.functions(child)}
-        named |= {(type(child), "__call__") for child in modules}
-        named |= {(child, name) for known, child in below for name in known.settings}
-        self._owners, self._names = zip(*named, strict=True)
-        self._settings = part.settings
-        self._seen = self._look(module)
-
-    def _look(self, module: nn.Module) -> list[Any]:
-        """What else could have changed; one list, because each that is made takes as long as several of its items."""
-        return [
-            *map(type, self._modules),
-            *map(len, self._attributes),
-            *map(Tensor.data_ptr, self.weights),
-            *map(Tensor.numel, self.weights),
-            *map(Tensor.is_contiguous, self._squares),
-            *map(getattr, self._owners, self._names),
-            *map(getattr, repeat(module), self._settings),
-        ]
+    def __init__(self, part: Part, module: nn.Module, weights: tuple[Tensor, ...], *, whole: bool = False) -> None:
+        self.part, self.inputs, self._module = part, part.arrange(module, weights), weakref.ref(module)
+        above, *below = part.walk(module)
+        called = [above, *below] if whole else below
+        children = [child for _, child in called]
+        hooks = [vars(child)[name] for child in children for name in HOOKS]
+        functions = {function[:2] for known, child in called for function in known.functions(child)}
+        functions |= {(type(child), "__call__") for child in children}
+        own = [(module, name) for name in ("_modules", "_parameters", *part.settings)]
+        self._snapshot = kernels.Snapshot(
+            sizes=[*hooks, *_global_hooks, *(vars(child) for child in children)],
+            contents=[held for _, child in (above, *below) for held in (child._modules, child._parameters)],
+            items=[(vars(child), name) for known, child in below for name in known.settings],
+            objects=children,
+            results=[*_modes(part.engine), torch._C._are_functorch_transforms_active],
+            attributes=[*functions, *own, *CALLS, (torch.autograd.forward_ad, "_current_level")],
+            tensors=weights,
+        )
 
     def holds(self, module: nn.Module) -> bool:
         """Whether a kernel would read the same of the module, for which this was made."""
-        return (
-            module._modules is self._own  # a replica has others
-            and not any(self._hooks)
-            and self._children == self._were_children  # a module equals itself only; a tensor would compare its numbers
-            and all(map(operator.is_, chain.from_iterable(self._parameters), self._were_parameters))
-            and self._look(module) == self._seen
-        )
+        return self._module() is module and self._snapshot.holds()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied module has nothing read of it."""
@@ -294,7 +280,7 @@ EMBEDDING = Part(
 
 
 def undisturbed(engine: Engine = CPU) -> bool:
-    """Whether torch's modules and operations now do what they are, and nothing besides."""
+    """Whether torch's modules and operations now do what they are, and nothing besides. A `Watch` looks at the same."""
     if not engine.autocasts and torch.is_autocast_enabled("cpu"):
         return False
     if torch.compiler.is_compiling():  # its own modes are on, and it looks at those of others itself
@@ -307,6 +293,14 @@ def undisturbed(engine: Engine = CPU) -> bool:
     ):
         return False
     return (nn.Module.__call__, nn.Module._call_impl) == _module_calls
+
+
+def _modes(engine: Engine) -> list[Callable[[], Any]]:
+    """Functions whose results change where `undisturbed` may."""
+    functions = torch._C._len_torch_function_stack()
+    modes = [torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state, torch._C._len_torch_function_stack]
+    modes += [partial(torch._C._get_function_stack_at, i) for i in range(functions)]
+    return modes if engine.autocasts else [*modes, partial(torch.is_autocast_enabled, "cpu")]
 
 
 def transformed() -> bool:

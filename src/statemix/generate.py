@@ -51,17 +51,17 @@ class Decoder:
         if (shapes := [tuple(part.shape) for part in state]) != wanted:
             raise ValueError(f"Decoder: `state` must be of the shapes {wanted}, one (B, M, N) per layer, got {shapes}.")
         self._state = tuple(part.detach().clone(memory_format=torch.contiguous_format) for part in state)
+        self._shape = (wanted[0][0],)
         self._lock = threading.Lock()
         self._watch: fused.Watch | None = None
         self._step: kernels.ModelStep | None = None
 
     def _fused_step(self) -> kernels.ModelStep | None:
         """A token as one call, which changes the state in place, or None where the kernels do not serve."""
-        model = self.model
-        if not fused.undisturbed() or fused.transformed() or not MODEL.plainly_called(model):
+        if torch.compiler.is_compiling():
             return None
-        if self._watch is None or not self._watch.holds(model):
-            self._watch = MODEL.watch(model)
+        if self._watch is None or not self._watch.holds(self.model):
+            self._watch = MODEL.watch(self.model)
             self._step = None if self._watch is None else self._prepare(self._watch.inputs)
         return self._step
 
@@ -85,13 +85,13 @@ class Decoder:
         Raises:
             TypeError, ValueError, IndexError: tokens are of another type, shape or vocabulary.
         """
-        if tokens.shape != (wanted := self._state[0].shape[:1]):
-            raise ValueError(f"Decoder: `tokens` must have shape (B,) = {tuple(wanted)}, got {tuple(tokens.shape)}.")
+        if tokens.shape != self._shape:
+            raise ValueError(f"Decoder: `tokens` must have shape (B,) = {self._shape}, got {tuple(tokens.shape)}.")
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"Decoder: `tokens` must be int64 or int32, got {tokens.dtype}.")
         with self._lock:
             if (step := self._fused_step()) is not None:  # which has no gradients: no_grad would only take time
-                return step(tokens.to("cpu", torch.int64))
+                return step(tokens)
             with torch.no_grad(), without_dropout(self.model):
                 logits, self._state = self.model.step(tokens, self._state)
             self._watch = None  # it was of other states

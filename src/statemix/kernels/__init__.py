@@ -14,6 +14,7 @@ from statemix.kernels.library import (
     serves,
     use_instruction_set,
 )
+from statemix.kernels.snapshot import Snapshot
 from statemix.kernels.steps import STEP_ROWS, LayerStep, ModelStep, PairStep
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "LayerStep",
     "ModelStep",
     "PairStep",
+    "Snapshot",
     "Weights",
     "gated",
     "instruction_set",

@@ -18,7 +18,7 @@ MAX_ORDER = 64  # kMaxOrder in csrc/interface.h
 LIBRARY = "statemix_cpu.so"
 INSTRUCTION_SET_VARIABLE = "STATEMIX_INSTRUCTION_SET"
 
-INTERFACE = 8  # kInterface in csrc/interface.h
+INTERFACE = 9  # kInterface in csrc/interface.h
 KINDS = {"block": 0, "companion": 1, "observer": 2}
 NORMALIZATIONS = {name: record.code for name, record in gates.NORMALIZATIONS.items()}
 FUNCTIONS = (
@@ -103,6 +103,35 @@ class GatedCall(ctypes.Structure):
     )
 
 
+class Place(ctypes.Structure):
+    """Where a tensor lies and how. The fields are those of `Place` in csrc/interface.h, and of DLPack's DLTensor."""
+
+    _fields_ = (
+        _pointers("data")
+        + [(name, ctypes.c_int32) for name in ("device_type", "device", "ndim")]
+        + [("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16)]
+        + _pointers("sizes", "strides")
+        + [("offset", ctypes.c_uint64)]
+    )
+
+
+class Look(ctypes.Structure):
+    """One object and what it was. The fields are those of `Look` in csrc/interface.h."""
+
+    _fields_ = [("sight", ctypes.c_int64), *_pointers("object", "name", "wanted")]
+
+
+class SnapshotCall(ctypes.Structure):
+    """What looks are made with. The fields are those of `SnapshotCall` in csrc/interface.h."""
+
+    _fields_ = [
+        ("count", ctypes.c_int64),
+        *_pointers(
+            "looks", "size", "next", "item", "class_of", "result", "attribute", "release", "forget_error", "place"
+        ),
+    ]
+
+
 class Library:
     """The loaded shared library and the instruction set in use."""
 
@@ -140,6 +169,7 @@ class Library:
                 f"got {self.instruction_set!r}."
             )
         self._library = library
+        self.as_it_was = ctypes.PyDLL(str(path)).statemix_as_it_was  # with Python's lock: it looks at objects of Python
 
     def run(self, function: str, problem: ctypes.Structure, instruction_set: str | None = None) -> int:
         """Call a C entry point.

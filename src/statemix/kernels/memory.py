@@ -11,7 +11,7 @@ def dense(x: Tensor) -> Tensor:
     Memory may hold them with the other sign: the imaginary part of a conjugate is a view with its negation pending.
     (A conjugation can be pending in complex numbers only, which no kernel takes.)
     """
-    return x.resolve_neg().contiguous()
+    return x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
 
 
 def address(x: Tensor | None) -> int | None:

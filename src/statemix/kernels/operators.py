@@ -1,11 +1,13 @@
 """A function of tensors with its derivative, as torch wants it."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead  # a tensor that outlived functorch's transform, out of its wrapper
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 # a subclass of Tensor, or of a number, looks at the operations made with it
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), str, bool, int, float, torch.dtype))
@@ -17,6 +19,15 @@ class Operator:
     torch.compile, torch.export, dispatch modes and subclasses of Tensor see a custom operator. That costs a few hundred
     microseconds a call in Python, as much as a small scan, and functorch refuses it: all other calls go through an
     autograd.Function, under functorch one with a `setup_context`, which again is slower.
+
+    Args:
+        name: of the custom operator, in the name space of statemix.
+        function: on tensors that have numbers.
+        fake: on tensors that have none: the results' shapes and dtypes.
+        save: what the derivative needs, into its context.
+        derivative: from the context and the gradients of the results.
+        device_types: of the tensors. None: of any device.
+        flops: from the inputs, and the results as `out_val`, what `FlopCounterMode` adds. None: nothing.
     """
 
     def __init__(
@@ -27,6 +38,7 @@ class Operator:
         save: Callable[..., None],
         derivative: Callable[..., Any],
         device_types: str | None = "cpu",
+        flops: Callable[..., int] | None = None,
     ) -> None:
         self.operator = torch.library.custom_op(
             f"statemix::{name}", function, mutates_args=(), device_types=device_types
@@ -39,7 +51,7 @@ class Operator:
             save(ctx, inputs, outputs)
             return outputs
 
-        self.function = function
+        self.function, self._flops = function, flops
         eager = {"forward": forward, "backward": derivative}
         functorch = {"forward": function, "setup_context": save, "backward": derivative, "vmap": self._each}
         self.eager, self.functorch = (
@@ -51,7 +63,10 @@ class Operator:
 
     def __call__(self, *inputs: Any) -> Any:
         """The function, seen by whatever looks at the operations now made."""
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        if torch.compiler.is_compiling():
+            return self.operator(*inputs)
+        if torch._C._len_torch_dispatch_stack():
+            self._tell_counters()
             return self.operator(*inputs)
         if not _PLAIN.issuperset(map(type, inputs)):
             return self.operator(*inputs)
@@ -61,6 +76,15 @@ class Operator:
         if not torch.is_grad_enabled() and torch.autograd.forward_ad._current_level < 0:
             return self.function(*inputs)
         return self._apply(*[unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in inputs])
+
+    def _tell_counters(self) -> None:
+        """Give the FLOPs of this operator to the counters now in use, each of which has formulas of its own."""
+        # its module is slow to import, and there where a counter is
+        if self._flops is None or (counting := sys.modules.get("torch.utils.flop_counter")) is None:
+            return
+        for mode in _get_current_dispatch_mode_stack():
+            if isinstance(counter := getattr(mode, "counter", None), counting.FlopCounterMode):
+                counter.flop_registry.setdefault(self.operator._opoverload.overloadpacket, self._flops)
 
     def _each(self, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         """Under vmap, one call for each."""

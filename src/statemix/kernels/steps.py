@@ -166,6 +166,7 @@ class ModelStep:
             pairs=ctypes.addressof(self._pairs),
             readout=readout,
         )
+        self._readout, self._size = self._problem.readout, (batch, head.shape[0])
         self._use_threads(torch.get_num_threads())
         self._logits = head.new_empty(0)
         # an alias keeps the memory, also where `parameter.data` is exchanged
@@ -173,17 +174,19 @@ class ModelStep:
         self._kept = [tensor.detach() for tensor in (embedding, stream, norm, head, *of_pairs)]
 
     def _use_threads(self, threads: int) -> None:
-        self._threads = self._problem.readout.threads = threads
+        self._threads = self._readout.threads = threads
         for pair in self._pairs:
             pair.mixer.threads = threads
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Tokens (B,), int64 on the CPU. Raises IndexError, before anything changes, if one is outside [0, V)."""
+        """Tokens (B,), integers. Raises IndexError, before anything changes, if one is outside [0, V)."""
+        if tokens.dtype is not torch.int64 or not tokens.is_cpu:
+            tokens = tokens.to("cpu", torch.int64)
         tokens, problem, threads = dense(tokens), self._problem, torch.get_num_threads()
         if threads != self._threads:
             self._use_threads(threads)
-        logits = self._logits.new_empty(problem.readout.batch, problem.readout.count)
-        problem.tokens, problem.readout.y = address(tokens), address(logits)
+        logits = self._logits.new_empty(self._size)
+        problem.tokens, self._readout.y = address(tokens), address(logits)
         if row := library().run("statemix_model_step", problem):  # counted from 1
             raise IndexError(f"step: `tokens` must be in [0, {problem.vocabulary}), got {tokens[row - 1]}.")
         return logits

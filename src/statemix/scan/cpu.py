@@ -104,8 +104,33 @@ def _derivative(ctx: Any, grad_states: Tensor | None, grad_final_state: Tensor |
     return None, *grads, None, None
 
 
-_scan = Operator("scan_forward", _forward, _forward_fake, _save, _derivative)
-_differentiate = Operator("scan_backward", _backward, _backward_fake, save_nothing, no_second_derivative)
+def _forward_flops(kind: str, raw_gates: Tensor, *others: Any, out_val: Any) -> int:
+    """Each gate is in one multiplication and one addition. (Torch, too, counts no FLOPs for what a softmax does.)"""
+    return 2 * raw_gates.numel()
+
+
+def _backward_flops(
+    grad_states: Tensor,
+    grad_final_state: Tensor | None,
+    states: Tensor,
+    kind: str,
+    raw_gates: Tensor,
+    *others: Any,
+    out_val: Any,
+) -> int:
+    """As many for the gradients of states and values, and as many for those of the gates."""
+    return 4 * raw_gates.numel()
+
+
+_scan = Operator("scan_forward", _forward, _forward_fake, _save, _derivative, flops=_forward_flops)
+_differentiate = Operator(
+    "scan_backward",
+    _backward,
+    _backward_fake,
+    save_nothing,
+    no_second_derivative,
+    flops=_backward_flops,
+)
 
 
 def _results_like(kind: str, values: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor]:
