@@ -21,7 +21,9 @@ from statemix.files import MANIFEST_FILE, check_manifest
 from statemix.mixers.base import check_sizes
 from statemix.model import CONFIG_FILE, MODEL, WEIGHTS_FILE, ModelInputs, SequenceModel, State, load_model
 from statemix.text.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
-from statemix.training.checkpoint import POINTER_FILE, TRAIN_FILE, read_pointer
+from statemix.training.checkpoint import CONFIG_FILE as RUN_CONFIG_FILE
+from statemix.training.checkpoint import POINTER_FILE, TRAIN_FILE, read_pointer, step_of
+from statemix.training.config import first_difference
 
 CHUNK = 1024  # tokens of a prompt that are read at once
 
@@ -302,7 +304,23 @@ def find_checkpoint(folder: str | Path) -> Path:
     checkpoint = folder if (folder / CONFIG_FILE).exists() else _best_checkpoint(folder)
     if (checkpoint / MANIFEST_FILE).exists():
         check_manifest(checkpoint, (CONFIG_FILE, WEIGHTS_FILE, TRAIN_FILE), "generate")
+        if checkpoint != folder:
+            _check_of_run(checkpoint, folder)
     return checkpoint
+
+
+def _check_of_run(checkpoint: Path, run: Path) -> None:
+    """Raise ValueError unless a checkpoint that is whole is the one that the run made at the step in its name."""
+    path, config = checkpoint / TRAIN_FILE, run / RUN_CONFIG_FILE
+    about = records.read(path, {"step": int, "config": dict}, "generate")
+    if about["step"] != step_of(checkpoint):
+        raise records.damaged("generate", path, f"`step` must be that of its folder, got {about['step']}")
+    try:
+        difference = first_difference(records.read(config, dict, "generate"), about["config"])
+    except FileNotFoundError:  # of the weights nothing is missing
+        return
+    if difference is not None:
+        raise ValueError(f"generate: checkpoint '{checkpoint}' is of another run than '{config}': it {difference}.")
 
 
 def _best_checkpoint(run: Path) -> Path:
@@ -319,6 +337,8 @@ def _best_checkpoint(run: Path) -> Path:
         if best not in (None, pointer["best"]):
             what = f"`best` must be '{best}', as {TRAIN_FILE} of {pointer['last']} says"
             raise records.damaged("generate", run / POINTER_FILE, what)
+    if not (run / pointer["best"]).is_dir():
+        raise ValueError(f"generate: '{run / pointer['best']}', which {POINTER_FILE} names, is missing.")
     return run / pointer["best"]
 
 

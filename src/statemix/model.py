@@ -237,7 +237,7 @@ class TokenModel(nn.Module):
         kind, config = _read_config(f"{cls.__name__}.load", path)
         if kind != cls.__name__:
             raise ValueError(f"{cls.__name__}.load: '{path}' is of the kind {kind!r}. Use load_model.")
-        weights = read_tensors(Path(folder) / WEIGHTS_FILE)
+        weights = read_tensors(Path(folder) / WEIGHTS_FILE, f"{cls.__name__}.load")
         try:
             _check_options(cls, config, weights)
             with torch.device("meta"):  # sizes that are not those of the weights cost nothing
@@ -261,7 +261,7 @@ class TokenModel(nn.Module):
             ValueError: the file is missing, truncated, or of another model; this model is then unchanged.
         """
         path = Path(folder) / WEIGHTS_FILE
-        weights = read_tensors(path)
+        weights = read_tensors(path, type(self).__name__)
         if not (config := Path(folder) / CONFIG_FILE).exists():
             raise ValueError(f"{type(self).__name__}: '{config}' is missing.")
         self._check_weights(weights, path)
@@ -476,9 +476,9 @@ def _check_options(cls: type, config: dict[str, Any], weights: dict[str, Tensor]
         raise ValueError(f"`num_layers` must be {layers}, as in {WEIGHTS_FILE}, got {config['num_layers']}")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, owner: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises ValueError, naming the file, if it is missing or truncated."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"'{path}' cannot be read: {error}. It is missing or was cut short.") from error
+        raise ValueError(f"{owner}: '{path}' cannot be read: {error}. It is missing or was cut short.") from error
