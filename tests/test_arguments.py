@@ -194,7 +194,9 @@ def test_a_large_number_of_a_config_is_refused_wherever_it_is():
         TrainConfig(optimizer=type(TrainConfig().optimizer)(lr=10**30))
 
 
-def test_a_split_is_a_name():
+def test_a_batch_is_of_a_split_and_a_size():
+    with pytest.raises(ValueError, match=r"^sample: `batch_size` must be below 2\^31, got 2147483648\.$"):
+        build_task({"name": "parity", "seq_len": 9}).sample("train", 2**31)
     with pytest.raises(ValueError, match=r"^sample: `split` must be one of \['test', 'train', 'valid'\], got \{\}\.$"):
         build_task({"name": "parity", "seq_len": 9}).sample({}, 1)
 

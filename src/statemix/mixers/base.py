@@ -100,7 +100,7 @@ class Mixer(nn.Module):
     def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One step of the same recurrence: x (B, D) and the state (B, M, N) to y (B, D) and the next state."""
         check_floats(name := type(self).__name__, "x", x)
-        if x.ndim != 2:
+        if x.ndim != 2 or x.shape[1] != self.d_model:
             raise ValueError(f"{name}.step: `x` must have shape (B, D) with D = {self.d_model}, got {tuple(x.shape)}.")
         y, state = self(x[:, None], state)
         return y[:, 0], state

@@ -182,6 +182,8 @@ def stream(split: str, count: int, seed: int, index: int) -> np.random.Generator
     if not isinstance(split, str) or split not in SPLITS:
         raise ValueError(f"sample: `split` must be one of {sorted(SPLITS)}, got {split!r}.")
     _check_numbers("sample", ("batch_size", count, 1), ("seed", seed, 0), ("index", index, 0))
+    if count >= 2**31:
+        raise ValueError(f"sample: `batch_size` must be below 2^31, got {count}.")
     return np.random.default_rng([*_words(seed, index), *(1 + bucket for bucket in SPLITS[split])])
 
 
