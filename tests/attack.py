@@ -154,24 +154,28 @@ def run(attack: Attack, numbers: list[int], seed: int, jobs: int, say: Callable[
         prepared = attack.prepare(place / "prepared")
         waiting = [numbers[i : i + BATCH] for i in range(0, len(numbers), BATCH)]
         workers: list[Worker] = []
-        while waiting or workers:
-            while waiting and len(workers) < jobs:
-                workers.append(Worker(attack, prepared, waiting.pop(0), seed, place))
-            multiprocessing.connection.wait([worker.connection for worker in workers], timeout=1)
-            for worker in list(workers):
-                if (end := worker.ended()) is None:
-                    continue
-                ends.append((worker.numbers.pop(0), end))
-                if end.kind in WRONG:
-                    say(f"{attack.name} {ends[-1][0]}: {end.kind.upper()}: {end.what}")
-                broken = end.kind in ("crashed", "hung") or worker.process == 0
-                if broken or not worker.numbers:
-                    worker.stop()
-                    workers.remove(worker)
-                    waiting[:0] = [worker.numbers] if worker.numbers else []
-            if time.monotonic() - shown > 20:
-                shown = time.monotonic()
-                say(f"{attack.name}: {len(ends)} of {len(numbers)}")
+        try:
+            while waiting or workers:
+                while waiting and len(workers) < jobs:
+                    workers.append(Worker(attack, prepared, waiting.pop(0), seed, place))
+                multiprocessing.connection.wait([worker.connection for worker in workers], timeout=1)
+                for worker in list(workers):
+                    if (end := worker.ended()) is None:
+                        continue
+                    ends.append((worker.numbers.pop(0), end))
+                    if end.kind in WRONG:
+                        say(f"{attack.name} {ends[-1][0]}: {end.kind.upper()}: {end.what}")
+                    broken = end.kind in ("crashed", "hung") or worker.process == 0
+                    if broken or not worker.numbers:
+                        worker.stop()
+                        workers.remove(worker)
+                        waiting[:0] = [worker.numbers] if worker.numbers else []
+                if time.monotonic() - shown > 20:
+                    shown = time.monotonic()
+                    say(f"{attack.name}: {len(ends)} of {len(numbers)}")
+        finally:
+            for worker in workers:
+                worker.stop()
     return ends
 
 
@@ -186,7 +190,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="a JSON file of what was found")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends its processes, too
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     began, found = time.monotonic(), {}
+    machine = f"{_processor()}, {os.cpu_count()} cores, {platform.system()}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, statemix {statemix.__version__}"
+    about = {"seed": options.seed, "scale": options.scale, "machine": machine, "versions": versions}
 
     def say(line: str) -> None:
         print(f"{time.monotonic() - began:6.0f} s  {line[:2000]}", file=sys.stderr, flush=True)
@@ -203,17 +213,14 @@ def main() -> int:
                 "seconds": round(time.monotonic() - start),
                 "wrong": {number: end for number, end in sorted(ends) if end.kind in WRONG},
             }
+            if options.out is not None:
+                options.out.write_text(json.dumps(about | {"attacks": found}, indent=2) + "\n")
             if options.tries:
                 say("\n".join(f"{attack.name} {number}: {end.kind}: {end.what}" for number, end in ends))
     header = ("tried", *WRONG, *RIGHT, "seconds")
     widths = [max(map(len, found)), *map(len, header)]
     for row in [("", *header), *((name, *(line[key] for key in header)) for name, line in found.items())]:
         print("  ".join(str(cell).rjust(width) for cell, width in zip(row, widths, strict=True)))
-    if options.out is not None:
-        machine = f"{_processor()}, {os.cpu_count()} cores, {platform.system()}"
-        versions = f"Python {platform.python_version()}, torch {torch.__version__}, statemix {statemix.__version__}"
-        about = {"seed": options.seed, "scale": options.scale, "machine": machine, "versions": versions}
-        options.out.write_text(json.dumps(about | {"attacks": found}, indent=2) + "\n")
     return int(any(line[kind] for line in found.values() for kind in WRONG))
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from unittest import mock
 
 from attack import WRONG, Attack, End, judge
-from run_helpers import EDITS, TRAIN, edited, fields_of, seal, small_config
+from run_helpers import EDITS, TRAIN, Stopped, edited, fields_of, seal, small_config
 
 from statemix import TrainConfig, cli, train
 from statemix.files import digest_of
@@ -68,8 +68,8 @@ def lasting(text: str, *places: Path) -> list[str]:
 class Home(NamedTuple):
     """A sweep of two finished runs, one that was stopped, their text, and what the commands say of them.
 
-    runs: names of the runs in `sweep`, the first of which is damaged, and of the one in `begun`.
-    said: what `said` gives for the first and for the one that was stopped.
+    run: name of the first of the finished ones in `sweep`, which is damaged; the one that was stopped is `begun`.
+    said: what `said` gives for each of these two.
     """
 
     folder: Path
@@ -81,10 +81,6 @@ class Home(NamedTuple):
         """All of it anew, in another folder, whose text and cache are those of this one."""
         shutil.copytree(self.folder / "sweep", place / "sweep", symlinks=True)
         return place / "sweep"
-
-
-class Stopped(Exception):
-    """Ends a run in its middle."""
 
 
 def make_home(place: Path) -> Home:
@@ -137,14 +133,16 @@ def said(home: Home, folder: Path, run: str) -> dict[str, list[str]]:
     return found
 
 
-def compare(what: str, found: dict[str, list[str]], whole: dict[str, list[str]], names: set[str]) -> End:
-    """The worst of how the commands ended."""
+def compare(
+    what: str, found: dict[str, list[str]], whole: dict[str, list[str]], names: set[str], lost: str | None = None
+) -> End:
+    """The worst of how the commands ended. lost: a run without its result, which a report must leave out aloud."""
     ends = []
     for name in whole:
         status, *lines = found[name]
         if status != "0":
             ends.append(judge(f"{what}, {name}", lines[0], names))
-        elif "result.json" in names and any("without a result, left out" in line for line in lines):
+        elif lost and any("without a result, left out" in line and f"PLACE/{lost}" in line for line in lines):
             ends.append(End("refused", f"{what}, {name}: the run is told as one that has no result"))
         elif lines == whole[name][1:]:
             ends.append(End("as before", f"{what}, {name}"))
@@ -236,6 +234,7 @@ def damage_folder(home: Home, rng: random.Random, place: Path) -> End:
     out = sweep_folder / run
     (theirs,) = (path for path in sweep_folder.iterdir() if path.is_dir() and path.name not in (home.run, "begun"))
     steps = sorted(out.glob("step-*"))
+    lost = None
     if rng.random() < 0.15:
         what, names = damage_checkpoints(rng, steps, theirs, home.folder / "sweep" / "begun")
     else:
@@ -252,7 +251,8 @@ def damage_folder(home: Home, rng: random.Random, place: Path) -> End:
         what, names = f"{damage.__name__} {run}/{file.relative_to(sweep_folder)}", {file.name}
         if file.is_file() and file.read_bytes() == before:
             what += " (the same)"
-    return compare(what, said(home, sweep_folder, run), home.said[run], names)
+        lost = run if file.name == "result.json" and not file.is_file() else None
+    return compare(what, said(home, sweep_folder, run), home.said[run], names, lost)
 
 
 def damage_checkpoints(rng: random.Random, steps: list[Path], theirs: Path, begun: Path) -> tuple[str, set[str]]:
