@@ -68,6 +68,18 @@ def test_each_try_ends_in_one_of_the_columns(tmp_path):
         assert {key: line[key] for key in ("as before", "refused", *WRONG) if line[key]} == {columns[name]: 3}
 
 
+def test_the_page_has_the_figures_that_were_written():
+    written = json.loads((FOLDER.parent / "results" / "attack.json").read_text())
+    page = (FOLDER.parent / "docs" / "reliability.md").read_text()
+    for name, line in written["attacks"].items():
+        assert line["tried"] == line["as before"] + line["refused"]
+        columns = ("tried", "as before", "refused", *WRONG)
+        assert f"| {name} | {' | '.join(f'{line[key]:,}' for key in columns)} |" in page
+    for fact in ("machine", "versions"):
+        assert written[fact] in page
+    assert f"--seed {written['seed']} --scale {written['scale']:g}`" in page
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
