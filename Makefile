@@ -4,6 +4,7 @@
 # make results      draw the figures and tables of the claims again from results/
 # make sanitize     build the kernels with the address and undefined-behaviour sanitizers, and run them all (minutes);
 #                   and those for GPUs in their emulator, each access of a lane watched
+# make attack       damage files, call functions wrongly, kill processes, and see whether anything is wrong in silence
 # make mutation     plant faults in a copy of the sources, one at a time, and see whether a test notices (minutes)
 # make format       let ruff and clang-format rewrite the sources
 
@@ -15,9 +16,10 @@ BIN := .venv/bin
 SOURCES := src tests experiments
 KERNELS := $(wildcard csrc/*.h csrc/*.cpp csrc/gpu/*.cuh)
 BUDGET ?= quick
+SEED ?= 0
 CLAIMS := state_tracking exact structure normalization memory language regular
 
-.PHONY: quickstart test experiments results sanitize mutation format clean
+.PHONY: quickstart test experiments results sanitize attack mutation format clean
 quickstart: .venv/installed
 	$(BIN)/python experiments/quickstart.py
 
@@ -46,6 +48,9 @@ sanitize: .venv/installed
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	$(BIN)/python tests/sanitize.py build/sanitize/statemix_cpu.so
 	$(BIN)/python tests/sanitize_gpu.py
+
+attack: .venv/installed
+	$(BIN)/python tests/attack.py --seed $(SEED) --out build/attack.json
 
 mutation: .venv/installed
 	$(BIN)/python tests/mutation.py
