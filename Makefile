@@ -5,6 +5,7 @@
 # make sanitize     build the kernels with the address and undefined-behaviour sanitizers, and run them all (minutes);
 #                   and those for GPUs in their emulator, each access of a lane watched
 # make mutation     plant faults in a copy of the sources, one at a time, and see whether a test notices (minutes)
+# make compat       run the tests with the oldest and the newest releases of what statemix needs (20 GB of build/)
 # make format       let ruff and clang-format rewrite the sources
 
 # TORCH pins the version developed with. Where a CPU build is wanted and the default is another, give pip the index of
@@ -17,7 +18,7 @@ KERNELS := $(wildcard csrc/*.h csrc/*.cpp csrc/gpu/*.cuh)
 BUDGET ?= quick
 CLAIMS := state_tracking exact structure normalization memory language regular
 
-.PHONY: quickstart test experiments results sanitize mutation format clean
+.PHONY: quickstart test experiments results sanitize mutation compat format clean
 quickstart: .venv/installed
 	$(BIN)/python experiments/quickstart.py
 
@@ -49,6 +50,9 @@ sanitize: .venv/installed
 
 mutation: .venv/installed
 	$(BIN)/python tests/mutation.py
+
+compat: .venv/installed
+	$(BIN)/python tests/compat.py --torch $(TORCH)
 
 format: .venv/installed
 	$(BIN)/ruff check --fix $(SOURCES)
