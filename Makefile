@@ -6,6 +6,7 @@
 #                   and those for GPUs in their emulator, each access of a lane watched
 # make attack       damage files, call functions wrongly, kill processes, and see whether anything is wrong in silence
 # make mutation     plant faults in a copy of the sources, one at a time, and see whether a test notices (minutes)
+# make compat       run the tests with the oldest and the newest releases of what statemix needs (20 GB of build/)
 # make format       let ruff and clang-format rewrite the sources
 
 # TORCH pins the version developed with. Where a CPU build is wanted and the default is another, give pip the index of
@@ -19,7 +20,7 @@ BUDGET ?= quick
 SEED ?= 0
 CLAIMS := state_tracking exact structure normalization memory language regular
 
-.PHONY: quickstart test experiments results sanitize attack mutation format clean
+.PHONY: quickstart test experiments results sanitize attack mutation compat format clean
 quickstart: .venv/installed
 	$(BIN)/python experiments/quickstart.py
 
@@ -54,6 +55,9 @@ attack: .venv/installed
 
 mutation: .venv/installed
 	$(BIN)/python tests/mutation.py
+
+compat: .venv/installed
+	$(BIN)/python tests/compat.py --torch $(TORCH)
 
 format: .venv/installed
 	$(BIN)/ruff check --fix $(SOURCES)
