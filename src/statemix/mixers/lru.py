@@ -70,8 +70,8 @@ class LRU(Mixer):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of the weights of its products."""
-        return self.values.weight.dtype
+        """Of the model: that of D, where the products may be quantised, and nu, theta and gamma are wider."""
+        return self.skip.dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `to`, `half` and the like call: they leave nu, theta and gamma in float32 or wider."""
