@@ -4,7 +4,9 @@
 # make results      draw the figures and tables of the claims again from results/
 # make sanitize     build the kernels with the address and undefined-behaviour sanitizers, and run them all (minutes);
 #                   and those for GPUs in their emulator, each access of a lane watched
+# make attack       damage files, call functions wrongly, kill processes, and see whether anything is wrong in silence
 # make mutation     plant faults in a copy of the sources, one at a time, and see whether a test notices (minutes)
+# make compat       run the tests with the oldest and the newest releases of what statemix needs (20 GB of build/)
 # make format       let ruff and clang-format rewrite the sources
 
 # TORCH pins the version developed with. Where a CPU build is wanted and the default is another, give pip the index of
@@ -15,9 +17,10 @@ BIN := .venv/bin
 SOURCES := src tests experiments
 KERNELS := $(wildcard csrc/*.h csrc/*.cpp csrc/gpu/*.cuh)
 BUDGET ?= quick
+SEED ?= 0
 CLAIMS := state_tracking exact structure normalization memory language regular
 
-.PHONY: quickstart test experiments results sanitize mutation format clean
+.PHONY: quickstart test experiments results sanitize attack mutation compat format clean
 quickstart: .venv/installed
 	$(BIN)/python experiments/quickstart.py
 
@@ -47,8 +50,14 @@ sanitize: .venv/installed
 	$(BIN)/python tests/sanitize.py build/sanitize/statemix_cpu.so
 	$(BIN)/python tests/sanitize_gpu.py
 
+attack: .venv/installed
+	$(BIN)/python tests/attack.py --seed $(SEED) --out build/attack.json
+
 mutation: .venv/installed
 	$(BIN)/python tests/mutation.py
+
+compat: .venv/installed
+	$(BIN)/python tests/compat.py --torch $(TORCH)
 
 format: .venv/installed
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -28,7 +28,7 @@ import torch
 from matplotlib.figure import Figure
 
 from statemix import kernels
-from statemix.benchmark.results import plot
+from statemix.benchmark.results import plot, read_kept
 from statemix.files import write_whole
 from statemix.report.tables import align
 from statemix.runs.read import write_table
@@ -62,7 +62,7 @@ def main() -> None:
     if (file := RESULTS / "shakespeare.csv").exists():
         save(figures.shakespeare(read(file)), "shakespeare")
     for picture in sorted((RESULTS / "bench").glob("*.png")):
-        write_whole(picture, plot(json.loads(picture.with_suffix(".json").read_text())))
+        write_whole(picture, plot(read_kept(picture.with_suffix(".json"))))
     show("efficiency", align(efficiency(), markdown=True))
 
 
@@ -75,7 +75,7 @@ def efficiency() -> list[list[str]]:
     """Claim 5: training throughput at equal parameters over that of BD-LRU with M = 1: `statemix bench train-step`."""
     table = [["M x N of BD-LRU", "threads", "BD-LRU", "H-LRU, order M", "LSTM", "Mamba-2"]]
     for threads in (1, 2):
-        groups = json.loads((RESULTS / f"bench/train-step-avx512-{threads}t.json").read_text())["groups"]
+        groups = read_kept(RESULTS / f"bench/train-step-avx512-{threads}t.json")["groups"]
         times = [{c["name"]: c["median"] for c in group["contenders"]} for group in groups]
         for group, own in zip(groups, times, strict=True):
             speeds = [times[0]["bdlru"] / own[name] for name in ("bdlru", "hlru", "lstm", "mamba2")]

@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import copy
 import errno
 import importlib
 import io
@@ -201,3 +202,44 @@ ENDLESS = tiny(99, steps=1_000_000, eval_every=10, log_every=10)  # stopped, how
 NO_TEST = tiny(
     50, task={"name": "permutation", "group": "Z3", "seq_len": 5}, test_lengths=(2,)
 )  # has no such sequences
+
+
+def fields_of(value, path=()):
+    """The paths of all fields of a value, of a list those of its first part."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    for key, part in inner:
+        yield (*path, key)
+        yield from fields_of(part, (*path, key))
+
+
+def wrong_type(value: object) -> str:
+    return "3" if isinstance(value, str) else "[]" if isinstance(value, dict) else '{"x": 1}'
+
+
+EDITS = {  # what becomes of a field, as JSON text: `"key": ` and the old value to the new text
+    "missing": lambda key, value: "",
+    "null": lambda key, value: f"{key}null",
+    "wrong": lambda key, value: key + wrong_type(value),
+    "a text": lambda key, value: key + ('["x"]' if isinstance(value, str) else '"x"'),
+    "huge": lambda key, value: f"{key}{'9' * 5000}",
+    "deep": lambda key, value: f"{key}{'[' * 100_000}{']' * 100_000}",
+    "not a number": lambda key, value: f"{key}NaN",
+    "twice": lambda key, value: f"{key}{json.dumps(value)}, {key}{json.dumps(value)}",
+    "extra": lambda key, value: f'{key}{json.dumps(value)}, "extra": "x"',
+}
+
+
+def edited(content: dict, path: tuple, edit: str) -> str:
+    """The JSON text of a content in which a field is edited."""
+    content = copy.deepcopy(content)
+    target = content
+    for key in path[:-1]:
+        target = target[key]
+    value, key = target[path[-1]], path[-1]
+    if isinstance(key, int):
+        target[key] = "HERE"
+        return json.dumps(content).replace('"HERE"', EDITS[edit]("", value))
+    target[key] = "HERE"
+    text, new = json.dumps(content), EDITS[edit](f"{json.dumps(key)}: ", value)
+    here = f'{json.dumps(key)}: "HERE"'
+    return text.replace(f"{here}, ", new and f"{new}, ").replace(f", {here}", new and f", {new}").replace(here, new)

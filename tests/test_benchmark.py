@@ -521,3 +521,18 @@ def test_a_picture_has_no_more_lines_than_colours(monkeypatch):
         results.LABELS[name] for name in LAYERS if results.LABELS[name] not in modes and name != "products"
     ] + ["the bare matrix products"]
     assert len(drawn[1]) == 5
+
+
+def test_what_is_kept_is_of_its_form(tmp_path):
+    files = sorted((Path(__file__).parents[1] / "results" / "bench").glob("*.json"))
+    assert files
+    for file in files:
+        assert results.read_kept(file)["groups"]
+    kept = json.loads(files[0].read_text())
+    kept["groups"][0]["contenders"][0]["name"] = None
+    (tmp_path / "it.json").write_text(json.dumps(kept))
+    told = (
+        rf"^bench: '{tmp_path}/it\.json' is damaged: `groups\[0\]\.contenders\[0\]\.name` must be a text, got None\.$"
+    )
+    with pytest.raises(ValueError, match=told):
+        results.read_kept(tmp_path / "it.json")

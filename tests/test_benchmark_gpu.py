@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -12,9 +13,10 @@ from torch import nn
 from statemix.benchmark.contender import Shape
 from statemix.benchmark.gpu import GpuBenchmark, card, check, host, results
 from statemix.benchmark.gpu.peers import PEERS, Peers
-from statemix.benchmark.gpu.records import Records
+from statemix.benchmark.gpu.records import RECORD, Records
 from statemix.benchmark.scans import SCANS
 from statemix.cli import main
+from statemix.records import read_lines
 from statemix.scan import gpu
 from statemix.scan.gpu import compile, plan
 
@@ -60,6 +62,27 @@ class TestRecords:
         assert list(records) == ["a"]
         records.add({"key": "c"})
         assert list(Records(path)) == ["a", "c"]
+
+    @pytest.mark.parametrize(
+        ("line", "told"),
+        [
+            ("[]", r"`the content` must be an object, got \[\]"),
+            ("{", "it is not JSON at line 2, column 1"),
+            ("{}", "`key` is missing"),
+            ('{"key": 1}', "`key` must be a text, got 1"),
+            ('{"key": "a", "forward": "fast"}', "`forward` must be a number, got 'fast'"),
+            ('{"key": "a", "bytes": [1, null]}', r"`bytes\[1\]` must be a number, got None"),
+        ],
+    )
+    def test_what_is_no_record_is_named_with_its_line(self, tmp_path, line, told):
+        path = tmp_path / "a.jsonl"
+        path.write_text('{"key": "a"}\n' + line + "\n")
+        with pytest.raises(ValueError, match=rf"^bench: '{path}' is damaged: line 2: {told}\. Mend that line"):
+            Records(path)
+
+    def test_those_of_the_repository_are_of_the_form(self):
+        for file in (Path(__file__).parents[1] / "results" / "bench").glob("*.jsonl"):
+            assert read_lines(file, RECORD, "bench")
 
 
 def compiled_record(target, **changes):

@@ -9,14 +9,18 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import accelerate
+import numpy as np
 import pytest
 from run_helpers import NEEDING_SPACE, TRAIN, differing, disk, disk_is_full
 
 import statemix
 from statemix import TrainConfig, cli
+from statemix.cli import info
 from statemix.mixers import MIXERS
 from statemix.runs.presets import preset_config
 from statemix.runs.sweep import SweepResult
+from statemix.scan.gpu import compile
 from statemix.tasks import PRESETS, TASKS, PermutationComposition
 from statemix.training.config import CurriculumConfig, ModelConfig, OptimizerConfig
 
@@ -386,11 +390,21 @@ def test_info(capsys):
     status, text, errors = call(capsys, "info")
     assert (status, errors) == (0, "")
     assert text.startswith(f"statemix {statemix.__version__}, torch ")
+    assert f"\npackages: numpy {np.__version__}, accelerate {accelerate.__version__}, " in text
+    assert re.search(r"^for GPUs: torch (without CUDA|of CUDA [\d.]+), cuda-bindings .*, NVRTC \d+\.\d+$", text, re.M)
     for name in ("cpu", "associative", "reference"):
         assert re.search(rf"^  {name} +\S", text, re.MULTILINE), name
     assert f"mixers: {', '.join(MIXERS)}\n" in text
     assert f"tasks: {', '.join(TASKS)}\n" in text
     assert re.search(r"^  mamba-ssm +.*installed; runs mamba2 for CUDA tensors of 16 bits$", text, re.MULTILINE)
+
+
+def test_info_where_less_is_installed(capsys, monkeypatch):
+    monkeypatch.setattr(info, "PACKAGES", ("numpy", "no-such-package"))
+    monkeypatch.setattr(compile, "_HAS_BINDINGS", False)
+    compile.compiler_version.cache_clear()
+    _, text, _ = call(capsys, "info")
+    assert re.search(r"^packages: numpy [\d.]+, no no-such-package\nfor GPUs: .*, no NVRTC$", text, re.MULTILINE)
 
 
 def test_info_of_sizes(capsys):

@@ -263,7 +263,7 @@ def test_a_decoder_takes_one_token_of_each_row(mixer):
         decoder.step(torch.tensor([1.0, 2.0, 3.0]))
     state = decoder.state
     for wrong in ([1, 2, 11], [-1, 2, 3]):
-        with pytest.raises(IndexError, match=r"out of range|^step: `tokens` must be in \[0, 11\), got (11|-1)\.$"):
+        with pytest.raises(IndexError, match=r"^(SequenceModel|step): `tokens` must be in \[0, 11\), got (11|-1)\.$"):
             decoder.step(torch.tensor(wrong))
     assert all(map(torch.equal, decoder.state, state))
     expected = Decoder(make_model(mixer), batch=3).step(torch.tensor([1, 2, 3]))

@@ -48,7 +48,7 @@ ALLOWED = {
         "statemix.fused",
         "statemix.specs",
     ),
-    "statemix.mixers.base": (),
+    "statemix.mixers.base": ("statemix.gates",),
     "statemix.model": (
         "statemix.mixers",
         "statemix.gates",
@@ -73,7 +73,7 @@ ALLOWED = {
         "statemix.tasks",
     ),
     f"{BENCH}.contender": (),
-    f"{BENCH}.results": ("statemix.style",),
+    f"{BENCH}.results": ("statemix.records", "statemix.style"),
     f"{BENCH}.measure": (f"{BENCH}.contender", KERNELS),
     f"{BENCH}.scans": (f"{BENCH}.contender", "statemix.gates", SCAN, KERNELS),
     f"{BENCH}.layers": (f"{BENCH}.contender", "statemix.mixers", "statemix.model", "statemix.generate"),

@@ -6,13 +6,14 @@ import re
 
 import pytest
 import torch
-from helpers import TOLERANCE, assert_close
+from helpers import TOLERANCE, assert_close, relative_error
 from mixer_helpers import CHUNKED, SCANNED, SPECS, STRAIGHT_THROUGH, D, build, each_mixer, normal, random_reset, start
 from torch import Tensor
 
-from statemix import available_backends
+from statemix import SequenceModel, available_backends
 from statemix.gates import NORMALIZATIONS
 from statemix.mixers import (
+    LRU,
     MIXERS,
     Attention,
     Mixer,
@@ -274,6 +275,38 @@ def test_fixed_gates_are_the_same_at_every_step(generator, mixer):
     assert (fixed.raw_gates.constant.grad != 0).all()
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_the_phases_of_an_lru_are_not_rounded_to_a_half_type(generator, half, tmp_path):
+    """A rounded phase is wrong by up to 2^-7 of itself, and the error is taken again at every step of a long memory."""
+    torch.manual_seed(0)
+    mixer, x = LRU(32, 32), torch.randn(2, 256, 32, generator=generator).to(half)
+    exact, exact_state = copy.deepcopy(mixer).double()(x.double())
+    rounded = copy.deepcopy(mixer)
+    rounded.log_theta.grad = torch.ones(32)
+    rounded.to(half)
+    y, state = rounded(x)
+    assert relative_error(y, exact) < 1e-2
+    assert relative_error(state, exact_state) < 1e-2
+    assert y.dtype == rounded.values.weight.dtype == rounded.skip.dtype == half
+    assert {log.dtype for log in (rounded.log_nu, rounded.log_theta, rounded.log_gamma)} == {torch.float32}
+    assert rounded.log_theta.grad.dtype == torch.float32
+    assert torch.equal(rounded.float().log_theta, mixer.log_theta)
+    assert rounded.double().log_theta.dtype == rounded.log_theta.grad.dtype == torch.float64
+    assert rounded.to("meta", half).log_theta.is_meta
+    torch.set_default_dtype(half)
+    try:
+        assert LRU(4, 3).log_nu.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model = SequenceModel(5, 8, 1, {"name": "lru", "num_channels": 3}).to(half)
+    model.save(tmp_path)
+    again = SequenceModel.load(tmp_path).state_dict()
+    assert all(
+        torch.equal(weight, again[name]) and weight.dtype == again[name].dtype
+        for name, weight in model.state_dict().items()
+    )
+
+
 @pytest.mark.parametrize("mixer", [*SCANNED, "lru"])
 @pytest.mark.parametrize("backend", [name for name in available_backends("cpu") if name != "reference"])
 def test_backends_agree_through_the_layer(generator, mixer, backend):
@@ -375,9 +408,9 @@ def test_bad_calls(generator, mixer, x, state, reset, dtype, error, text):
 @pytest.mark.parametrize("mixer", ["bd_lru", "h_lru", "lstm", "delta_net"])
 def test_bad_steps(generator, mixer):
     mixer = build(mixer, generator, torch.float32)
-    with pytest.raises(ValueError, match=re.escape("got (2, 1, 7).")):
+    with pytest.raises(ValueError, match=re.escape(f"step: `x` must have shape (B, D) with D = {D}, got (2, 7).")):
         mixer.step(torch.zeros(2, D + 1))
-    with pytest.raises(ValueError, match=re.escape("got (2, 1, 3, 6).")):
+    with pytest.raises(ValueError, match=re.escape(f"step: `x` must have shape (B, D) with D = {D}, got (2, 3, 6).")):
         mixer.step(torch.zeros(2, 3, D))
     with pytest.raises(ValueError, match=re.escape(f"`state` must have shape (B, M, N) = {(2, *mixer.state_shape)}")):
         mixer.step(torch.zeros(2, D), torch.zeros(1, *mixer.state_shape))

@@ -11,7 +11,7 @@ from mixer_helpers import CHUNKED, SPECS, D, build, each_mixer, normal, random_r
 
 from statemix import mixers
 from statemix.gates import NORMALIZATIONS
-from statemix.mixers import BDLRU, HLRU, LRU, MIXERS, build_mixer, complete_mixer
+from statemix.mixers import BDLRU, GRU, HLRU, LRU, LSTM, MIXERS, build_mixer, complete_mixer
 from statemix.mixers.chunks import SelectiveDecay, decays
 from statemix.mixers.convolution import ShortConvolution
 
@@ -63,6 +63,25 @@ def test_bfloat16_inputs_run_under_autocast(generator, mixer):
     again.float().square().sum().backward()
     for name, parameter in mixer.named_parameters():
         assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch asks for it where it breaks a graph
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_compiled_and_eager_calls_agree(generator, mixer):
+    """As one graph, but for those of torch.nn, which torch.compile leaves to torch; also where autocast is on."""
+    torch.compiler.reset()  # all mixers have one `forward`, of which torch compiles so many versions and no more
+    mixer = build(mixer, generator, torch.float32)
+    compiled = torch.compile(mixer, fullgraph=not isinstance(mixer, LSTM | GRU), backend="aot_eager")
+    x, state, reset = normal(generator, 2, 5, D).float(), start(mixer, generator, 2), random_reset(generator, 2, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        for actual, expected in zip(compiled(x, state, reset), mixer(x, state, reset), strict=True):
+            assert torch.equal(actual, expected)
+    leaves = [x.requires_grad_(), state.requires_grad_(), *mixer.parameters()]
+    eager, traced = mixer(x, state, reset), compiled(x, state, reset)
+    cotangents = [normal(generator, *output.shape).float() for output in eager]
+    gradients = (torch.autograd.grad(outputs, leaves, cotangents) for outputs in (traced, eager))
+    for actual, expected in zip([*traced, *next(gradients)], [*eager, *next(gradients)], strict=True):
+        assert_close(actual, expected.detach().double())
 
 
 @each_mixer

@@ -11,7 +11,16 @@ import statistics
 import pytest
 from run_helpers import run, small_config
 
-from statemix.runs.read import find_runs, flatten, read_run, row_of, train_seconds, unfinished_runs, write_table
+from statemix.runs.read import (
+    find_runs,
+    flatten,
+    read_run,
+    row_of,
+    sweep_json,
+    train_seconds,
+    unfinished_runs,
+    write_table,
+)
 from statemix.runs.select import group_over_seeds, select
 from statemix.runs.statistics import interval, t_quantile
 from statemix.tasks import build_task
@@ -62,7 +71,10 @@ def test_runs_are_found_below_a_folder_each_once_and_unfinished_ones_apart(finis
     (tmp_path / "stopped" / "result.json").unlink()
     names = [found.folder.relative_to(tmp_path).as_posix() for found in find_runs([tmp_path, tmp_path / "a"])]
     assert names == ["a", "b", "deep/c"]
-    assert unfinished_runs([tmp_path, tmp_path / "a"]) == [tmp_path / "stopped"]
+    for lost in (None, "config.json"):
+        if lost is not None:
+            (tmp_path / "stopped" / lost).unlink()
+        assert unfinished_runs([tmp_path, tmp_path / "a"]) == [tmp_path / "stopped"]
     with pytest.raises(ValueError, match=rf"^runs: there is no finished run in '{tmp_path}/stopped': no result\.json"):
         find_runs([tmp_path / "a", tmp_path / "stopped"])
     with pytest.raises(ValueError, match=rf"^runs: '{tmp_path}/none' is not a folder\.$"):
@@ -269,15 +281,22 @@ def test_groups_have_the_names_that_a_sweep_gave_them(finished, tmp_path):
 
     def labels(*names: str) -> list[str]:
         given = {str(number): name for number, name in enumerate(names)}
-        (tmp_path / "sweep.json").write_text(json.dumps({"version": "1", "labels": given}))
+        (tmp_path / "sweep.json").write_bytes(sweep_json(given))
         return list(group_over_seeds(runs))
 
     assert labels("mixing, seed 0", "mixing, seed 1", "gates", "gates") == ["mixing", "gates"]
     assert labels("mixing, seed 0", "other, seed 1", "gates", "gates") == ["bd_lru", "gates"]  # two names
     assert labels("one", "one", "one", "one") == ["bd_lru", "lstm"]  # whose it is cannot be told
     assert labels("0", "0", "2", "2") == ["bd_lru", "lstm"]  # numbers of a list
-    assert labels("\x1b[2J", "\x1b[2J", "gates", "gates") == ["bd_lru", "gates"]  # which no sweep takes
-    (tmp_path / "sweep.json").write_text("{")
+    with pytest.raises(ValueError, match=r"`label` must have no control characters"):
+        labels("\x1b[2J", "\x1b[2J", "gates", "gates")
+    labels("mixing", "mixing", "gates", "gates")
+    edited = (tmp_path / "sweep.json").read_text().replace("mixing", "magic")
+    (tmp_path / "sweep.json").write_text(edited)
+    told = rf"^runs: '{re.escape(str(tmp_path))}/sweep\.json' is damaged: its `sha256` is not that of `version` and"
+    with pytest.raises(ValueError, match=told):
+        group_over_seeds(runs)
+    (tmp_path / "sweep.json").unlink()
     assert list(group_over_seeds(runs)) == ["bd_lru", "lstm"]
 
 

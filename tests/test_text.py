@@ -530,6 +530,16 @@ def parts_to(**changes):
     return change
 
 
+def another_text(folder):
+    """Whole, under the name of this one."""
+    text = folder.parents[2] / "another"
+    text.write_text("another")
+    module.open_corpus(str(text), "characters", 0, "text", (0.2, 0.2))
+    [other] = [path for path in folder.parent.iterdir() if path != folder]
+    shutil.rmtree(folder)
+    other.rename(folder)
+
+
 FORGERIES = {  # each with a manifest that is true of it
     "a token outside the vocabulary": tokens_to([*range(299), 300]),
     "half a token": lambda folder: (folder / "tokens.bin").write_bytes(bytes(599)),
@@ -545,6 +555,7 @@ FORGERIES = {  # each with a manifest that is true of it
     "a part that ends before it begins": parts_to(train=[0, 280], valid=[280, 270]),
     "a part of three numbers": parts_to(train=[0, 100, 210]),
     "a part of objects": parts_to(train=["0", "210"]),
+    "a corpus of another text": another_text,
 }
 
 

@@ -32,6 +32,7 @@ from run_helpers import (
 )
 
 from statemix import SequenceModel, TrainConfig, train
+from statemix.generate import find_checkpoint
 from statemix.runs.read import read_run
 from statemix.tasks import PermutationComposition
 from statemix.training.config import OptimizerConfig
@@ -470,6 +471,26 @@ def other_seed(config, tmp_path_factory):
     return out
 
 
+def test_text_is_not_generated_from_another_checkpoint_under_the_name_of_the_best(half_way, other_seed, tmp_path):
+    """Each is whole, and true to its own manifest."""
+    out = tmp_path / "run"
+    shutil.copytree(half_way, out)
+    assert find_checkpoint(out) == out / "step-1"
+    shutil.rmtree(out / "step-1")
+    shutil.copytree(out / "step-2", out / "step-1")
+    told = (
+        rf"^generate: '{re.escape(str(out))}/step-1/train\.json' is damaged: `step` must be that of its folder, got 2"
+    )
+    with pytest.raises(ValueError, match=told):
+        find_checkpoint(out)
+    shutil.rmtree(out / "step-1")
+    shutil.copytree(other_seed / "step-1", out / "step-1")
+    told = rf"^generate: checkpoint '{re.escape(str(out))}/step-1' is of another run than '.*/config\.json': .* seed="
+    with pytest.raises(ValueError, match=told):
+        find_checkpoint(out)
+    assert find_checkpoint(out / "step-1") == out / "step-1"  # as it was asked for
+
+
 FILES = ["model.json", "model.safetensors", "optimizer.safetensors", "train.json", "manifest.json"]
 
 
@@ -487,7 +508,7 @@ def test_a_file_of_another_run_is_refused(config, half_way, other_seed, tmp_path
     else:
         shutil.rmtree(path)
         shutil.copytree(theirs, path)
-        message = r"metrics\.jsonl' is damaged: it does not begin with the lines up to step 2\."
+        message = r"metrics\.jsonl' is damaged: it does not begin with the lines up to step-2\."
     with pytest.raises(ValueError, match=message):
         run(out, config)
 

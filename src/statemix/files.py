@@ -74,12 +74,13 @@ def manifest_of(digests: Mapping[str, str]) -> bytes:
     return (json.dumps({"sha256": dict(digests)}, indent=2) + "\n").encode()
 
 
-def check_manifest(folder: Path, names: Iterable[str], owner: str) -> None:
+def check_manifest(folder: Path, names: Iterable[str], owner: str, *, every: bool = False) -> None:
     """Raise ValueError unless the files of a folder are, bit for bit, those of its manifest.json.
 
     Args:
         folder: with the manifest.
         names: the files that matter.
+        every: all others that the manifest has matter, too.
         owner: begins the message, which names the first file that is not as it was written.
     """
     if not folder.is_dir():
@@ -89,14 +90,14 @@ def check_manifest(folder: Path, names: Iterable[str], owner: str) -> None:
         digests = records.read(path, MANIFEST, owner)["sha256"]
     except FileNotFoundError as error:
         raise ValueError(f"{owner}: '{folder}' has no {MANIFEST_FILE}: it is of an older version.") from error
-    for name in names:
+    for name in dict.fromkeys([*names, *(digests if every else ())]):
         if name not in digests:
             raise records.damaged(owner, path, f"`sha256` has no '{name}'")
         try:
             if digest_of(folder / name) == digests[name]:
                 continue
         except FileNotFoundError as error:
-            raise ValueError(f"{owner}: '{folder / name}' is missing.") from error
+            raise ValueError(f"{owner}: '{folder / name}' is missing, which {MANIFEST_FILE} has.") from error
         except OSError as error:
             raise ValueError(f"{owner}: '{folder / name}' cannot be read: {error.strerror}.") from error
         raise records.damaged(owner, folder / name, f"its sha256 is not the one in {MANIFEST_FILE}")

@@ -329,14 +329,14 @@ def step_state(x: Tensor, state: Tensor | None, shape: tuple[int, int, int]) -> 
         x, state: of the step.
         shape: D and the shape of the state, without B.
     """
-    if torch.is_grad_enabled() or type(x) is not Tensor or x.ndim != 2 or x.dtype not in CPU.dtypes or not x.is_cpu:
+    if torch.is_grad_enabled() or not _is_dense(x) or x.ndim != 2 or x.dtype not in CPU.dtypes or not x.is_cpu:
         return None
     rows, width = x.shape
     if not 0 < rows <= kernels.STEP_ROWS or width != shape[0] or transformed():
         return None
     if state is None:
         return x.new_zeros(rows, *shape[1:])
-    if type(state) is not Tensor or state.shape != (rows, *shape[1:]) or state.dtype != x.dtype or not state.is_cpu:
+    if not _is_dense(state) or state.shape != (rows, *shape[1:]) or state.dtype != x.dtype or not state.is_cpu:
         return None
     return state
 
@@ -351,6 +351,11 @@ def gated(x: Tensor) -> Tensor:
         return kernels.gated(x)
     gate, inner = x.chunk(2, dim=-1)
     return nn.functional.silu(gate) * inner
+
+
+def _is_dense(tensor: object) -> bool:
+    """Whether this is torch's own tensor, and holds all its numbers."""
+    return type(tensor) is Tensor and tensor.layout == torch.strided
 
 
 def _is_numbers(tensor: Tensor) -> bool:

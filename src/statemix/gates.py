@@ -126,11 +126,38 @@ def normalize(raw_gates: Tensor, normalization: str, dim: int, dtype: torch.dtyp
         Weights in the shape of `raw_gates`.
 
     Raises:
-        ValueError: the name is unknown.
+        TypeError: `raw_gates` is no dense tensor of floats, or `dim` is no int.
+        ValueError: the name is unknown, or there is no such axis.
     """
     check_normalization("normalize", normalization)
+    check_floats("normalize", "raw_gates", raw_gates)
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise TypeError(f"normalize: `dim` must be an int, got {dim!r}.")
+    if not -raw_gates.ndim <= dim < raw_gates.ndim:
+        raise ValueError(f"normalize: `dim` must be an axis of the shape {tuple(raw_gates.shape)}, got {dim}.")
+    if raw_gates.shape[dim] == 0:
+        raise ValueError(
+            f"normalize: `raw_gates` must have an entry along `dim` = {dim}, got {tuple(raw_gates.shape)}."
+        )
     weights = NORMALIZATIONS[normalization].weights
     return weights(raw_gates.to(dtype or raw_gates.dtype), dim, torch.finfo(raw_gates.dtype).tiny)
+
+
+def check_floats(owner: str, argument: str, tensor: object) -> None:
+    """Raise TypeError, in the name of `owner`, unless an argument is a dense tensor of floats of 16 bits or more."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{owner}: `{argument}` must be a tensor, got {type(tensor).__name__}.")
+    if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+        raise TypeError(
+            f"{owner}: `{argument}` must have a floating-point dtype of 16 bits or more, got {tensor.dtype}."
+        )
+    check_dense(owner, argument, tensor)
+
+
+def check_dense(owner: str, argument: str, tensor: Tensor) -> None:
+    """Raise TypeError, in the name of `owner`, where a tensor does not hold all its numbers, as a sparse one."""
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{owner}: `{argument}` must be a dense tensor, got one of the layout {tensor.layout}.")
 
 
 def check_normalization(owner: str, normalization: str) -> None:

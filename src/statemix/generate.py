@@ -7,6 +7,8 @@ is read on its own and each row has random numbers of its own, so a row does not
 import codecs
 import contextlib
 import math
+import reprlib
+import sys
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -18,10 +20,13 @@ from torch import Tensor
 
 from statemix import fused, kernels, records
 from statemix.files import MANIFEST_FILE, check_manifest
+from statemix.gates import check_dense
 from statemix.mixers.base import check_sizes
 from statemix.model import CONFIG_FILE, MODEL, WEIGHTS_FILE, ModelInputs, SequenceModel, State, load_model
 from statemix.text.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
-from statemix.training.checkpoint import POINTER_FILE, TRAIN_FILE, read_pointer
+from statemix.training.checkpoint import CONFIG_FILE as RUN_CONFIG_FILE
+from statemix.training.checkpoint import POINTER_FILE, TRAIN_FILE, read_pointer, step_of
+from statemix.training.config import first_difference
 
 CHUNK = 1024  # tokens of a prompt that are read at once
 
@@ -85,6 +90,9 @@ class Decoder:
         Raises:
             TypeError, ValueError, IndexError: tokens are of another type, shape or vocabulary.
         """
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"Decoder: `tokens` must be a tensor, got {type(tokens).__name__}.")
+        check_dense("Decoder", "tokens", tokens)
         if tokens.shape != self._shape:
             raise ValueError(f"Decoder: `tokens` must have shape (B,) = {self._shape}, got {tuple(tokens.shape)}.")
         if tokens.dtype not in (torch.int64, torch.int32):
@@ -153,9 +161,10 @@ def generate(
             outside the vocabulary.
         RuntimeError: the model's logits are not finite.
     """
-    rows: list[list[int]] = [[] for _ in prompts]
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": stop}
-    for tokens in stream(model, prompts, max_new_tokens, **options):  # type: ignore[arg-type]
+    drawn = stream(model, prompts, max_new_tokens, **options)  # type: ignore[arg-type]
+    rows: list[list[int]] = [[] for _ in prompts]
+    for tokens in drawn:
         for row, token in zip(rows, tokens, strict=True):
             if token is not None:
                 row.append(token)
@@ -183,6 +192,8 @@ def stream(
     check_sizes("generate", least=0, seed=seed)
     sampler = Sampler(temperature, top_k, top_p)
     tokens, size = _check_prompts(prompts, model), model.config["vocab_size"]
+    if not isinstance(stop, Collection):
+        raise TypeError(f"generate: `stop` must be a collection of tokens, got {stop!r}.")
     if wrong := [token for token in stop if token not in range(size)]:
         raise ValueError(f"generate: `stop` must be of tokens in [0, {size}), got {wrong[0]!r}.")
     return _stream(model, tokens, max_new_tokens, sampler, seed, frozenset(stop))
@@ -302,7 +313,23 @@ def find_checkpoint(folder: str | Path, owner: str = "generate") -> Path:
     checkpoint = folder if (folder / CONFIG_FILE).exists() else _best_checkpoint(folder, owner)
     if (checkpoint / MANIFEST_FILE).exists():
         check_manifest(checkpoint, (CONFIG_FILE, WEIGHTS_FILE, TRAIN_FILE), owner)
+        if checkpoint != folder:
+            _check_of_run(checkpoint, folder, owner)
     return checkpoint
+
+
+def _check_of_run(checkpoint: Path, run: Path, owner: str) -> None:
+    """Raise ValueError unless a checkpoint that is whole is the one that the run made at the step in its name."""
+    path, config = checkpoint / TRAIN_FILE, run / RUN_CONFIG_FILE
+    about = records.read(path, {"step": int, "config": dict}, owner)
+    if about["step"] != step_of(checkpoint):
+        raise records.damaged(owner, path, f"`step` must be that of its folder, got {about['step']}")
+    try:
+        difference = first_difference(records.read(config, dict, owner), about["config"])
+    except FileNotFoundError:  # of the weights nothing is missing
+        return
+    if difference is not None:
+        raise ValueError(f"{owner}: checkpoint '{checkpoint}' is of another run than '{config}': it {difference}.")
 
 
 def _best_checkpoint(run: Path, owner: str) -> Path:
@@ -319,6 +346,8 @@ def _best_checkpoint(run: Path, owner: str) -> Path:
         if best not in (None, pointer["best"]):
             what = f"`best` must be '{best}', as {TRAIN_FILE} of {pointer['last']} says"
             raise records.damaged(owner, run / POINTER_FILE, what)
+    if not (run / pointer["best"]).is_dir():
+        raise ValueError(f"{owner}: '{run / pointer['best']}', which {POINTER_FILE} names, is missing.")
     return run / pointer["best"]
 
 
@@ -340,13 +369,13 @@ class Sampler:
         for name, number in (("temperature", temperature), ("top_p", 1.0 if top_p is None else top_p)):
             if not isinstance(number, int | float) or isinstance(number, bool):
                 raise TypeError(f"generate: `{name}` must be a number, got {number!r}.")
-        if not 0 <= temperature < math.inf:
+        if not 0 <= temperature <= sys.float_info.max:
             raise ValueError(f"generate: `temperature` must be at least 0 and finite, got {temperature!r}.")
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"generate: `top_p` must be above 0 and at most 1, got {top_p!r}.")
         if top_k is not None:
             check_sizes("generate", top_k=top_k)
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self.temperature, self.top_k, self.top_p = float(temperature), top_k, top_p
 
     def __call__(self, logits: Tensor, generators: Sequence[np.random.Generator]) -> list[int]:
         """Logits (B, V) and a generator for each row to B tokens. Row by row, in float64, on the CPU."""
@@ -374,16 +403,23 @@ class Sampler:
 def _check_prompts(prompts: Sequence[Sequence[int] | Tensor], model: SequenceModel) -> list[Tensor]:
     """The prompts as int64 tensors on the device of the model."""
     size, weight = model.config["vocab_size"], model.embedding.weight
+    if not isinstance(prompts, Collection):
+        raise TypeError(f"generate: `prompts` must be a sequence of prompts, got {prompts!r}.")
     if len(prompts) == 0:
         raise ValueError("generate: `prompts` must have at least one prompt, got none.")
     checked = []
     for row, prompt in enumerate(prompts):
-        tokens = torch.as_tensor(prompt)
+        try:
+            tokens = torch.as_tensor(prompt)
+        except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+            got = reprlib.repr(prompt)
+            raise TypeError(f"generate: `prompts[{row}]` must be a sequence of int64 tokens, got {got}.") from error
+        check_dense("generate", f"prompts[{row}]", tokens)
         if tokens.ndim != 1:
             raise ValueError(f"generate: `prompts[{row}]` must be a sequence of tokens, got {prompt!r}.")
         if len(tokens) == 0:
             raise ValueError(f"generate: `prompts[{row}]` must have at least one token, got none.")
-        if tokens.is_floating_point() or tokens.dtype == torch.bool:
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise TypeError(f"generate: `prompts[{row}]` must be of integers, got {tokens.dtype}.")
         low, high = tokens.min().item(), tokens.max().item()
         if low < 0 or high >= size:

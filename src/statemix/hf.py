@@ -201,8 +201,8 @@ class StatemixForCausalLM(PreTrainedModel, GenerationMixin):
             num_items_in_batch: targets of the whole batch of which this is a part: the loss is over them. None: of
                 this part.
             others: what releases of transformers hand over besides: `cache_position`, `position_ids` (B, T) or (1, T),
-                which must go up by one from token to token, and `output_attentions` and `output_hidden_states`, which
-                must be False or None.
+                which must go up by one from token to token, `output_attentions` and `output_hidden_states`, which must
+                be False or None, and `inputs_embeds`, which must be None.
 
         Returns:
             Logits, the loss if there are labels, and the cache, as `past_key_values` or, from 5.24 on, as `cache`.
@@ -255,6 +255,8 @@ class StatemixForCausalLM(PreTrainedModel, GenerationMixin):
                 f"StatemixForCausalLM: `cache_position` must begin with the {cache.length} tokens that the cache has "
                 f"read, got {got}."
             )
+        if others.get("inputs_embeds") is None:
+            others.pop("inputs_embeds", None)  # early releases say that there are none
         if others:
             raise TypeError(f"StatemixForCausalLM: `{sorted(others)[0]}` is not an argument of `forward`.")
 

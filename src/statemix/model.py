@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from statemix import fused, kernels, records
+from statemix.gates import check_dense
 from statemix.mixers import Mixer, build_mixer, complete_mixer
 from statemix.mixers.base import check_flags, check_sizes
 from statemix.mixers.linear_recurrence import RECURRENCE
@@ -202,11 +203,11 @@ class TokenModel(nn.Module):
 
     def run_layers(self, tokens: Tensor, state: Sequence[Tensor] | None, reset: Tensor | None) -> tuple[Tensor, State]:
         """Tokens (B, T) to the normalised residual stream (B, T, D) and the state of every layer."""
+        self._check(tokens, state)
         if tokens.ndim != 2 or 0 in tokens.shape:
             shape, name = tuple(tokens.shape), type(self).__name__
             raise ValueError(f"{name}: `tokens` must have shape (B, T) with B, T of at least 1, got {shape}.")
-        self._check(tokens, state)
-        x, states = self.embedding(tokens), []
+        x, states = self._embedded(tokens), []
         for i, layer in enumerate(self.layers):
             x, layer_state = layer(x, None if state is None else state[i], reset)
             states.append(layer_state)
@@ -214,10 +215,27 @@ class TokenModel(nn.Module):
 
     def _check(self, tokens: Tensor, state: Sequence[Tensor] | None) -> None:
         name = type(self).__name__
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"{name}: `tokens` must be a tensor, got {type(tokens).__name__}.")
+        check_dense(name, "tokens", tokens)
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{name}: `tokens` must be int64 or int32, got {tokens.dtype}.")
-        if state is not None and len(state) != len(self.layers):
+        if state is None:
+            return
+        if not isinstance(state, Sequence):
+            raise TypeError(f"{name}: `state` must be a sequence of tensors, got {type(state).__name__}.")
+        if len(state) != len(self.layers):
             raise ValueError(f"{name}: `state` must have one tensor per layer = {len(self.layers)}, got {len(state)}.")
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """The rows of the embedding. Raises IndexError on a CPU if there is no such row; a GPU says so by itself."""
+        try:
+            rows: Tensor = self.embedding(tokens)
+        except IndexError as error:
+            size = self.config["vocab_size"]
+            [wrong, *_] = tokens[(tokens < 0) | (tokens >= size)].tolist()
+            raise IndexError(f"{type(self).__name__}: `tokens` must be in [0, {size}), got {wrong}.") from error
+        return rows
 
     def save(self, folder: str | Path) -> None:
         """Write model.json and model.safetensors into an existing folder."""
@@ -237,7 +255,7 @@ class TokenModel(nn.Module):
         kind, config = _read_config(f"{cls.__name__}.load", path)
         if kind != cls.__name__:
             raise ValueError(f"{cls.__name__}.load: '{path}' is of the kind {kind!r}. Use load_model.")
-        weights = read_tensors(Path(folder) / WEIGHTS_FILE)
+        weights = read_tensors(Path(folder) / WEIGHTS_FILE, f"{cls.__name__}.load")
         try:
             _check_options(cls, config, weights)
             with torch.device("meta"):  # sizes that are not those of the weights cost nothing
@@ -261,7 +279,7 @@ class TokenModel(nn.Module):
             ValueError: the file is missing, truncated, or of another model; this model is then unchanged.
         """
         path = Path(folder) / WEIGHTS_FILE
-        weights = read_tensors(path)
+        weights = read_tensors(path, type(self).__name__)
         if not (config := Path(folder) / CONFIG_FILE).exists():
             raise ValueError(f"{type(self).__name__}: '{config}' is missing.")
         self._check_weights(weights, path)
@@ -345,16 +363,17 @@ class SequenceModel(TokenModel):
 
     def step(self, tokens: Tensor, state: Sequence[Tensor] | None = None) -> tuple[Tensor, State]:
         """One step: tokens (B,) and a state to logits (B, vocab_size) and the next state."""
-        if tokens.ndim != 1:
-            raise ValueError(f"SequenceModel.step: `tokens` must have shape (B,), got {tuple(tokens.shape)}.")
+        self._check(tokens, state)
+        if tokens.ndim != 1 or len(tokens) == 0:
+            shape = tuple(tokens.shape)
+            raise ValueError(f"SequenceModel.step: `tokens` must have shape (B,) with B of at least 1, got {shape}.")
         ends = (fused.EMBEDDING, self.embedding), (fused.RMS_NORM, self.norm), (fused.LINEAR, self.head)
         # its layers ask for themselves
         plain = all(part.plainly_called(module) for part, module in ((MODEL, self), *ends))
         if torch.is_grad_enabled() or not plain or not fused.undisturbed():
             logits, final_state = self(tokens[:, None], state)
             return logits[:, 0], final_state
-        self._check(tokens, state)
-        x, states = self.embedding(tokens), []
+        x, states = self._embedded(tokens), []
         for i, layer in enumerate(self.layers):
             x, layer_state = cast(Layer, layer).step(x, None if state is None else state[i])
             states.append(layer_state)
@@ -476,9 +495,9 @@ def _check_options(cls: type, config: dict[str, Any], weights: dict[str, Tensor]
         raise ValueError(f"`num_layers` must be {layers}, as in {WEIGHTS_FILE}, got {config['num_layers']}")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, owner: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises ValueError, naming the file, if it is missing or truncated."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"'{path}' cannot be read: {error}. It is missing or was cut short.") from error
+        raise ValueError(f"{owner}: '{path}' cannot be read: {error}. It is missing or was cut short.") from error

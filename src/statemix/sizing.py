@@ -65,8 +65,8 @@ def solve(mixer: str, d_model: int, *, budget: int, what: str = "parameters", **
     if solution.off > 1:
         least = round((1 + solution.off) * budget)
         raise ValueError(
-            f"solve: the narrowest {mixer!r} has {least} {what} at d_model={d_model}, more than twice the budget of "
-            f"{budget}. Raise the budget or change its other options."
+            f"solve: `budget` is too low: the narrowest {mixer!r} has {least} {what} at d_model={d_model}, more than "
+            f"twice the budget of {budget}. Raise it or change the other options."
         )
     return solution
 

@@ -1,18 +1,45 @@
 """Tables of what `measure.measured` returns, and the picture of what `commands.run` keeps."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from statemix import records
 from statemix.style import COLORS, INK, SMALL, canvas, label_ends, render, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Result = Mapping[str, Any]
+
+CONTENDER = {
+    "name": str,
+    "median?": float,
+    "spread?": float,
+    "ratios?": {str: [float]},
+    "samples?": [float],
+    "note?": str,
+    "unavailable?": str,
+}
+KEPT = {  # the form of what `commands.run` keeps, see records.py
+    "what": str,
+    "machine": {"processor": str, "instruction_set": str | None, "threads": int, "date": str},
+    "options": {"batch?": int, "length?": int, "d_model?": int, "dtype?": str},
+    "groups": [
+        {
+            "panel": str,
+            "size": str,
+            "unit": str,
+            "ratio": str,
+            "baselines": [str],
+            "contenders": [CONTENDER],
+        }
+    ],
+}
 
 LABELS = {  # what a reader of a picture understands of the names of contenders
     "bdlru": "BD-LRU",
@@ -36,6 +63,12 @@ LABELS = {  # what a reader of a picture understands of the names of contenders
     "assoc-scan": "assoc-scan (M = 1)",
 }
 CHOICES = ("bdlru keep", "bdlru recompute")  # "bdlru" takes one of them, by the size
+
+
+def read_kept(path: Path) -> Result:
+    """What `commands.run` kept in a JSON file. Raises as `records.read`."""
+    kept: Result = records.read(path, KEPT, "bench")
+    return kept
 
 
 def table(title: str, result: Result) -> Table:

@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         remedy = ": the same command goes on from the last checkpoint" if arguments[0] in ("train", "sweep") else ""
         print(f"stopped{remedy}.", file=sys.stderr)
         return 130
+    except MemoryError as error:
+        print(f"error: {arguments[0]}: there is too little memory. {error}".rstrip(), file=sys.stderr)
+        return 1
     except (TypeError, ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, RuntimeError | OSError) else 2

@@ -2,6 +2,7 @@
 
 import dataclasses
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 import torch
@@ -12,8 +13,12 @@ from statemix import kernels
 from statemix.mixers import MIXERS, library_kernels
 from statemix.report.tables import align
 from statemix.scan import BACKENDS, backend_problem
+from statemix.scan.gpu.compile import compiler_version
 from statemix.sizing import table
 from statemix.tasks import TASKS
+
+PACKAGES = ("numpy", "accelerate", "safetensors", "tokenizers", "datasets", "pyarrow", "transformers", "peft", "ray")
+PACKAGES_OF_GPU = ("cuda-bindings", "triton")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +47,8 @@ def run(arguments: list[str]) -> None:
         raise ValueError("info: `--budget`, `--what` and `--d-model` are of `--sizes`.")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GPU"
     print(f"statemix {statemix.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"packages: {', '.join(map(_version, PACKAGES))}")
+    print(f"for GPUs: {', '.join([_toolkit(), *map(_version, PACKAGES_OF_GPU), _nvrtc()])}")
     print(f"machine: {platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, {gpu}")
     facts = {"associative": "log-depth scan in torch, any device", "reference": "loop over time in torch, any device"}
     if backend_problem("cpu") is None:
@@ -58,6 +65,29 @@ def run(arguments: list[str]) -> None:
     print("kernels of other libraries for the mixers:")
     for name, fact in library_kernels().items():
         print(f"  {name:<22} {fact}")
+
+
+def _version(package: str) -> str:
+    """Its name and version, or that it is not there."""
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"no {package}"
+
+
+def _toolkit() -> str:
+    """What torch was built with."""
+    if torch.version.hip is not None:
+        return f"torch of ROCm {torch.version.hip}"
+    return "torch without CUDA" if torch.version.cuda is None else f"torch of CUDA {torch.version.cuda}"
+
+
+def _nvrtc() -> str:
+    """The compiler of the kernels for GPUs."""
+    try:
+        return f"NVRTC {compiler_version()}"
+    except RuntimeError:  # cuda-bindings are not there, or found no NVRTC
+        return "no NVRTC"
 
 
 def _print_sizes(given: Info) -> None:

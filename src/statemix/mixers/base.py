@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from statemix.gates import check_dense, check_floats
+
 
 class Mixer(nn.Module):
     """y, state = mixer(x, state, reset): mixes a sequence over time, from a state to a state.
@@ -72,14 +74,14 @@ class Mixer(nn.Module):
             TypeError, ValueError: a dtype or shape is wrong, or T = 0.
         """
         name = type(self).__name__
-        for argument, tensor in (("x", x), ("state", state), ("reset", reset)):
-            if not isinstance(tensor, Tensor) and (tensor is not None or argument == "x"):
-                raise TypeError(f"{name}: `{argument}` must be a tensor, got {type(tensor).__name__}.")
+        check_floats(name, "x", x)
+        if state is not None:
+            check_floats(name, "state", state)
+        if reset is not None and not isinstance(reset, Tensor):
+            raise TypeError(f"{name}: `reset` must be a tensor, got {type(reset).__name__}.")
         own = self.dtype
-        fits = own in (None, x.dtype) or torch.is_autocast_enabled(x.device.type)
-        if not x.is_floating_point() or not fits:
-            rule = "of a float dtype" if own is None else f"{own} like the parameters"
-            raise TypeError(f"{name}: `x` must be {rule}, got {x.dtype}.")
+        if own not in (None, x.dtype) and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{name}: `x` must be {own} like the parameters, got {x.dtype}.")
         if x.ndim != 3 or x.shape[2] != self.d_model or 0 in x.shape:
             raise ValueError(
                 f"{name}: `x` must have shape (B, T, D) with D = {self.d_model} and B, T of at least 1, "
@@ -92,6 +94,8 @@ class Mixer(nn.Module):
             raise ValueError(f"{name}: `state` must have shape (B, M, N) = {wanted}, got {tuple(state.shape)}.")
         if reset is not None and reset.dtype != torch.bool:
             raise TypeError(f"{name}: `reset` must be a bool tensor, got {reset.dtype}.")
+        if reset is not None:
+            check_dense(name, "reset", reset)
         if reset is not None and reset.shape != x.shape[:2]:
             raise ValueError(
                 f"{name}: `reset` must have shape (B, T) = {tuple(x.shape[:2])}, got {tuple(reset.shape)}."
@@ -100,6 +104,9 @@ class Mixer(nn.Module):
 
     def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One step of the same recurrence: x (B, D) and the state (B, M, N) to y (B, D) and the next state."""
+        check_floats(name := type(self).__name__, "x", x)
+        if x.ndim != 2 or x.shape[1] != self.d_model:
+            raise ValueError(f"{name}.step: `x` must have shape (B, D) with D = {self.d_model}, got {tuple(x.shape)}.")
         y, state = self(x[:, None], state)
         return y[:, 0], state
 
@@ -136,6 +143,8 @@ def check_sizes(owner: str, *, least: int = 1, **sizes: int) -> None:
             raise TypeError(f"{owner}: `{name}` must be an int, got {size!r}.")
         if size < least:
             raise ValueError(f"{owner}: `{name}` must be at least {least}, got {size}.")
+        if size >= 2**63:
+            raise ValueError(f"{owner}: `{name}` must be below 2^63, got {size}.")
 
 
 def check_numbers(owner: str, **numbers: float) -> None:

@@ -17,22 +17,14 @@ class Decays(NamedTuple):
 
     between: Tensor  # (..., C, C), [..., i, j] = P(i, j), carries step j to step i; 0 for j > i
     from_start: Tensor  # (..., C), carries the state before the chunk to step i
-
-    @property
-    def to_end(self) -> Tensor:
-        """(..., C), carries step j to the end of the chunk."""
-        return self.between[..., -1, :]
-
-    @property
-    def whole(self) -> Tensor:
-        """(...), carries the state before the chunk to its end."""
-        return self.from_start[..., -1]
+    to_end: Tensor  # (..., C), carries step j to the end of the chunk
+    whole: Tensor  # (...), carries the state before the chunk to its end
 
 
 def decays(logarithms: Tensor) -> Decays:
     """Products of decays from their logarithms, (..., C), which may be -inf: a reset."""
-    between, from_start = log_decays(logarithms)
-    return Decays(between.exp(), from_start.exp())
+    between, from_start = (part.exp() for part in log_decays(logarithms))
+    return Decays(between, from_start, to_end=between[..., -1, :], whole=from_start[..., -1])
 
 
 def log_decays(logarithms: Tensor) -> tuple[Tensor, Tensor]:

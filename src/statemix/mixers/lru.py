@@ -1,6 +1,8 @@
 """LRU, the linear recurrent unit: a complex diagonal recurrence with fixed decays, run as 2 x 2 real blocks."""
 
 import math
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,8 @@ class LRU(Mixer):
 
     lambda = exp(-exp(nu) + i exp(theta)). A complex number is the block [[re, -im], [im, re]] (`[i, j]` carries old
     component j to new component i), so this is a BD-LRU of block size 2 with fixed gates and no normalisation.
-    Parameters: N (4 D + 3) + D.
+    Parameters: N (4 D + 3) + D. In a model of a half type nu, theta and gamma are float32 all the same: what rounding
+    does to a phase is done again at every step.
 
     Args:
         d_model: D, width of x and y.
@@ -53,16 +56,33 @@ class LRU(Mixer):
         check_choice("LRU", "backend", backend, ("auto", *BACKENDS))
         self.d_model, self.state_shape, self.backend = d_model, (2, num_channels), backend
         tiny = torch.finfo(torch.float32).tiny  # a draw of exactly 0 has no logarithm
-        square = r_min**2 + (r_max**2 - r_min**2) * torch.rand(num_channels)
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        square = r_min**2 + (r_max**2 - r_min**2) * torch.rand(num_channels, dtype=wide)
         nu = -0.5 * square.clamp(min=tiny).log()
         self.log_nu = nn.Parameter(nu.log())
-        self.log_theta = nn.Parameter((max_phase * torch.rand(num_channels)).clamp(min=tiny).log())
+        self.log_theta = nn.Parameter((max_phase * torch.rand(num_channels, dtype=wide)).clamp(min=tiny).log())
         self.log_gamma = nn.Parameter(0.5 * torch.log(-torch.expm1(-2 * nu)))  # of sqrt(1 - |lambda|^2)
         self.values = nn.Linear(d_model, 2 * num_channels, bias=False)  # Re B, Im B
         self.output = nn.Linear(2 * num_channels, d_model, bias=False)  # Re C, -Im C
         self.skip = nn.Parameter(torch.randn(d_model))
         nn.init.normal_(self.values.weight, std=(2 * d_model) ** -0.5)
         nn.init.normal_(self.output.weight, std=num_channels**-0.5)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the model: that of D, where the products may be quantised, and nu, theta and gamma are wider."""
+        return self.skip.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `half` and the like call: they leave nu, theta and gamma in float32 or wider."""
+        kept = (self.log_nu, self.log_theta, self.log_gamma)
+        wide = {id(tensor) for log in kept for tensor in (log, log.grad)}
+
+        def keeping(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if id(tensor) in wide and moved.dtype.itemsize < 4 else moved
+
+        return super()._apply(keeping, recurse)
 
     def mix(self, x: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `Mixer.forward`. The state is (Re h_T, Im h_T), (B, 2, N)."""

@@ -7,6 +7,7 @@ figures of the best validation, "test_16_token_accuracy" and so on for each test
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import unicodedata
@@ -18,11 +19,11 @@ import statemix
 from statemix import records
 from statemix.files import write_whole
 from statemix.tasks import build_task, scaled_accuracy
-from statemix.training.checkpoint import CONFIG_FILE, LINE, METRICS_FILE, RESULT, RESULT_FILE, read_result
+from statemix.training.checkpoint import CONFIG_FILE, LINE, METRICS_FILE, POINTER_FILE, RESULT, RESULT_FILE, read_result
 from statemix.training.config import TrainConfig
 
 SWEEP_FILE = "sweep.json"  # in the folder of a sweep, above those of its runs
-SWEEP = {"version": str, "labels": {str: str}}  # its form, see records.py
+SWEEP = {"version": str, "labels": {str: str}, "sha256": str}  # its form, see records.py; the digest is of the rest
 
 Row = dict[str, Any]
 
@@ -93,13 +94,33 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
 
 def unfinished_runs(paths: Iterable[str | Path]) -> list[Path]:
     """The folders at or below each path that hold a run without a result: at work, stopped or failed."""
-    folders = dict.fromkeys(file.parent for path in paths for file in sorted(Path(path).rglob(CONFIG_FILE)))
+    names = (CONFIG_FILE, POINTER_FILE)  # one of them may have been lost
+    folders = dict.fromkeys(file.parent for path in paths for name in names for file in sorted(Path(path).rglob(name)))
     return [folder for folder in folders if not (folder / RESULT_FILE).exists()]
 
 
 def longest(tested: str) -> int:
     """The longest length of a test, by its name in result.json: a length, or a range such as "40-256"."""
     return int(tested.rpartition("-")[2])
+
+
+def sweep_json(labels: Mapping[str, str], version: str = statemix.__version__) -> bytes:
+    """The content of a sweep.json: the version that made it, and the labels of its runs by their names."""
+    made = {"version": version, "labels": dict(labels)}
+    return (json.dumps(made | {"sha256": _digest_of(made)}, indent=2) + "\n").encode()
+
+
+def read_sweep(folder: Path, owner: str, remedy: str = "") -> dict[str, Any]:
+    """The sweep.json in a folder. Raises as `records.read`, also where it is not as it was written."""
+    path = folder / SWEEP_FILE
+    made: dict[str, Any] = records.read(path, SWEEP, owner, remedy)
+    if made["sha256"] != _digest_of({key: made[key] for key in ("version", "labels")}):
+        raise records.damaged(owner, path, "its `sha256` is not that of `version` and `labels`", remedy)
+    return made
+
+
+def _digest_of(made: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
 
 def row_of(run: Run) -> Row:

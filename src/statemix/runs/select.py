@@ -4,8 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 
-from statemix import records
-from statemix.runs.read import FIELDS, SWEEP, SWEEP_FILE, Row, Run, check_label, flatten
+from statemix.runs.read import FIELDS, Row, Run, check_label, flatten, read_sweep
 
 
 def select(rows: Sequence[Row], over: Sequence[str], by: str = "valid_loss") -> list[Row]:
@@ -80,14 +79,18 @@ def group_over_seeds(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def given_label(group: Sequence[Run]) -> str | None:
-    """What the file of a sweep called these runs, seeds apart; None if they are not of one name, or of none."""
+    """What the file of a sweep called these runs, seeds apart; None if they are not of one name, or of none.
+
+    Raises:
+        ValueError: the file is not as the sweep wrote it.
+    """
     names = set()
     for run in group:
         try:
-            name = records.read(run.folder.parent / SWEEP_FILE, SWEEP, "runs")["labels"][run.folder.name]
-            check_label(name)
-        except (FileNotFoundError, KeyError, ValueError):  # it is no run of a sweep
+            name = read_sweep(run.folder.parent, "runs")["labels"][run.folder.name]
+        except (FileNotFoundError, KeyError):  # it is no run of a sweep
             return None
+        check_label(name)
         names.add(name.removesuffix(f", seed {run.config.seed}"))
     name = names.pop()
     return None if names or name.isdecimal() else name  # a list of configs has numbers only

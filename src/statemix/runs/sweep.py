@@ -1,6 +1,6 @@
 """Many runs, of which each is started once: sweep(configs, out), on this machine's processes or on a Ray cluster.
 
-    out/sweep.json        the version of statemix that made it, and the labels of the runs
+    out/sweep.json        the version of statemix that made it, the labels of the runs, and a sha256 of both
     out/RUN/              a run (see checkpoint.py), and log.txt: what it printed
     out/results.csv       one row per run; results.parquet too where pyarrow is installed
 
@@ -29,7 +29,17 @@ import statemix
 from statemix import records
 from statemix.files import delete_partials, locked, make_folder, write_whole
 from statemix.runs.executors import EXECUTORS, LOG_FILE, Executor, Job
-from statemix.runs.read import SWEEP, SWEEP_FILE, Row, check_label, flatten, read_run, row_of, write_table
+from statemix.runs.read import (
+    SWEEP_FILE,
+    Row,
+    check_label,
+    flatten,
+    read_run,
+    read_sweep,
+    row_of,
+    sweep_json,
+    write_table,
+)
 from statemix.training.checkpoint import METRICS_FILE, RESULT_FILE
 from statemix.training.config import TrainConfig
 
@@ -143,8 +153,7 @@ def sweep(
         _check_version(folder)
         configs, labels, errors = _resolve(entries)
         delete_partials(folder, rf"{re.escape(SWEEP_FILE)}|{TABLE_NAME}\..+")
-        made = {"version": statemix.__version__, "labels": labels}
-        write_whole(folder / SWEEP_FILE, (json.dumps(made, indent=2) + "\n").encode())
+        write_whole(folder / SWEEP_FILE, sweep_json(labels))
         waiting = [name for name in configs if not (folder / name / RESULT_FILE).exists()]
         display = _Display(labels, errors, len(waiting), progress)
         try:
@@ -161,10 +170,9 @@ def sweep(
 def _check_version(folder: Path) -> None:
     """Raise ValueError if another version of statemix has made the folder."""
     try:
-        made = records.read(folder / SWEEP_FILE, SWEEP, "sweep", "Delete it, or use another folder.")
+        version = read_sweep(folder, "sweep", "Delete it, or use another folder.")["version"]
     except FileNotFoundError:
         return
-    version = made["version"]
     if version != statemix.__version__:
         raise ValueError(
             f"sweep: `out` '{folder}' was made by statemix {version}, this is {statemix.__version__}: results of two "

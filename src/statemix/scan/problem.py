@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from statemix.gates import check_normalization, normalize
+from statemix.gates import check_dense, check_floats, check_normalization, normalize
 
 KINDS = ("block", "companion", "observer")
 
@@ -62,12 +62,7 @@ def check_problem(
     if initial_state is not None:
         floats["initial_state"] = initial_state
     for argument, tensor in floats.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{owner}: `{argument}` must be a tensor, got {type(tensor).__name__}.")
-        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
-            raise TypeError(
-                f"{owner}: `{argument}` must have a floating-point dtype of 16 bits or more, got {tensor.dtype}."
-            )
+        check_floats(owner, argument, tensor)
         if tensor.device != raw_gates.device:
             raise TypeError(
                 f"{owner}: `{argument}` must be on {raw_gates.device} like `raw_gates`, got {tensor.device}."
@@ -96,6 +91,7 @@ def check_problem(
     if initial_state is not None:
         _check_shape(owner, "initial_state", initial_state, axes="(B, M, N)", expected=(batch, order, blocks))
     if reset is not None:
+        check_dense(owner, "reset", reset)
         _check_shape(owner, "reset", reset, axes="(B, T)", expected=(batch, length))
         if reset.device != raw_gates.device:
             raise TypeError(f"{owner}: `reset` must be on {raw_gates.device} like `raw_gates`, got {reset.device}.")

@@ -173,6 +173,8 @@ class Task(ABC):
             raise TypeError(f"{self.name}: `{option}` must be an int, got {value!r}.")
         if value < least:
             raise ValueError(f"{self.name}: `{option}` must be at least {least}, got {value}.")
+        if value >= 2**63:
+            raise ValueError(f"{self.name}: `{option}` must be below 2^63, got {value}.")
 
     def check_flag(self, option: str) -> None:
         """Raise TypeError unless an option is a bool."""
@@ -194,9 +196,11 @@ def stream(split: str, count: int, seed: int, index: int) -> np.random.Generator
         TypeError: a number is not an int.
         ValueError: the split is unknown, or a number is out of range.
     """
-    if split not in SPLITS:
+    if not isinstance(split, str) or split not in SPLITS:
         raise ValueError(f"sample: `split` must be one of {sorted(SPLITS)}, got {split!r}.")
     _check_numbers("sample", ("batch_size", count, 1), ("seed", seed, 0), ("index", index, 0))
+    if count >= 2**31:
+        raise ValueError(f"sample: `batch_size` must be below 2^31, got {count}.")
     return np.random.default_rng([*seed_words(seed, index), *(1 + bucket for bucket in SPLITS[split])])
 
 

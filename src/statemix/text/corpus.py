@@ -3,7 +3,7 @@
     CACHE/text/KEY/tokens.bin       the tokens of all documents, as uint8, uint16 or uint32
     CACHE/text/KEY/documents.bin    where each document begins in them, as int64
     CACHE/text/KEY/tokenizer.json   what encoded them
-    CACHE/text/KEY/corpus.json      the parts
+    CACHE/text/KEY/corpus.json      the parts, and KEY
     CACHE/text/KEY/manifest.json    the sha256 of the other files; written last
 
 CACHE is $STATEMIX_CACHE, or else statemix in $XDG_CACHE_HOME or ~/.cache. KEY is of the text that was copied, the
@@ -59,7 +59,7 @@ STDLIB, DATA_SET = "stdlib", "hf:"  # sources that are no path
 TOKENS_FILE, DOCUMENTS_FILE, CORPUS_FILE = "tokens.bin", "documents.bin", "corpus.json"
 FILES = (TOKENS_FILE, DOCUMENTS_FILE, TOKENIZER_FILE, CORPUS_FILE)
 PARTS = ("train", "valid", "test")
-CORPUS = {"parts": {part: [int] for part in PARTS}}  # the form of corpus.json, see records.py
+CORPUS = {"key": str, "parts": {part: [int] for part in PARTS}}  # the form of corpus.json, see records.py
 VERSION = 1  # of the files and of how they are made: part of KEY
 
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -288,7 +288,8 @@ def _read(folder: Path) -> Corpus | None:
     """The corpus in a folder of the cache; None if it is not there, or is none in any way."""
     try:
         check_manifest(folder, FILES, "text")
-        found = records.read(folder / CORPUS_FILE, CORPUS, "text")["parts"]
+        about = records.read(folder / CORPUS_FILE, CORPUS, "text")
+        found = about["parts"]
         parts = {part: (begin, end) for part, (begin, end) in zip(PARTS, map(found.get, PARTS), strict=True)}
         tokenizer = load_tokenizer(folder)
         tokens = np.memmap(folder / TOKENS_FILE, dtype=_dtype(tokenizer), mode="r")
@@ -297,8 +298,9 @@ def _read(folder: Path) -> Corpus | None:
         return None
     cuts = [0, *(end for _, end in parts.values())]
     whole = list(parts.values()) == list(itertools.pairwise(cuts)) and cuts == sorted(cuts) and cuts[-1] == len(tokens)
+    own = about["key"] == folder.name  # not a whole corpus of another text
     begin, in_order = documents[0] == 0, (np.diff(documents) > 0).all() and documents[-1] < len(tokens)
-    if not (whole and begin and in_order and tokens.max() < tokenizer.vocab_size):
+    if not (own and whole and begin and in_order and tokens.max() < tokenizer.vocab_size):
         return None
     return Corpus(tokens, documents, parts, tokenizer, folder.name)
 
@@ -341,7 +343,8 @@ def _make(
     save_tokenizer(chosen, folder)
     ends = [first[pieces.index(cut)] for cut in cuts]
     parts = dict(zip(PARTS, zip([0, *ends], ends, strict=False), strict=True))
-    write_whole(folder / CORPUS_FILE, (json.dumps({"parts": parts}, indent=2) + "\n").encode())
+    about = {"key": folder.name, "parts": parts}
+    write_whole(folder / CORPUS_FILE, (json.dumps(about, indent=2) + "\n").encode())
     write_whole(folder / MANIFEST_FILE, manifest_of({name: digest_of(folder / name) for name in FILES}))
 
 

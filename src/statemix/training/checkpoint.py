@@ -177,8 +177,9 @@ class RunFolder:
 
     def _progress(self, checkpoint: Path) -> dict[str, Any]:
         """What a checkpoint says of itself. Raises ValueError if it is not true."""
-        carried = [STATE_FILE] if (checkpoint / STATE_FILE).exists() else []
-        check_manifest(checkpoint, (*CHECKPOINT_FILES, *carried), "train")
+        if not checkpoint.is_dir():
+            raise ValueError(f"train: '{checkpoint}', which {POINTER_FILE} names, is missing.")
+        check_manifest(checkpoint, CHECKPOINT_FILES, "train", every=True)
         path, metrics = checkpoint / TRAIN_FILE, self.path / METRICS_FILE
         progress: dict[str, Any] = records.read(path, PROGRESS, "train")
         if progress["step"] != step_of(checkpoint):  # a folder that was renamed
@@ -188,7 +189,7 @@ class RunFolder:
         except FileNotFoundError as error:
             raise ValueError(f"train: '{metrics}' is missing.") from error
         if hashlib.sha256(begin).hexdigest() != progress["metrics"]["sha256"]:
-            raise records.damaged("train", metrics, f"it does not begin with the lines up to step {progress['step']}")
+            raise records.damaged("train", metrics, f"it does not begin with the lines up to {checkpoint.name}")
         return progress
 
     def best_of(self, last: Mapping[str, Any]) -> Path:
@@ -298,8 +299,7 @@ def read_result(folder: Path, owner: str) -> dict[str, Any]:
         lengths = result.get(tests, {})
         if wrong := [length for length in lengths if not re.fullmatch(r"\d{1,18}(-\d{1,18})?", length, re.ASCII)]:
             raise records.damaged(owner, folder / RESULT_FILE, f"`{tests}` must be by lengths, got {wrong[0]!r}")
-    tokenizer = [TOKENIZER_FILE] if (folder / TOKENIZER_FILE).exists() else []
-    check_manifest(folder, (CONFIG_FILE, METRICS_FILE, RESULT_FILE, *tokenizer), owner)
+    check_manifest(folder, (CONFIG_FILE, METRICS_FILE, RESULT_FILE), owner, every=True)
     return result
 
 
@@ -316,7 +316,7 @@ def read_pointer(folder: Path, owner: str, remedy: str = "") -> dict[str, str]:
 def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
     """Fill the optimizer with the moments of a checkpoint. Raises ValueError if they are cut short or do not fit."""
     path = checkpoint / OPTIMIZER_FILE
-    tensors = read_tensors(path)
+    tensors = read_tensors(path, "train")
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         number, _, key = name.partition(".")
@@ -348,7 +348,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def load_carried(checkpoint: Path, model: TokenModel, rows: int) -> list[Tensor]:
     """The state that the training rows of a checkpoint carry on. Raises ValueError if it is cut short or unfit."""
     path = checkpoint / STATE_FILE
-    tensors = read_tensors(path)
+    tensors = read_tensors(path, "train")
     wanted = {str(i): (rows, *mixer.state_shape) for i, mixer in enumerate(model.mixers)}
     if {name: tuple(part.shape) for name, part in tensors.items()} != wanted:
         raise ValueError(f"train: '{path}' is of another model. Use --resume=never.")

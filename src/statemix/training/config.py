@@ -368,6 +368,8 @@ def _check_types(config: Any, prefix: str = "") -> None:
         if not ok or not all(_is(part, kinds[0]) for part in parts):
             wanted = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
             raise TypeError(f"TrainConfig: `{prefix}{key}` must be of type {wanted}, got {value!r}.")
+        small = all(part in records.COUNTS or -part in records.COUNTS for part in parts if isinstance(part, int))
+        _require(f"{prefix}{key}", value, small, "below 2^63")  # else its JSON is another number
 
 
 def _is(value: object, hint: Any) -> bool:

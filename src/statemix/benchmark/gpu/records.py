@@ -5,22 +5,52 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from statemix import records
+from statemix.files import write_whole
+
+# its form, see statemix/records.py; which of the fields there are is a matter of what was measured
+RECORD = {
+    "key": str,
+    "part?": str,
+    "name?": str,
+    "kind?": str,
+    "dtype?": str,
+    "wrong?": str,
+    "unavailable?": str,
+    "order?": int,
+    "parameters?": int,
+    "d_model?": int,
+    "bytes?": [float],
+    "forward?": float,
+    "backward?": float,
+    "forward_with_host?": float,
+    "backward_with_host?": float,
+    "forward_backward?": float,
+    "bytes_per_second?": float,
+    "tokens_per_second?": float,
+}
+
 
 class Records(Mapping[str, dict[str, Any]]):
     """The records of a file by their "key"; the later one of two.
 
     A key says all that a record holds for, sources included, so those of other conditions stay in the file and are not
     asked for.
+
+    Raises:
+        ValueError: a line of the file is no record; the message names file, line and field.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        # a line that was cut off while it was written is no record
-        whole = path.read_text().splitlines(keepends=True) if path.exists() else []
-        self._records = {record["key"]: record for record in map(json.loads, (x for x in whole if x.endswith("\n")))}
-        if whole and not whole[-1].endswith("\n"):
-            path.write_text("".join(whole[:-1]))
+        self._records: dict[str, dict[str, Any]] = {}
+        if not path.exists():
+            return
+        found = records.read_lines(path, RECORD, "bench", "Mend that line, or use another `out`.")
+        self._records = {record["key"]: record for record in found}
+        content = path.read_bytes()
+        write_whole(path, content[: content.rfind(b"\n") + 1])  # without what was cut off while it was written
 
     def add(self, record: dict[str, Any]) -> None:
         """Keep a record, in the file too."""
