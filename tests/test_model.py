@@ -12,7 +12,7 @@ from model_helpers import CLOSE, MIXERS, D, T, V, assert_same, build, draw, each
 
 import statemix
 from statemix import SequenceModel
-from statemix.model import Dropout
+from statemix.backbone import Dropout
 
 SHAPES = {"bd_lru": (3, 5), "bd_lru fixed": (3, 5), "h_lru": (3, 5), "observer": (3, 5), "lstm": (2, 7)}
 

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from statemix import fused, kernels, records
+from statemix.backbone import State
 from statemix.files import MANIFEST_FILE, check_manifest
 from statemix.gates import check_dense
 from statemix.mixers.base import check_sizes
-from statemix.model import CONFIG_FILE, MODEL, WEIGHTS_FILE, ModelInputs, SequenceModel, State, load_model
+from statemix.model import CONFIG_FILE, MODEL, WEIGHTS_FILE, ModelInputs, SequenceModel, load_model
 from statemix.text.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from statemix.training.checkpoint import CONFIG_FILE as RUN_CONFIG_FILE
 from statemix.training.checkpoint import POINTER_FILE, TRAIN_FILE, read_pointer, step_of

@@ -16,8 +16,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from statemix.backbone import State
 from statemix.generate import find_checkpoint, zero_state
-from statemix.model import SequenceModel, State
+from statemix.model import SequenceModel
 from statemix.text.tokenizer import BPE, Characters, Tokenizer
 
 try:
