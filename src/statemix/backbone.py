@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from statemix import fused, kernels
 from statemix.mixers import Mixer, build_mixer, complete_mixer
-from statemix.mixers.base import check_sizes
+from statemix.mixers.base import check_reset, check_sizes, reset_rows
 from statemix.mixers.linear_recurrence import RECURRENCE
 from statemix.specs import Spec
 
@@ -190,6 +190,10 @@ class Stack(nn.Module):
         """Number of trained numbers; one that is shared counts once."""
         return sum(p.numel() for p in self.parameters())
 
+    def initial_state(self, batch: int) -> State:
+        """The state before the first step, one (B, M, N) per layer: zeros, float32 or wider, where the weights are."""
+        return tuple(mixer.initial_state(batch) for mixer in self.mixers)
+
     def run_stack(self, x: Tensor, state: Sequence[Tensor] | None, reset: Tensor | None) -> tuple[Tensor, State]:
         """x (B, T, D) to the normalised residual stream (B, T, D) and the state of every layer."""
         return self._run(self.layers, self.norm, x, state, reset)
@@ -215,6 +219,13 @@ class Stack(nn.Module):
             x, layer_state = cast(Layer, layer).step(x, None if state is None else state[i])
             states.append(layer_state)
         return self.norm(x), tuple(states)
+
+    def _kept(self, state: Sequence[Tensor] | None, reset: Tensor | None, x: Tensor) -> Sequence[Tensor] | None:
+        """The state with which a step of B rows begins: zeros in the rows of a reset, (B,)."""
+        if reset is None:
+            return state
+        check_reset(f"{type(self).__name__}.step", reset, x.shape[:1], x.device)
+        return None if state is None else [cast(Tensor, reset_rows(part, reset)) for part in state]
 
     def _check_state(self, state: Sequence[Tensor] | None) -> None:
         if state is None:

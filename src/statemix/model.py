@@ -199,12 +199,18 @@ class SequenceModel(TokenModel):
         x, state = self.run_layers(tokens, state, reset)
         return self.head(x), state
 
-    def step(self, tokens: Tensor, state: Sequence[Tensor] | None = None) -> tuple[Tensor, State]:
-        """One step: tokens (B,) and a state to logits (B, vocab_size) and the next state."""
+    def step(
+        self, tokens: Tensor, state: Sequence[Tensor] | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """One step: tokens (B,) and a state to logits (B, vocab_size) and the next state.
+
+        Where reset, (B,) bool, is True, the state is zero before the step.
+        """
         self._check(tokens, state)
         if tokens.ndim != 1 or len(tokens) == 0:
             shape = tuple(tokens.shape)
             raise ValueError(f"SequenceModel.step: `tokens` must have shape (B,) with B of at least 1, got {shape}.")
+        state = self._kept(state, reset, tokens)
         ends = (fused.EMBEDDING, self.embedding), (fused.RMS_NORM, self.norm), (fused.LINEAR, self.head)
         # its layers ask for themselves
         plain = all(part.plainly_called(module) for part, module in ((MODEL, self), *ends))
