@@ -50,7 +50,7 @@ ALLOWED = {
         "statemix.specs",
     ),
     "statemix.mixers.base": ("statemix.gates",),
-    "statemix.backbone": ("statemix.mixers", KERNELS, "statemix.fused", "statemix.specs"),
+    "statemix.backbone": ("statemix.mixers", "statemix.gates", KERNELS, "statemix.fused", "statemix.specs"),
     "statemix.model": (
         "statemix.backbone",
         "statemix.mixers",

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from statemix.backbone import Backbone
     from statemix.mixers import BDLRU, HLRU, LSTM
     from statemix.model import AutoEncoder, SequenceModel, load_model
     from statemix.scan import available_backends, block_scan, companion_scan, observer_scan
@@ -20,6 +21,7 @@ __all__ = [
     "HLRU",
     "LSTM",
     "AutoEncoder",
+    "Backbone",
     "SequenceModel",
     "TrainConfig",
     "available_backends",
@@ -35,6 +37,7 @@ _MODULES = {
     "HLRU": "mixers",
     "LSTM": "mixers",
     "AutoEncoder": "model",
+    "Backbone": "backbone",
     "SequenceModel": "model",
     "TrainConfig": "training.config",
     "available_backends": "scan",

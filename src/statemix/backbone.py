@@ -1,4 +1,4 @@
-"""Stacks of pre-norm residual (mixer, SwiGLU) pairs on continuous inputs. Every model is built from one.
+"""Backbone: a stack of pre-norm residual (mixer, SwiGLU) pairs on continuous inputs. Every model is built from it.
 
 Initialisation is one rule for all mixers. The last map of every residual branch, `mixer.output` and `mlp.output`,
 starts small enough that the sum of all branches has the same scale at any depth. With `init_std` (0.02 in MAD and in
@@ -10,14 +10,16 @@ mixer sets up: biases, the ring of LRU, the decays of Mamba-2, convolutions, the
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from statemix import fused, kernels
+from statemix.gates import check_floats
 from statemix.mixers import Mixer, build_mixer, complete_mixer
-from statemix.mixers.base import check_reset, check_sizes, reset_rows
+from statemix.mixers.base import check_flags, check_reset, check_sizes, reset_rows
 from statemix.mixers.linear_recurrence import RECURRENCE
 from statemix.specs import Spec
 
@@ -122,9 +124,11 @@ class Stack(nn.Module):
     """Residual pairs and the norm behind them, with their first weights, states and steps: what every model has.
 
     A subclass calls `_pairs` when it is the turn of their random numbers, and `_initialise` once all its parts are
-    there.
+    there. `recompute`, which may be set at any time, saves memory in training: a pair then keeps what it reads and
+    nothing else, and the backward runs it again.
     """
 
+    recompute = False
     layers: nn.ModuleList
     norm: nn.RMSNorm
 
@@ -208,7 +212,11 @@ class Stack(nn.Module):
     ) -> tuple[Tensor, State]:
         states = []
         for i, layer in enumerate(layers):
-            x, layer_state = layer(x, None if state is None else state[i], reset)
+            before = None if state is None else state[i]
+            if self.recompute and torch.is_grad_enabled():
+                x, layer_state = checkpoint(layer, x, before, reset, use_reentrant=False)
+            else:
+                x, layer_state = layer(x, before, reset)
             states.append(layer_state)
         return norm(x), tuple(states)
 
@@ -235,3 +243,232 @@ class Stack(nn.Module):
             raise TypeError(f"{name}: `state` must be a sequence of tensors, got {type(state).__name__}.")
         if len(state) != wanted:
             raise ValueError(f"{name}: `state` must have one tensor per layer = {wanted}, got {len(state)}.")
+
+
+class Backbone(Stack):
+    """Residual (mixer, SwiGLU) pairs on continuous inputs, x (B, T, D) to y (B, T, D), and a norm behind them.
+
+    With `bidirectional` a second stack, with weights of its own, reads the sequence from its end, and y is (B, T, 2 D):
+    what each direction has made of the steps that it has read, its own step among them. It needs whole sequences.
+
+    Args:
+        d_model: D, width of x and of the residual stream.
+        num_layers: number of (mixer, SwiGLU) pairs, of each direction.
+        mixer: a spec such as {"name": "bd_lru", "num_blocks": 16, "block_size": 3}; names in `MIXERS`.
+        bidirectional: True: the sequence is read from both ends.
+        mlp_size: inner width of the SwiGLU. None: 8/3 D, rounded up to a multiple of 32.
+        init_std: of the first weights, see the module's docstring. None: torch's defaults.
+        dropout: share of the numbers of each residual branch that are dropped in training, in [0, 1).
+
+    Raises:
+        TypeError, ValueError: a size is not a positive int, or the mixer spec is wrong.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_layers: int,
+        mixer: Spec,
+        *,
+        bidirectional: bool = False,
+        mlp_size: int | None = None,
+        init_std: float | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(d_model, num_layers, mixer, mlp_size, init_std, dropout)
+        check_flags("Backbone", bidirectional=bidirectional)
+        self.config["bidirectional"] = bidirectional
+        self.layers, self.norm = self._pairs()
+        if bidirectional:
+            self.reverse_layers, self.reverse_norm = self._pairs()
+        self._initialise()
+
+    def _all_layers(self) -> list[Layer]:
+        """Those of the reverse direction come last."""
+        reverse = self.reverse_layers if self.config["bidirectional"] else ()
+        return super()._all_layers() + [cast(Layer, layer) for layer in reverse]
+
+    @property
+    def output_size(self) -> int:
+        """Width of y: D, or 2 D of both directions."""
+        return self.config["d_model"] * (2 if self.config["bidirectional"] else 1)
+
+    if TYPE_CHECKING:  # torch says of no call what it returns
+
+        def __call__(
+            self,
+            x: Tensor,
+            state: Sequence[Tensor] | None = None,
+            reset: Tensor | None = None,
+            lengths: Tensor | None = None,
+        ) -> tuple[Tensor, State]:
+            """See `forward`."""
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Sequence[Tensor] | None = None,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """Outputs and final state of sequences.
+
+        What is behind the end of a sequence has no part in any number or gradient, be it NaN: y and the state are, bit
+        for bit, functions of `lengths` and of what is within them.
+
+        Args:
+            x: (B, T, D).
+            state: what an earlier call returned, one (B, M, N) per layer, those of the reverse direction last. Zeros
+                if None. Only without `lengths`: a state is that before the first of T steps.
+            reset: (B, T) bool. True: the sequence is cut before that step, and no state goes over the cut in either
+                direction. Never if None.
+            lengths: (B,) integers in [1, T], of sequences that are shorter than T. All are of T steps if None.
+
+        Returns:
+            y, (B, T, D) or (B, T, 2 D) of both directions, of zeros behind the end of a sequence; and the state after
+            the last step of each sequence, which is its first step in the reverse direction.
+
+        Raises:
+            TypeError, ValueError: a dtype, device or shape is wrong, T = 0, a length is not in [1, T], or a state comes
+                with lengths.
+        """
+        self._check_input("Backbone", x, "(B, T, D)")
+        self._check_state(state)
+        if reset is not None:
+            check_reset("Backbone", reset, x.shape[:2], x.device)
+        ends = None
+        if lengths is not None:
+            if state is not None:
+                raise ValueError(
+                    "Backbone: `state` must be None where there are `lengths`: it is of the first step of x, which the "
+                    "sequences do not have in common once they are moved to end together. Run rows of one length."
+                )
+            ends = Ends("Backbone", lengths, x)
+            x, reset = ends.cut(x), None if reset is None else ends.cut(reset)
+        y, final_state = self._run_ahead(x, state, reset, ends)
+        if self.config["bidirectional"]:
+            z, of_reverse = self._run_back(x, state, reset, ends)
+            y, final_state = torch.cat([y, z], dim=2), final_state + of_reverse
+        return y if ends is None else ends.pad(y), final_state
+
+    def _run_ahead(
+        self, x: Tensor, state: Sequence[Tensor] | None, reset: Tensor | None, ends: "Ends | None"
+    ) -> tuple[Tensor, State]:
+        if ends is None:
+            return self.run_stack(x, state, reset)
+        moved = None if reset is None else ends.together(reset)
+        y, final_state = self.run_stack(ends.together(x), None, ends.starts(moved))
+        return ends.apart(y), final_state
+
+    def _run_back(
+        self, x: Tensor, state: Sequence[Tensor] | None, reset: Tensor | None, ends: "Ends | None"
+    ) -> tuple[Tensor, State]:
+        """From the last step to the first; read so, what is behind the end of a sequence stands before its first."""
+        if reset is not None:  # a cut between the steps t - 1 and t, from the other side
+            reset = nn.functional.pad(reset[:, 1:].flip(1), (1, 0))
+        if ends is not None:
+            reset = ends.starts(reset)
+        before = None if state is None else state[len(self.layers) :]
+        y, final_state = self._run(self.reverse_layers, self.reverse_norm, x.flip(1), before, reset)
+        return y.flip(1), final_state
+
+    def step(
+        self, x: Tensor, state: Sequence[Tensor] | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """One step: x (B, D) and a state to y (B, D) and the next state.
+
+        Where reset, (B,) bool, is True, the state is zero before the step. Without gradients, and up to 64 rows on a
+        CPU, it is one call of the compiled kernels for each pair.
+
+        Raises:
+            TypeError, ValueError: as of `forward`, or the backbone is bidirectional.
+        """
+        if self.config["bidirectional"]:
+            raise ValueError(
+                "Backbone.step: `bidirectional` must be False, got True: the reverse direction begins at the last step."
+            )
+        self._check_input("Backbone.step", x, "(B, D)")
+        self._check_state(state)
+        state = self._kept(state, reset, x)
+        plain = BACKBONE.plainly_called(self) and fused.RMS_NORM.plainly_called(self.norm)
+        if torch.is_grad_enabled() or not plain or not fused.undisturbed():
+            y, final_state = self(x[:, None], state)
+            return y[:, 0], final_state
+        return self._step_stack(x, state)
+
+    def _check_input(self, owner: str, x: Tensor, axes: str) -> None:
+        check_floats(owner, "x", x)
+        own, size = self.norm.weight.dtype, self.config["d_model"]
+        if x.dtype != own and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{owner}: `x` must be {own} like the parameters, got {x.dtype}.")
+        if x.ndim != axes.count(",") + 1 or x.shape[-1] != size or 0 in x.shape:
+            rule = f"{axes} with D = {size}, and the others at least 1"
+            raise ValueError(f"{owner}: `x` must have shape {rule}, got {tuple(x.shape)}.")
+
+
+BACKBONE = fused.Part(Backbone, calls=["forward", "run_stack", "_run_ahead", "_run"])
+
+
+class Ends:
+    """Where the sequences of a batch end, and how they are moved to end together, at the last step of the longest.
+
+    So the state after that step is the one after the last step of each. What then stands before a sequence is forgotten
+    by a reset at its first step.
+
+    Args:
+        owner: in whose name a wrong length is refused.
+        lengths: (B,) integers in [1, T].
+        x: (B, T, ...).
+
+    Raises:
+        TypeError, ValueError: the lengths are of another type or shape, or out of range.
+    """
+
+    def __init__(self, owner: str, lengths: Tensor, x: Tensor) -> None:
+        check_lengths(owner, lengths, x)
+        self.lengths = lengths.to(x.device)
+        self._missing = x.shape[1] - int(self.lengths.max())
+        steps = torch.arange(x.shape[1] - self._missing, device=x.device)
+        self._behind = steps >= self.lengths[:, None]
+        self._order = (steps + self.lengths[:, None]) % len(steps)
+        self._first = steps == len(steps) - self.lengths[:, None]  # step of each sequence, after `together`
+
+    def cut(self, x: Tensor) -> Tensor:
+        """x (B, T, ...) without the steps that are behind the end of all, and with zeros behind that of each."""
+        x = x[:, : self._behind.shape[1]]
+        return x.masked_fill(_like(self._behind, x), 0)
+
+    def together(self, x: Tensor) -> Tensor:
+        """Of what was cut: the sequences end at the last step."""
+        return x.take_along_dim(_like(self._order, x), dim=1)
+
+    def starts(self, reset: Tensor | None) -> Tensor:
+        """The resets of sequences that end together: those given, (B, T) bool or None, and one at each first step."""
+        return self._first if reset is None else self._first | reset
+
+    def apart(self, y: Tensor) -> Tensor:
+        """The inverse of `together`."""
+        return y.take_along_dim(_like(self._order.argsort(dim=1), y), dim=1)
+
+    def pad(self, y: Tensor) -> Tensor:
+        """What was made of what was cut, (B, ., D) to (B, T, D): zeros behind the end of each sequence."""
+        return nn.functional.pad(y.masked_fill(self._behind[..., None], 0), (0, 0, 0, self._missing))
+
+
+def _like(steps: Tensor, x: Tensor) -> Tensor:
+    """Of each step, (B, T) to as many axes as x has."""
+    return steps if x.ndim == 2 else steps[..., None]
+
+
+def check_lengths(owner: str, lengths: Tensor, x: Tensor) -> None:
+    """Raise, in the name of `owner`, unless they are integers in [1, T], one for each row of x (B, T, ...)."""
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int64, torch.int32):
+        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"{owner}: `lengths` must be a tensor of int64 or int32, got {got}.")
+    rows, longest = x.shape[:2]
+    if lengths.shape != (rows,):
+        raise ValueError(f"{owner}: `lengths` must have shape (B,) = {(rows,)}, got {tuple(lengths.shape)}.")
+    wrong = torch.nonzero((lengths < 1) | (lengths > longest)).flatten().tolist()
+    if wrong:
+        first = f"{int(lengths[wrong[0]])} in row {wrong[0]}"
+        raise ValueError(f"{owner}: `lengths` must be in [1, T] = [1, {longest}], got {first}.")
