@@ -51,6 +51,7 @@ ALLOWED = {
     ),
     "statemix.mixers.base": ("statemix.gates",),
     "statemix.backbone": ("statemix.mixers", "statemix.gates", KERNELS, "statemix.fused", "statemix.specs"),
+    "statemix.predictor": ("statemix.backbone", "statemix.mixers"),
     "statemix.model": (
         "statemix.backbone",
         "statemix.mixers",
@@ -229,6 +230,11 @@ PLANTED = [  # (module, source, the names that are wrong)
     ("statemix.model", "from statemix.mixers import build_mixer\nimport safetensors", []),
     ("statemix.model", "from statemix import tasks", ["statemix.tasks"]),
     ("statemix.backbone", "from statemix.model import SequenceModel", ["statemix.model.SequenceModel"]),
+    (
+        "statemix.predictor",
+        "from statemix.backbone import Backbone\nfrom statemix.model import load_model",
+        ["statemix.model.load_model"],
+    ),
     ("statemix.model", "import statemix.training", ["statemix.training"]),
     (f"{TRAINING}.loop", "import statemix.model, statemix.tasks, accelerate", []),
     (f"{TRAINING}.loop", "from tests.helpers import assert_close", ["tests.helpers.assert_close"]),

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from statemix.backbone import Backbone
     from statemix.mixers import BDLRU, HLRU, LSTM
     from statemix.model import AutoEncoder, SequenceModel, load_model
+    from statemix.predictor import SequencePredictor
     from statemix.scan import available_backends, block_scan, companion_scan, observer_scan
     from statemix.training.config import TrainConfig
     from statemix.training.loop import train
@@ -23,6 +24,7 @@ __all__ = [
     "AutoEncoder",
     "Backbone",
     "SequenceModel",
+    "SequencePredictor",
     "TrainConfig",
     "available_backends",
     "block_scan",
@@ -39,6 +41,7 @@ _MODULES = {
     "AutoEncoder": "model",
     "Backbone": "backbone",
     "SequenceModel": "model",
+    "SequencePredictor": "predictor",
     "TrainConfig": "training.config",
     "available_backends": "scan",
     "block_scan": "scan",
