@@ -14,7 +14,7 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := src tests experiments
+SOURCES := src tests experiments examples
 KERNELS := $(wildcard csrc/*.h csrc/*.cpp csrc/gpu/*.cuh)
 BUDGET ?= quick
 SEED ?= 0

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from statemix import SequenceModel
+from statemix.backbone import State
 from statemix.mixers.linear_recurrence import LinearRecurrence
-from statemix.model import State
 from statemix.report.tables import align
 from statemix.runs.read import Row, find_runs, write_table
 from statemix.runs.select import group_over_seeds

@@ -30,9 +30,10 @@ from statemix.analysis import (
     leak,
     log_singular_values,
 )
+from statemix.backbone import Layer
 from statemix.files import write_whole
 from statemix.mixers.linear_recurrence import LinearRecurrence
-from statemix.model import Layer, TokenModel
+from statemix.model import TokenModel
 from statemix.report.inside import Block, Group, figures, read_blocks
 from statemix.report.tables import align
 from statemix.style import render

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from statemix import BDLRU, HLRU, kernels
+from statemix.backbone import Layer
 from statemix.mixers.linear_recurrence import LinearRecurrence
-from statemix.model import Layer
 
 WEIGHTS = ("raw_gates.projection.weight", "raw_gates.projection.bias", "values.weight", "output.weight")
 

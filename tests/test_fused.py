@@ -21,10 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import statemix.fused
 from statemix import BDLRU, SequenceModel, block_scan, kernels
+from statemix.backbone import Layer, SwiGLU
 from statemix.generate import Decoder, generate
 from statemix.mixers import MIXERS, build_mixer
 from statemix.mixers.linear_recurrence import RECURRENCE, RawGates
-from statemix.model import Layer, SwiGLU
 
 pytestmark = pytest.mark.skipif(kernels.load_problem() is not None, reason=f"no kernels: {kernels.load_problem()}")
 

@@ -5,8 +5,8 @@ import torch
 from helpers import assert_close, each_instruction_set, needs_kernels
 from kernel_helpers import GATED_SHAPES, gated_by_torch
 
+from statemix.backbone import SwiGLU
 from statemix.fused import gated
-from statemix.model import SwiGLU
 
 
 @each_instruction_set

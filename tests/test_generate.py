@@ -239,7 +239,7 @@ def test_threads_share_the_sequence_of_a_decoder():
 @pytest.mark.parametrize("mixer", ["block", "lstm"])
 def test_a_state_that_does_not_fit_is_not_read(mixer):
     model = make_model(mixer)
-    first, second = statemix.generate.zero_state(model, 3)
+    first, second = model.initial_state(3)
     for wrong in ((), (first,), (first, second[:2]), (first, second[:, :, :-1])):
         with pytest.raises(ValueError, match=r"^Decoder: `state` must be of the shapes \[.*\], one \(B, M, N\) per"):
             Decoder(model, wrong)

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import statemix
 from statemix.gates import NORMALIZATIONS
-from statemix.generate import zero_state
 from statemix.scan import gpu
 from statemix.scan.gpu import compile, plan
 
@@ -570,7 +569,7 @@ def test_a_step_can_be_captured_in_a_graph(kind, monkeypatch):
     """On a GPU it is, and a replay goes on from the new state. Elsewhere: nothing between kernels asks for a value."""
     torch.manual_seed(0)
     model = statemix.SequenceModel(7, 8, 2, MIXERS[kind] | {"backend": "gpu"}).to(DEVICE)
-    tokens, state = torch.tensor([1, 4], device=DEVICE), zero_state(model, 2)
+    tokens, state = torch.tensor([1, 4], device=DEVICE), model.initial_state(2)
     with torch.no_grad():
         if not HAS_GPU:
             for name in SYNCHRONISING:

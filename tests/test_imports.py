@@ -16,7 +16,8 @@ SCAN, BENCH, KERNELS, TEXT, TRAINING = (
     f"statemix.{room}" for room in ("scan", "benchmark", "kernels", "text", "training")
 )
 FOR_TRAINING = tuple(
-    f"statemix.{name}" for name in ("model", "mixers", "tasks", "text", "files", "records", "specs", "style")
+    f"statemix.{name}"
+    for name in ("model", "backbone", "mixers", "tasks", "text", "files", "records", "specs", "style")
 )
 
 # What a module may import of statemix: an entry stands for itself and all below it.
@@ -49,10 +50,12 @@ ALLOWED = {
         "statemix.specs",
     ),
     "statemix.mixers.base": ("statemix.gates",),
+    "statemix.backbone": ("statemix.mixers", "statemix.gates", KERNELS, "statemix.fused", "statemix.specs"),
+    "statemix.predictor": ("statemix.backbone", "statemix.mixers"),
     "statemix.model": (
+        "statemix.backbone",
         "statemix.mixers",
         "statemix.gates",
-        SCAN,
         KERNELS,
         "statemix.fused",
         "statemix.specs",
@@ -226,6 +229,12 @@ PLANTED = [  # (module, source, the names that are wrong)
     ("statemix.report.inside", "from statemix.model import load_model", ["statemix.model.load_model"]),
     ("statemix.model", "from statemix.mixers import build_mixer\nimport safetensors", []),
     ("statemix.model", "from statemix import tasks", ["statemix.tasks"]),
+    ("statemix.backbone", "from statemix.model import SequenceModel", ["statemix.model.SequenceModel"]),
+    (
+        "statemix.predictor",
+        "from statemix.backbone import Backbone\nfrom statemix.model import load_model",
+        ["statemix.model.load_model"],
+    ),
     ("statemix.model", "import statemix.training", ["statemix.training"]),
     (f"{TRAINING}.loop", "import statemix.model, statemix.tasks, accelerate", []),
     (f"{TRAINING}.loop", "from tests.helpers import assert_close", ["tests.helpers.assert_close"]),

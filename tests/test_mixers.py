@@ -58,6 +58,40 @@ def test_call_equals_step_repeated(generator, mixer, dtype, with_state):
     assert_same(state, final, "state", mixer)
 
 
+@each_mixer
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_reset_of_a_step_is_that_of_a_sequence_of_one(generator, mixer, grad):
+    mixer = build(mixer, generator)
+    x, state, reset = normal(generator, 3, D), start(mixer, generator), torch.tensor([True, False, True])
+    state[0] = torch.nan
+    before = state.clone()
+    with torch.set_grad_enabled(grad):
+        y, final = mixer.step(x, state, reset)
+        expected = mixer(x[:, None], state, reset[:, None])
+        alone, kept = mixer.step(x, mixer.initial_state(3)), mixer.step(x, state)
+    assert_same(y, expected[0][:, 0], "y", mixer)
+    assert_same(final, expected[1], "state", mixer)
+    for actual, of_zeros, of_state in zip((y, final), alone, kept, strict=True):
+        assert_same(actual[reset], of_zeros[reset], "a row of a reset", mixer)
+        assert_same(actual[~reset], of_state[~reset], "another row", mixer)
+    assert torch.equal(state.nan_to_num(7.0), before.nan_to_num(7.0))  # the caller's own stays as it is
+    assert_same(mixer.step(x, None, reset)[0], alone[0], "y without a state", mixer)
+
+
+@each_mixer
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_first_state_is_what_none_stands_for(generator, mixer, dtype):
+    mixer = build(mixer, generator, dtype)
+    state = mixer.initial_state(3)
+    assert state.shape == (3, *mixer.state_shape)
+    assert state.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    x = normal(generator, 3, 7, D, dtype=dtype)
+    for actual, expected in zip(mixer(x, state), mixer(x), strict=True):
+        assert_close(actual.detach(), expected.detach().double()) if isinstance(mixer, Attention) else assert_equal(
+            actual, expected
+        )
+
+
 def everything(
     mixer: Mixer, x: Tensor, state: Tensor, reset: Tensor | None, cuts: tuple[int, ...]
 ) -> dict[str, Tensor]:
@@ -414,3 +448,14 @@ def test_bad_steps(generator, mixer):
         mixer.step(torch.zeros(2, 3, D))
     with pytest.raises(ValueError, match=re.escape(f"`state` must have shape (B, M, N) = {(2, *mixer.state_shape)}")):
         mixer.step(torch.zeros(2, D), torch.zeros(1, *mixer.state_shape))
+    with pytest.raises(ValueError, match=re.escape(f"`state` must have shape (B, M, N) = {(2, *mixer.state_shape)}")):
+        mixer.step(torch.zeros(2, D), torch.zeros(1, *mixer.state_shape), torch.tensor([True, False]))
+    name = type(mixer).__name__
+    with pytest.raises(ValueError, match=rf"^{name}\.step: `reset` must have shape \(B,\) = \(2,\), got \(2, 1\)\.$"):
+        mixer.step(torch.zeros(2, D), None, torch.zeros(2, 1, dtype=torch.bool))
+    with pytest.raises(TypeError, match=rf"^{name}\.step: `reset` must be a bool tensor, got torch\.float32\.$"):
+        mixer.step(torch.zeros(2, D), None, torch.zeros(2))
+    with pytest.raises(TypeError, match=rf"^{name}\.step: `reset` must be a tensor, got list\.$"):
+        mixer.step(torch.zeros(2, D), None, [True, False])
+    with pytest.raises(ValueError, match=rf"^{name}\.initial_state: `batch` must be at least 1, got 0\.$"):
+        mixer.initial_state(0)

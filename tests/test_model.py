@@ -12,7 +12,7 @@ from model_helpers import CLOSE, MIXERS, D, T, V, assert_same, build, draw, each
 
 import statemix
 from statemix import SequenceModel
-from statemix.model import Dropout
+from statemix.backbone import Dropout
 
 SHAPES = {"bd_lru": (3, 5), "bd_lru fixed": (3, 5), "h_lru": (3, 5), "observer": (3, 5), "lstm": (2, 7)}
 
@@ -43,6 +43,21 @@ def test_call_equals_step_repeated(generator, mixer, dtype):
         assert_same(logits_t, logits[:, t], f"logits at {t}")
     assert_same(state, final, "state")
     assert_same(model.step(tokens[:, 0])[0], model(tokens[:, :1])[0][:, 0], "from no state")
+
+
+@each_mixer
+@pytest.mark.parametrize("grad", [False, True])
+def test_steps_with_resets_equal_the_call(generator, mixer, grad):
+    model, tokens = build(generator, mixer), draw(generator, 3, T)
+    reset = torch.rand(3, T, generator=generator) < 0.3
+    reset[0, 4] = True
+    logits, final = model(tokens, reset=reset)
+    state = model.initial_state(3)
+    with torch.set_grad_enabled(grad):
+        for t in range(T):
+            logits_t, state = model.step(tokens[:, t], state, reset[:, t])
+            assert_same(logits_t, logits[:, t], f"logits at {t}")
+    assert_same(state, final, "state")
 
 
 @each_mixer
@@ -346,6 +361,10 @@ def test_bad_calls(generator):
         model(tokens[:1], state)
     with pytest.raises(ValueError, match=re.escape("`reset` must have shape (B, T) = (2, 4), got (2, 3).")):
         model(tokens, None, torch.zeros(2, 3, dtype=torch.bool))
+    with pytest.raises(
+        ValueError, match=r"^SequenceModel\.step: `reset` must have shape \(B,\) = \(2,\), got \(2, 4\)\.$"
+    ):
+        model.step(tokens[:, 0], None, torch.zeros(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="B, T of at least 1"):
         model(tokens[:, :0])
     for outside in (V, -1):

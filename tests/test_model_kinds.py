@@ -26,7 +26,7 @@ def test_a_model_of_one_pair_starts_as_torch_makes_it(mixer):
     model = seeded(mixer, num_layers=1, mlp_size=32)
     torch.manual_seed(0)
     embedding = torch.nn.Embedding(64, 48)
-    layer = statemix.model.Layer(48, MIXERS[mixer], 32)
+    layer = statemix.backbone.Layer(48, MIXERS[mixer], 32)
     head = torch.nn.Linear(48, 64, bias=False)
     expected = {f"layers.0.{name}": weight for name, weight in layer.state_dict().items()}
     expected |= {"embedding.weight": embedding.weight, "head.weight": head.weight, "norm.weight": torch.ones(48)}

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import statemix
-from statemix import BDLRU, HLRU, SequenceModel, TrainConfig, train
+from statemix import BDLRU, HLRU, Backbone, SequenceModel, SequencePredictor, TrainConfig, train
 
 x = torch.randn(2, 5, 64)
 layer = BDLRU(64, 16, 4)
@@ -32,6 +32,10 @@ assert_type(HLRU(64, 16, 4)(x, None, reset=None), tuple[Tensor, Tensor])
 assert_type(layer.step(x[:, 0]), tuple[Tensor, Tensor])
 model = SequenceModel(7, 64, 2, {"name": "bd_lru", "num_blocks": 16, "block_size": 4})
 assert_type(model(torch.zeros(2, 5, dtype=torch.int64)), tuple[Tensor, tuple[Tensor, ...]])
+backbone = Backbone(64, 2, {"name": "bd_lru", "num_blocks": 16, "block_size": 4})
+assert_type(backbone(x, lengths=torch.tensor([5, 3])), tuple[Tensor, tuple[Tensor, ...]])
+assert_type(backbone.step(x[:, 0], backbone.initial_state(2)), tuple[Tensor, tuple[Tensor, ...]])
+assert_type(SequencePredictor(3, 2, backbone)(torch.randn(2, 5, 3), torch.tensor([5, 3])), Tensor)
 assert_type(train(TrainConfig()).summary, dict[str, Any])
 assert_type(statemix.__version__, str)
 """

@@ -7,10 +7,11 @@ from kernel_helpers import READOUTS, STEPPED, assert_readout, assert_step, make_
 from torch import Tensor, nn
 
 from statemix import kernels
+from statemix.backbone import SwiGLU
 from statemix.gates import NORMALIZATIONS
 from statemix.mixers import BDLRU
 from statemix.mixers.linear_recurrence import RawGates
-from statemix.model import SequenceModel, SwiGLU
+from statemix.model import SequenceModel
 
 pytestmark = needs_kernels
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path for room in ("src", "tests", "experiments") for path in (ROOT / room).rglob("*.py"))
+FILES = sorted(path for room in ("src", "tests", "experiments", "examples") for path in (ROOT / room).rglob("*.py"))
 # (file, source of the splat) -> why it may stand
 ALLOWED_SPLATS: dict[tuple[str, str], str] = {}
 # name of a class -> why two may have it

@@ -7,8 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from statemix.backbone import Backbone
     from statemix.mixers import BDLRU, HLRU, LSTM
     from statemix.model import AutoEncoder, SequenceModel, load_model
+    from statemix.predictor import SequencePredictor
     from statemix.scan import available_backends, block_scan, companion_scan, observer_scan
     from statemix.training.config import TrainConfig
     from statemix.training.loop import train
@@ -20,7 +22,9 @@ __all__ = [
     "HLRU",
     "LSTM",
     "AutoEncoder",
+    "Backbone",
     "SequenceModel",
+    "SequencePredictor",
     "TrainConfig",
     "available_backends",
     "block_scan",
@@ -35,7 +39,9 @@ _MODULES = {
     "HLRU": "mixers",
     "LSTM": "mixers",
     "AutoEncoder": "model",
+    "Backbone": "backbone",
     "SequenceModel": "model",
+    "SequencePredictor": "predictor",
     "TrainConfig": "training.config",
     "available_backends": "scan",
     "block_scan": "scan",

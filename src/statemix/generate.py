@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from statemix import fused, kernels, records
+from statemix.backbone import State
 from statemix.files import MANIFEST_FILE, check_manifest
 from statemix.gates import check_dense
 from statemix.mixers.base import check_sizes
-from statemix.model import CONFIG_FILE, MODEL, WEIGHTS_FILE, ModelInputs, SequenceModel, State, load_model
+from statemix.model import CONFIG_FILE, MODEL, WEIGHTS_FILE, ModelInputs, SequenceModel, load_model
 from statemix.text.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from statemix.training.checkpoint import CONFIG_FILE as RUN_CONFIG_FILE
 from statemix.training.checkpoint import POINTER_FILE, TRAIN_FILE, read_pointer, step_of
@@ -51,7 +52,7 @@ class Decoder:
 
     def __init__(self, model: SequenceModel, state: State | None = None, *, batch: int = 1) -> None:
         self.model = model
-        state = zero_state(model, batch) if state is None else tuple(state)
+        state = model.initial_state(batch) if state is None else tuple(state)
         wanted = [(len(state[0]) if state else batch, *mixer.state_shape) for mixer in model.mixers]
         if (shapes := [tuple(part.shape) for part in state]) != wanted:
             raise ValueError(f"Decoder: `state` must be of the shapes {wanted}, one (B, M, N) per layer, got {shapes}.")
@@ -117,13 +118,6 @@ def without_dropout(model: SequenceModel) -> Iterator[None]:
     finally:
         for module in modules:
             module.training = True
-
-
-def zero_state(model: SequenceModel, batch: int) -> State:
-    """The state of a model before the first token, one (B, M, N) per layer."""
-    weight = model.embedding.weight
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return tuple(torch.zeros(batch, *mixer.state_shape, dtype=wide, device=weight.device) for mixer in model.mixers)
 
 
 def generate(
@@ -353,7 +347,7 @@ def _best_checkpoint(run: Path, owner: str) -> Path:
 
 def read_prompt(model: SequenceModel, tokens: Tensor) -> State:
     """The state after tokens (T,), in memory that does not grow with T; of zeros for T = 0."""
-    state = zero_state(model, 1)
+    state = model.initial_state(1)
     # the head is needed for the last token only; but what waits for a call of the model wants to see every token
     read = model.run_layers if MODEL.plainly_called(model) else model
     with without_dropout(model):

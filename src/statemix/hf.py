@@ -16,8 +16,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from statemix.generate import find_checkpoint, zero_state
-from statemix.model import SequenceModel, State
+from statemix.backbone import State
+from statemix.generate import find_checkpoint
+from statemix.model import SequenceModel
 from statemix.text.tokenizer import BPE, Characters, Tokenizer
 
 try:
@@ -295,7 +296,7 @@ class StatemixForCausalLM(PreTrainedModel, GenerationMixin):
             return self.model.run_layers(tokens, None, begins)
         rows = []
         for row, real in enumerate(mask):
-            own = zero_state(self.model, 1) if state is None else tuple(part[row : row + 1] for part in state)
+            own = self.model.initial_state(1) if state is None else tuple(part[row : row + 1] for part in state)
             x = self.model.embedding.weight.new_zeros(1, 1, self.model.config["d_model"])
             if real.any():
                 x, own = self.model.run_layers(tokens[row : row + 1, real], own, None)

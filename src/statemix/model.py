@@ -1,18 +1,10 @@
-"""SequenceModel and AutoEncoder: embedding, pre-norm residual (mixer, SwiGLU) pairs, head.
-
-Initialisation is one rule for all mixers. The last map of every residual branch, `mixer.output` and `mlp.output`,
-starts small enough that the sum of all branches has the same scale at any depth. With `init_std` (0.02 in MAD and in
-the paper), the weights of every nn.Linear and nn.Embedding are N(0, init_std^2), and those of the branches' last maps
-N(0, init_std^2 / (2 num_layers)): there are 2 num_layers branches. Without it all are as torch or the mixer makes them,
-and the last maps are divided by sqrt(num_layers): a model of one pair is left as it is. Neither touches what else a
-mixer sets up: biases, the ring of LRU, the decays of Mamba-2, convolutions, the matrices within torch.nn.LSTM and GRU.
+"""SequenceModel and AutoEncoder: embedding, the residual pairs of backbone.py, head.
 
 Weights are saved as safetensors, the config as JSON.
 """
 
 import inspect
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
@@ -23,113 +15,16 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from statemix import fused, kernels, records
+from statemix.backbone import LAYER, Stack, State
 from statemix.gates import check_dense
-from statemix.mixers import Mixer, build_mixer, complete_mixer
 from statemix.mixers.base import check_flags, check_sizes
-from statemix.mixers.linear_recurrence import RECURRENCE
 from statemix.specs import Spec, options
-
-State = tuple[Tensor, ...]  # one (B, M, N) per layer
 
 CONFIG_FILE, WEIGHTS_FILE = "model.json", "model.safetensors"
 
 
-class SwiGLU(nn.Module):
-    """y = W_2 (silu(W_1 x) * W_3 x), without biases. Source: Shazeer 2020 (arXiv 2002.05202)."""
-
-    def __init__(self, d_model: int, mlp_size: int) -> None:
-        super().__init__()
-        self.gate_and_input = nn.Linear(d_model, 2 * mlp_size, bias=False)
-        self.output = nn.Linear(mlp_size, d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) -> (..., D)."""
-        y: Tensor = self.output(fused.gated(self.gate_and_input(x)))
-        return y
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout; on a CPU 16 random bits decide about a number, so the share is a multiple of 2^-16.
-
-    There torch draws a double for each, one after another, on processors other than Intel's.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x of any shape -> the same shape."""
-        if not (self.training and self.p and x.is_cpu) or fused.transformed():
-            return super().forward(x)
-        dropped = min(round(self.p * 2**16), 2**16 - 1)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        kept = bits[: x.numel()].view(x.shape) >= dropped - 2**15
-        return x * (kept * x.new_tensor(2**16 / (2**16 - dropped)))
-
-
-class Layer(nn.Module):
-    """x + dropout(mixer(norm(x))), then x + dropout(SwiGLU(norm(x)))."""
-
-    def __init__(self, d_model: int, mixer: Spec, mlp_size: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.dropout = Dropout(dropout)
-        self.mixer_norm = nn.RMSNorm(d_model, eps=1e-6)
-        self.mixer = build_mixer(mixer, d_model)
-        self.mlp_norm = nn.RMSNorm(d_model, eps=1e-6)
-        self.mlp = SwiGLU(d_model, mlp_size)
-
-    def forward(self, x: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (B, T, D) -> (B, T, D), and the mixer's state."""
-        if x.shape[1] == 1 and reset is None and (stepped := self._fused_step(x[:, 0], state)) is not None:
-            return stepped[0][:, None], stepped[1]
-        mixed, state = self.mixer(self.mixer_norm(x), state, reset)
-        x = x + self.dropout(mixed)
-        return x + self.dropout(self.mlp(self.mlp_norm(x))), state
-
-    def step(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One step, x (B, D) -> (B, D), and the mixer's state. Without gradients, one call of the compiled kernels."""
-        if LAYER.plainly_called(self) and (stepped := self._fused_step(x, state)) is not None:
-            return stepped
-        y, state = self(x[:, None], state, None)
-        return y[:, 0], state
-
-    def _fused_step(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """The step as one call, or None where that does not serve."""
-        if (step := LAYER.inputs(self)) is None or step.mixer_norm.dtype != x.dtype:
-            return None
-        state = fused.step_state(x, state, (len(step.mixer_norm), *step.mixer.state_shape))
-        return None if state is None else step(x, state)
-
-
-def _pair_step(layer: Layer, weights: tuple[Tensor, ...]) -> kernels.PairStep:
-    *of_mixer, mixer_norm, mlp_norm, gate_and_input, mlp_output = weights
-    return kernels.PairStep(
-        mixer=RECURRENCE.arrange(layer.mixer, tuple(of_mixer)),
-        mixer_norm=mixer_norm,
-        mlp_norm=mlp_norm,
-        gate_and_input=gate_and_input,
-        mlp_output=mlp_output,
-        mixer_epsilon=cast(float, layer.mixer_norm.eps),
-        mlp_epsilon=cast(float, layer.mlp_norm.eps),
-    )
-
-
-LAYER = fused.Part(
-    Layer,
-    parts={
-        "mixer": RECURRENCE,
-        "mixer_norm": fused.RMS_NORM,
-        "mlp_norm": fused.RMS_NORM,
-        "mlp": fused.Part(SwiGLU, parts={"gate_and_input": fused.LINEAR, "output": fused.LINEAR}),
-        "dropout": fused.Part(
-            Dropout,
-            settings=["p", "training"],
-            allows=lambda dropout: not (dropout.training and dropout.p),
-        ),
-    },
-    arrange=_pair_step,
-)
-
-
-class TokenModel(nn.Module):
-    """What both models share: embedding, layers, norm and head, their initialisation, saving and loading."""
+class TokenModel(Stack):
+    """What both models share: an embedding before the pairs and a head behind them, saving and loading."""
 
     def __init__(
         self,
@@ -142,64 +37,16 @@ class TokenModel(nn.Module):
         init_std: float | None,
         dropout: float,
     ) -> None:
-        super().__init__()
+        super().__init__(d_model, num_layers, mixer, mlp_size, init_std, dropout)
         name = type(self).__name__
-        check_sizes(name, vocab_size=vocab_size, d_model=d_model, num_layers=num_layers)
-        mlp_size = -(-8 * d_model // 96) * 32 if mlp_size is None else mlp_size
-        check_sizes(name, mlp_size=mlp_size)
+        check_sizes(name, vocab_size=vocab_size)
         check_flags(name, tied_embedding=tied_embedding)
-        if init_std is not None and not (type(init_std) in (int, float) and 0 < init_std < math.inf):
-            raise ValueError(f"{name}: `init_std` must be a finite number above 0, or None, got {init_std!r}.")
-        if not (type(dropout) in (int, float) and 0 <= dropout < 1):
-            raise ValueError(f"{name}: `dropout` must be a number in [0, 1), got {dropout!r}.")
-        self.config: dict[str, Any] = {
-            "vocab_size": vocab_size,
-            "d_model": d_model,
-            "num_layers": num_layers,
-            "mixer": complete_mixer(mixer),
-            "mlp_size": mlp_size,
-            "tied_embedding": tied_embedding,
-            "init_std": init_std,
-            "dropout": dropout,
-        }
+        self.config |= {"vocab_size": vocab_size, "tied_embedding": tied_embedding}
         self.embedding = nn.Embedding(vocab_size, d_model)
-        self.layers = nn.ModuleList(Layer(d_model, mixer, mlp_size, dropout) for _ in range(num_layers))
-        self.norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.layers, self.norm = self._pairs()
         self.head = nn.Linear(d_model, vocab_size, bias=False)
         if tied_embedding:
             self.head.weight = self.embedding.weight
-
-    @torch.no_grad()
-    def _initialise(self) -> None:
-        """Apply the rule of the module's docstring; a subclass calls it once all its parts are there."""
-        init_std, depth = self.config["init_std"], len(self.layers)
-        layers = [cast(Layer, layer) for layer in self.layers]
-        branches = [last for layer in layers for last in (layer.mixer.output, layer.mlp.output)]
-        if init_std is None:
-            for branch in branches:
-                branch.weight.div_(math.sqrt(depth))
-            return
-        stds = {  # by weight: a tied one is drawn once
-            module.weight: init_std / math.sqrt(2 * depth) if module in branches else init_std
-            for module in self.modules()
-            if isinstance(module, nn.Linear | nn.Embedding)
-        }
-        for weight, std in stds.items():
-            nn.init.normal_(weight, std=std)
-
-    @property
-    def mixers(self) -> list[Mixer]:
-        """The mixer of each layer, first to last."""
-        return [cast(Layer, layer).mixer for layer in self.layers]
-
-    @property
-    def state_size(self) -> int:
-        """Numbers carried per sequence, over all layers."""
-        return sum(mixer.state_size for mixer in self.mixers)
-
-    def num_parameters(self) -> int:
-        """Number of trained numbers; a tied head counts once."""
-        return sum(p.numel() for p in self.parameters())
 
     def run_layers(self, tokens: Tensor, state: Sequence[Tensor] | None, reset: Tensor | None) -> tuple[Tensor, State]:
         """Tokens (B, T) to the normalised residual stream (B, T, D) and the state of every layer."""
@@ -207,11 +54,7 @@ class TokenModel(nn.Module):
         if tokens.ndim != 2 or 0 in tokens.shape:
             shape, name = tuple(tokens.shape), type(self).__name__
             raise ValueError(f"{name}: `tokens` must have shape (B, T) with B, T of at least 1, got {shape}.")
-        x, states = self._embedded(tokens), []
-        for i, layer in enumerate(self.layers):
-            x, layer_state = layer(x, None if state is None else state[i], reset)
-            states.append(layer_state)
-        return self.norm(x), tuple(states)
+        return self.run_stack(self._embedded(tokens), state, reset)
 
     def _check(self, tokens: Tensor, state: Sequence[Tensor] | None) -> None:
         name = type(self).__name__
@@ -220,12 +63,7 @@ class TokenModel(nn.Module):
         check_dense(name, "tokens", tokens)
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{name}: `tokens` must be int64 or int32, got {tokens.dtype}.")
-        if state is None:
-            return
-        if not isinstance(state, Sequence):
-            raise TypeError(f"{name}: `state` must be a sequence of tensors, got {type(state).__name__}.")
-        if len(state) != len(self.layers):
-            raise ValueError(f"{name}: `state` must have one tensor per layer = {len(self.layers)}, got {len(state)}.")
+        self._check_state(state)
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         """The rows of the embedding. Raises IndexError on a CPU if there is no such row; a GPU says so by itself."""
@@ -361,23 +199,26 @@ class SequenceModel(TokenModel):
         x, state = self.run_layers(tokens, state, reset)
         return self.head(x), state
 
-    def step(self, tokens: Tensor, state: Sequence[Tensor] | None = None) -> tuple[Tensor, State]:
-        """One step: tokens (B,) and a state to logits (B, vocab_size) and the next state."""
+    def step(
+        self, tokens: Tensor, state: Sequence[Tensor] | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """One step: tokens (B,) and a state to logits (B, vocab_size) and the next state.
+
+        Where reset, (B,) bool, is True, the state is zero before the step.
+        """
         self._check(tokens, state)
         if tokens.ndim != 1 or len(tokens) == 0:
             shape = tuple(tokens.shape)
             raise ValueError(f"SequenceModel.step: `tokens` must have shape (B,) with B of at least 1, got {shape}.")
+        state = self._kept(state, reset, tokens)
         ends = (fused.EMBEDDING, self.embedding), (fused.RMS_NORM, self.norm), (fused.LINEAR, self.head)
         # its layers ask for themselves
         plain = all(part.plainly_called(module) for part, module in ((MODEL, self), *ends))
         if torch.is_grad_enabled() or not plain or not fused.undisturbed():
             logits, final_state = self(tokens[:, None], state)
             return logits[:, 0], final_state
-        x, states = self._embedded(tokens), []
-        for i, layer in enumerate(self.layers):
-            x, layer_state = cast(Layer, layer).step(x, None if state is None else state[i])
-            states.append(layer_state)
-        return self.head(self.norm(x)), tuple(states)
+        x, final_state = self._step_stack(self._embedded(tokens), state)
+        return self.head(x), final_state
 
 
 class ModelInputs(NamedTuple):
@@ -405,7 +246,7 @@ MODEL = fused.Part(
         "norm": fused.RMS_NORM,
         "head": fused.LINEAR,
     },
-    calls=["forward", "run_layers"],
+    calls=["forward", "run_layers", "run_stack", "_run"],
     arrange=_model_inputs,
 )
 

@@ -28,11 +28,12 @@ from torch import Tensor
 import statemix
 from statemix import kernels
 from statemix.analysis import NONE, Automaton
+from statemix.backbone import State
 from statemix.files import write_whole
-from statemix.generate import Decoder, find_checkpoint, zero_state
+from statemix.generate import Decoder, find_checkpoint
 from statemix.mixers.base import check_sizes
 from statemix.mixers.linear_recurrence import LinearRecurrence
-from statemix.model import MODEL, SequenceModel, State
+from statemix.model import MODEL, SequenceModel
 from statemix.tasks import build_task
 from statemix.training.checkpoint import CONFIG_FILE
 from statemix.training.config import TrainConfig
@@ -117,7 +118,7 @@ class _Search:
         self.taken: list[tuple[int, int, int, int]] = []  # these two, what is said, and the pair after
         self._numbers: dict[tuple[bytes, int], int] = {}
         self._read = _read(model)
-        self._number(self._pack(zero_state(model, 1))[0], task.start, (NONE, NONE))
+        self._number(self._pack(model.initial_state(1))[0], task.start, (NONE, NONE))
 
     def advance(self) -> None:
         """Take some transitions."""
@@ -186,7 +187,7 @@ def _read(model: SequenceModel) -> Tensor:
 
 def _unpack(rows: Sequence[bytes], model: SequenceModel) -> State:
     """The state whose rows were packed."""
-    dtype = zero_state(model, 1)[0].dtype
+    dtype = model.initial_state(1)[0].dtype
     numbers = torch.frombuffer(bytearray(b"".join(rows)), dtype=dtype).view(len(rows), -1)
     parts = numbers.split([mixer.state_size for mixer in model.mixers], dim=1)
     return tuple(part.unflatten(1, mixer.state_shape) for part, mixer in zip(parts, model.mixers, strict=True))

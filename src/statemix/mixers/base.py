@@ -1,6 +1,6 @@
 """What every sequence mixer is: one call for a sequence, one for a step, and a state of fixed size."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -43,14 +43,26 @@ class Mixer(nn.Module):
     @property
     def dtype(self) -> torch.dtype | None:
         """Of the weights; None if there is no float among them, as where all are quantised."""
+        weight = self._float_weight()
+        return None if weight is None else weight.dtype
+
+    def _float_weight(self) -> Tensor | None:
+        """The first weight of a float dtype."""
         for weight in self.parameters():
             if weight.is_floating_point():
-                return weight.dtype
+                return weight
         for module in self.modules():  # in a replica of DataParallel the weights are attributes
-            for weight in vars(module).values():
-                if isinstance(weight, Tensor) and weight.is_floating_point():
-                    return weight.dtype
+            for value in vars(module).values():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    return value
         return None
+
+    def initial_state(self, batch: int) -> Tensor:
+        """The state before the first step: zeros (B, M, N), float32 or wider, where the weights are."""
+        check_sizes(f"{type(self).__name__}.initial_state", batch=batch)
+        weight = self._float_weight()
+        dtype = torch.promote_types(torch.float32 if weight is None else weight.dtype, torch.float32)
+        return torch.zeros(batch, *self.state_shape, dtype=dtype, device=None if weight is None else weight.device)
 
     if TYPE_CHECKING:  # torch says of no call what it returns
 
@@ -77,8 +89,6 @@ class Mixer(nn.Module):
         check_floats(name, "x", x)
         if state is not None:
             check_floats(name, "state", state)
-        if reset is not None and not isinstance(reset, Tensor):
-            raise TypeError(f"{name}: `reset` must be a tensor, got {type(reset).__name__}.")
         own = self.dtype
         if own not in (None, x.dtype) and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"{name}: `x` must be {own} like the parameters, got {x.dtype}.")
@@ -87,28 +97,32 @@ class Mixer(nn.Module):
                 f"{name}: `x` must have shape (B, T, D) with D = {self.d_model} and B, T of at least 1, "
                 f"got {tuple(x.shape)}."
             )
-        for argument, tensor in (("state", state), ("reset", reset)):
-            if tensor is not None and tensor.device != x.device:
-                raise TypeError(f"{name}: `{argument}` must be on {x.device} like `x`, got {tensor.device}.")
+        if state is not None and state.device != x.device:
+            raise TypeError(f"{name}: `state` must be on {x.device} like `x`, got {state.device}.")
         if state is not None and tuple(state.shape) != (wanted := (x.shape[0], *self.state_shape)):
             raise ValueError(f"{name}: `state` must have shape (B, M, N) = {wanted}, got {tuple(state.shape)}.")
-        if reset is not None and reset.dtype != torch.bool:
-            raise TypeError(f"{name}: `reset` must be a bool tensor, got {reset.dtype}.")
         if reset is not None:
-            check_dense(name, "reset", reset)
-        if reset is not None and reset.shape != x.shape[:2]:
-            raise ValueError(
-                f"{name}: `reset` must have shape (B, T) = {tuple(x.shape[:2])}, got {tuple(reset.shape)}."
-            )
+            check_reset(name, reset, x.shape[:2], x.device)
         return self.mix(x, state, reset)
 
-    def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """One step of the same recurrence: x (B, D) and the state (B, M, N) to y (B, D) and the next state."""
+    def step(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One step of the same recurrence: x (B, D) and the state (B, M, N) to y (B, D) and the next state.
+
+        Where reset, (B,) bool, is True, the state is zero before the step.
+        """
         check_floats(name := type(self).__name__, "x", x)
         if x.ndim != 2 or x.shape[1] != self.d_model:
             raise ValueError(f"{name}.step: `x` must have shape (B, D) with D = {self.d_model}, got {tuple(x.shape)}.")
-        y, state = self(x[:, None], state)
+        y, state = self(x[:, None], self._kept(state, reset, x))
         return y[:, 0], state
+
+    def _kept(self, state: Tensor | None, reset: Tensor | None, x: Tensor) -> Tensor | None:
+        """The state with which a step of x (B, D) begins: zeros in the rows of a reset, (B,)."""
+        if reset is None:
+            return state
+        check_floats(name := type(self).__name__, "x", x)
+        check_reset(f"{name}.step", reset, x.shape[:1], x.device)
+        return reset_rows(state, reset)
 
     def mix(self, x: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """`forward` on checked arguments."""
@@ -121,6 +135,30 @@ class Mixer(nn.Module):
     def sharpen(self, factor: float) -> None:
         """See `LinearRecurrence.sharpen`; of a mixer that `sharpens`."""
         raise NotImplementedError
+
+
+def reset_rows(state: Tensor | None, reset: Tensor) -> Tensor | None:
+    """The state (B, M, N) with zeros where reset, (B,) bool, is True: a selection, which no NaN outlasts.
+
+    One that does not fit is left as it is, for the step to refuse.
+    """
+    if not isinstance(state, Tensor) or state.ndim != 3 or len(state) != len(reset):
+        return state
+    return state.masked_fill(reset[:, None, None], 0)
+
+
+def check_reset(owner: str, reset: Tensor, shape: Sequence[int], device: torch.device) -> None:
+    """Raise, in the name of `owner`, unless it is a bool tensor of the shape, (B, T) or (B,), on the device."""
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"{owner}: `reset` must be a tensor, got {type(reset).__name__}.")
+    if reset.device != device:
+        raise TypeError(f"{owner}: `reset` must be on {device} like `x`, got {reset.device}.")
+    if reset.dtype != torch.bool:
+        raise TypeError(f"{owner}: `reset` must be a bool tensor, got {reset.dtype}.")
+    check_dense(owner, "reset", reset)
+    if reset.shape != tuple(shape):
+        axes = "(B, T)" if len(shape) == 2 else "(B,)"
+        raise ValueError(f"{owner}: `reset` must have shape {axes} = {tuple(shape)}, got {tuple(reset.shape)}.")
 
 
 def check_flags(owner: str, **flags: bool) -> None:

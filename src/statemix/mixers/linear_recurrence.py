@@ -128,8 +128,9 @@ class LinearRecurrence(Mixer):
         for parameter in self.raw_gates.parameters():
             parameter.mul_(factor)
 
-    def step(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Mixer.step`. Without gradients it is one fused call, which allocates its results and nothing else."""
+        state = self._kept(state, reset, x)
         if RECURRENCE.plainly_called(self) and (stepped := self._fused_step(x, state)) is not None:
             return stepped
         return super().step(x, state)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statemix.model import State
+from statemix.backbone import State
 from statemix.tasks import IGNORE_INDEX, Batch, Score
 from statemix.tasks.base import Task
 

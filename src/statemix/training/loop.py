@@ -13,9 +13,10 @@ from torch import Tensor
 
 import statemix
 from statemix import records
+from statemix.backbone import State
 from statemix.files import locked
 from statemix.mixers.library import describe_kernels
-from statemix.model import AutoEncoder, SequenceModel, State, load_model
+from statemix.model import AutoEncoder, SequenceModel, load_model
 from statemix.tasks import IGNORE_INDEX, Batch, Score, build_task
 from statemix.tasks.base import Task, finite_batch
 from statemix.text.tokenizer import save_tokenizer
