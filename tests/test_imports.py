@@ -72,6 +72,7 @@ ALLOWED = {
         "statemix",
         "statemix.analysis",
         "statemix.files",
+        "statemix.specs",
         "statemix.style",
         "statemix.tasks",
     ),
@@ -89,7 +90,11 @@ PLAIN_SCANS = (SCAN, f"{SCAN}.problem", f"{SCAN}.reference", f"{SCAN}.associativ
 ONLY_BY = {
     "tokenizers": ("statemix.text.tokenizer", "statemix.hf"),
     "cuda": (f"{SCAN}.gpu.compile",),
-    "statemix.cli": ("statemix.__main__", *(f"statemix.cli.{command}" for command in ("train", "sweep", "report"))),
+    "statemix.cli": (
+        "statemix.__main__",
+        "statemix.cli",
+        *(f"statemix.cli.{command}" for command in ("train", "sweep", "report")),
+    ),
     "statemix.runs.sweep": ("statemix.cli.sweep",),
     "statemix.runs.executors": ("statemix.runs.sweep",),
     "ray": ("statemix.runs.executors",),

@@ -206,7 +206,7 @@ BAD = [  # arguments, options, exception, message
         ValueError,
         "has 34 state at d_model=4, more than twice",
     ),
-    (("bdlru", 4), {"budget": 9}, ValueError, "solve: `mixer` must be one of ['attention', 'bd_lru', "),
+    (("bdlru", 4), {"budget": 9}, ValueError, "mixer: `name` must be one of ['attention', 'bd_lru', "),
     (
         ("gru", 4),
         {"budget": 9, "what": "flops"},

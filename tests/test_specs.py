@@ -10,7 +10,7 @@ from statemix import BDLRU, HLRU, LSTM, SequenceModel
 from statemix.gates import NORMALIZATIONS
 from statemix.mixers import MIXERS, build_mixer, complete_mixer
 from statemix.scan import BACKENDS
-from statemix.specs import complete, options
+from statemix.specs import Registry, complete, options
 from statemix.tasks import TASKS, build_task, complete_task
 
 
@@ -23,7 +23,7 @@ class Plain:
     pass
 
 
-CLASSES = {"filter": Filter, "plain": Plain}
+CLASSES = Registry("thing", object, {"filter": Filter, "plain": Plain})
 GOOD = [  # spec, completed
     ({"name": "filter", "taps": 3}, {"name": "filter", "taps": 3, "gain": 1.0, "taper": None}),
     ({"taper": "hann", "taps": 0, "name": "filter"}, {"name": "filter", "taps": 0, "gain": 1.0, "taper": "hann"}),
@@ -53,22 +53,22 @@ BAD = [  # spec, the whole message
 @pytest.mark.parametrize(("spec", "completed"), GOOD)
 def test_good_specs(spec, completed):
     before = dict(spec)
-    assert complete("thing", CLASSES, spec, given=("width",)) == completed
+    assert complete(CLASSES, spec, given=("width",)) == completed
     assert dict(spec) == before
-    assert complete("thing", CLASSES, completed, given=("width",)) == completed
+    assert complete(CLASSES, completed, given=("width",)) == completed
 
 
 @pytest.mark.parametrize(("spec", "text"), BAD)
 def test_bad_specs(spec, text):
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        complete("thing", CLASSES, spec, given=("width",))
+        complete(CLASSES, spec, given=("width",))
 
 
 def test_what_is_not_given_is_an_option():
     with pytest.raises(ValueError, match="needs the option `width`"):
-        complete("thing", CLASSES, {"name": "filter", "taps": 3})
+        complete(CLASSES, {"name": "filter", "taps": 3})
     spec = {"name": "filter", "taps": 3, "width": 8}
-    assert complete("thing", CLASSES, spec) == {**spec, "gain": 1.0, "taper": None}
+    assert complete(CLASSES, spec) == {**spec, "gain": 1.0, "taper": None}
     assert [p.name for p in options(Filter, given=("width",))] == ["taps", "gain", "taper"]
 
 

@@ -18,7 +18,7 @@ from statemix import fused, kernels, records
 from statemix.backbone import LAYER, Stack, State
 from statemix.gates import check_dense
 from statemix.mixers.base import check_flags, check_sizes
-from statemix.specs import Spec, options
+from statemix.specs import NotImportedError, Spec, options
 
 CONFIG_FILE, WEIGHTS_FILE = "model.json", "model.safetensors"
 
@@ -98,6 +98,8 @@ class TokenModel(Stack):
             _check_options(cls, config, weights)
             with torch.device("meta"):  # sizes that are not those of the weights cost nothing
                 form = cls(**config)
+        except NotImportedError as error:
+            raise NotImportedError(f"{cls.__name__}.load: '{path}' needs a module. {error}") from error
         except (TypeError, ValueError) as error:
             raise ValueError(f"{cls.__name__}.load: '{path}' is not a model config: {error}") from error
         except RuntimeError as error:  # torch's own, of sizes whose product it cannot count

@@ -47,7 +47,7 @@ def solve(mixer: str, d_model: int, *, budget: int, what: str = "parameters", **
     """The width of a mixer, its `width_option`, at which its size is nearest to a budget.
 
     Args:
-        mixer: a name in `MIXERS`.
+        mixer: a name in `MIXERS`, or the path of one's own.
         d_model: D, at least 1.
         budget: of one mixer, at least 1.
         what: "parameters" or "state", the quantity that `budget` is of.
@@ -84,9 +84,10 @@ def table(d_model: int, budget: int, what: str = "parameters") -> list[Solution]
 
 def _nearest(mixer: str, d_model: int, budget: int, what: str, fixed_options: Mapping[str, Any]) -> Solution:
     check_sizes("solve", d_model=d_model, budget=budget)
-    check_choice("solve", "mixer", mixer, tuple(MIXERS))
     check_choice("solve", "what", what, BUDGETS)
-    knob = MIXERS[mixer].width_option
+    knob = getattr(MIXERS[mixer], "width_option", None)
+    if knob is None:
+        raise ValueError(f"solve: {mixer!r} must say in `width_option` which of its options makes it wider.")
     if knob in fixed_options:
         raise ValueError(f"solve: `{knob}` is what is solved for in {mixer!r}, got {knob}={fixed_options[knob]!r}.")
     options = complete_mixer({"name": mixer, knob: 1} | dict(fixed_options))

@@ -6,6 +6,9 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from statemix.cli.arguments import take
+from statemix.specs import import_module as import_named
+
 COMMANDS = ("train", "sweep", "generate", "report", "verify", "bench", "info")
 USAGE = """usage: statemix COMMAND [options]
 
@@ -17,6 +20,9 @@ commands:
   verify    whether a run's model is right at every length: all states that it can reach are visited
   bench     time and memory of scans, layers and training steps against baselines, in one run
   info      versions, backends and the instruction set in use, and why a backend is missing; --sizes: of all mixers
+
+options of every command:
+  --import MODULE  import it first: a run that names its mixer or task by a path is read only then
 """
 
 
@@ -29,10 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if arguments else 2
     try:
+        while (module := take("statemix", arguments, "--import")) is not None:
+            import_named("statemix", module)
         if arguments[0] not in COMMANDS:
             raise ValueError(f"statemix: COMMAND must be one of {sorted(COMMANDS)}, got {arguments[0]!r}.")
         command = import_module(f"{__name__}.{arguments[0]}")  # of the others' imports none is waited for
-        status: int | None = command.run(list(arguments[1:]))
+        status: int | None = command.run(arguments[1:])
     except SystemExit as stop:  # from tyro, which has said why
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:

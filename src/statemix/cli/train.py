@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import tyro
 
+from statemix.cli.arguments import take
 from statemix.cli.tables import print_tables
 from statemix.mixers import MIXERS
 from statemix.runs.presets import PROTOCOLS, preset_config, preset_steps
 from statemix.runs.read import read_run
-from statemix.specs import Spec, options
+from statemix.specs import Spec, import_module, module_of, options
 from statemix.tasks import TASKS
 from statemix.training.config import TrainConfig
 from statemix.training.loop import train
@@ -20,8 +21,12 @@ from statemix.training.loop import train
 def run(arguments: list[str]) -> None:
     """Train, and print the scores and where the run is."""
     # these decide which other options exist, or their defaults, so they are taken out before the rest is parsed
-    path, preset, task, mixer = (_take(arguments, flag) for flag in ("--config", "--preset", "--task", "--mixer"))
-    if (text := _take(arguments, "--text")) is not None:
+    flags = ("--config", "--preset", "--task", "--mixer")
+    path, preset, task, mixer = (take("train", arguments, flag) for flag in flags)
+    for name in (task, mixer):
+        if name is not None and ":" in name:
+            import_module("train", module_of(name))  # it is named here, and not by a file
+    if (text := take("train", arguments, "--text")) is not None:
         if task not in (None, "text"):
             raise ValueError(f"train: `--text` is short for --task text --task.source, but `--task` is {task!r}.")
         task = "text"
@@ -33,13 +38,14 @@ def run(arguments: list[str]) -> None:
         base = preset_config(preset, task)
     task, mixer = task or base.task["name"], mixer or base.mixer["name"]
     for flag, name, known in (("--task", task, sorted(TASKS)), ("--mixer", mixer, sorted(MIXERS))):
-        if name not in known:
+        if name not in known and ":" not in name:
             raise ValueError(f"train: `{flag}` must be one of {known}, got {name!r}.")
 
     _, config_help = (inspect.getdoc(TrainConfig) or "").split("Args:")
     description = f"""Train a model on a task, keep the checkpoint that validates best, and test it once.
 
---task NAME and --mixer NAME choose what is trained on and what is trained: {", ".join(TASKS)}; {", ".join(MIXERS)}.
+--task NAME and --mixer NAME choose what is trained on and what is trained: {", ".join(TASKS)}; {", ".join(MIXERS)};
+or the path of one's own, my_pkg.layers:Mine.
 They bring the options below that begin with their names. --text SOURCE is --task text --task.source SOURCE, whose help
 says what it may be. --config FILE gives other defaults: a config.json of a run;
 --preset NAME ({", ".join(PROTOCOLS)}) those of the task in a known benchmark, as presets.py says.
@@ -97,29 +103,19 @@ def _parse(arguments: list[str], base: TrainConfig, task: str, mixer: str, descr
     return given
 
 
-def _take(arguments: list[str], flag: str) -> str | None:
-    """Remove "--flag VALUE" or "--flag=VALUE" from the arguments and return the value; None if it is not there."""
-    for i, argument in enumerate(arguments):
-        if argument == flag:
-            if i + 1 == len(arguments):
-                raise ValueError(f"train: `{flag}` needs a value.")
-            del arguments[i]
-            return arguments.pop(i)
-        if argument.startswith(f"{flag}="):
-            return arguments.pop(i).removeprefix(f"{flag}=")
-    return None
-
-
 def _options(title: str, cls: type, defaults: Spec, given: tuple[str, ...] = ()) -> tuple[type, Any]:
     """A dataclass of the options of a task or mixer, for tyro, and its default as a field.
 
     An option without a default, here or in the constructor, is required.
     """
     fields: list[tuple[str, Any, Any]] = []
+    signature = inspect.signature(cls, eval_str=True)
     for option in options(cls, given):
         default = defaults.get(option.name, option.default)
         bare = dataclasses.field() if default is inspect.Parameter.empty else dataclasses.field(default=default)
-        fields.append((option.name, option.annotation, bare))
+        kind = signature.parameters[option.name].annotation
+        kind = type(default) if kind is inspect.Parameter.empty else kind
+        fields.append((option.name, kind, bare))
     doc = inspect.getdoc(cls) or ""
     doc = doc.split("\n")[0] + "\n\nArgs:" + doc.partition("Args:")[2].partition("Raises:")[0]
     form = dataclasses.make_dataclass(title, fields, kw_only=True, namespace={"__doc__": doc})

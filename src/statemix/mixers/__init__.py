@@ -14,9 +14,9 @@ from statemix.mixers.lstm import LSTM
 from statemix.mixers.mamba2 import Mamba2
 from statemix.mixers.mlstm import MLSTM
 from statemix.mixers.pd_ssm import PDSSM
-from statemix.specs import Spec, complete
+from statemix.specs import Registry, Spec, complete
 
-MIXERS: dict[str, type[Mixer]] = {
+REGISTERED: dict[str, type[Mixer]] = {
     "bd_lru": BDLRU,
     "h_lru": HLRU,
     "lru": LRU,
@@ -30,7 +30,9 @@ MIXERS: dict[str, type[Mixer]] = {
     "pd_ssm": PDSSM,
     "attention": Attention,
 }
+MIXERS = Registry("mixer", Mixer, REGISTERED)
 
+NEEDED = ("d_model", "state_shape", "output")  # attributes, of a mixer that was built
 DEFAULT_MIXER: Spec = {"name": "bd_lru", "num_blocks": 16, "block_size": 3}  # of a config that names none
 
 # packages with GPU kernels that library.py can use: the mixers
@@ -39,17 +41,24 @@ KERNEL_LIBRARIES = {"flash-linear-attention": "delta_net, gated_delta_net, delta
 
 def complete_mixer(spec: Spec) -> dict[str, Any]:
     """The spec of a mixer with every default filled in. Raises ValueError if a name is unknown or missing."""
-    return complete("mixer", MIXERS, spec, given=("d_model",))
+    return complete(MIXERS, spec, given=("d_model",))
 
 
 def build_mixer(spec: Spec, d_model: int) -> Mixer:
     """The mixer of a spec, such as {"name": "bd_lru", "num_blocks": 16, "block_size": 3}, at width `d_model`.
 
     Raises:
-        TypeError, ValueError: the name or an option is unknown, an option is missing, or the mixer rejects one.
+        TypeError, ValueError: the name or an option is unknown, an option is missing, or the mixer rejects one, or is
+            none: it lacks what every mixer has.
     """
     options = complete_mixer(spec)
-    return MIXERS[options.pop("name")](d_model, **options)
+    mixer = MIXERS[name := options.pop("name")](d_model, **options)
+    missing = [attribute for attribute in NEEDED if not hasattr(mixer, attribute)]
+    if type(mixer).mix is Mixer.mix:
+        missing.append("mix")
+    if missing:
+        raise TypeError(f"mixer: {name!r} must have {missing}, see `Mixer`.")
+    return mixer
 
 
 def library_kernels() -> dict[str, str]:

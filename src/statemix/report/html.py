@@ -12,6 +12,7 @@ from statemix.report.figures import figures
 from statemix.report.tables import Groups, align, group_rows
 from statemix.runs.read import Run, row_of, write_table
 from statemix.runs.select import group_over_seeds
+from statemix.specs import file_name
 from statemix.style import INK, render
 
 PAGE_FILE, TABLE_FILE, TABLE_NAME = "report.html", "report.md", "runs"
@@ -70,7 +71,7 @@ def write_report(runs: Sequence[Run], out: str | Path, notes: Sequence[str] = ()
         text.append(f"## {task}\n\n{align(rows, markdown=True)}\n")
         pictures = []
         for name, figure in figures(groups).items():
-            png, svg = (out / f"{task}-{name}.{kind}" for kind in ("png", "svg"))
+            png, svg = (out / f"{file_name(task)}-{name}.{kind}" for kind in ("png", "svg"))
             drawing = render(figure, "svg")
             write_whole(png, render(figure, "png"))
             write_whole(svg, drawing)

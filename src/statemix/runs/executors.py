@@ -15,6 +15,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
+from statemix.specs import import_module
 from statemix.training.config import TrainConfig
 from statemix.training.loop import train
 
@@ -43,8 +44,8 @@ class Executor(Protocol):
 
     def __exit__(self, *error: object) -> None: ...
 
-    def start(self, config: str, folder: Path) -> Job:
-        """Train a config, given as JSON, on one thread, in a folder that exists."""
+    def start(self, config: TrainConfig, folder: Path) -> Job:
+        """Train a config on one thread, in a folder that exists."""
 
 
 class Local:
@@ -68,11 +69,12 @@ class Local:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def start(self, config: str, folder: Path) -> Job:
+    def start(self, config: TrainConfig, folder: Path) -> Job:
         """See `Executor`."""
         (folder / LOG_FILE).unlink(missing_ok=True)  # of an earlier try
         # daemon: ended with this process; see _end_with_parent
-        process = self.context.Process(target=_train_in_process, args=(config, str(folder)), daemon=True)
+        arguments = (config.to_json(), config.modules, str(folder))
+        process = self.context.Process(target=_train_in_process, args=arguments, daemon=True)
         process.start()
         return _Process(process, folder / LOG_FILE)
 
@@ -127,9 +129,10 @@ class Ray:
     def __exit__(self, *error: object) -> None:
         self.ray.shutdown()
 
-    def start(self, config: str, folder: Path) -> Job:
+    def start(self, config: TrainConfig, folder: Path) -> Job:
         """See `Executor`."""
-        return _RayTask(self.ray, self.task.remote(config, str(folder)))
+        task = self.task.remote(config.to_json(), config.modules, str(folder), tuple(sys.path))
+        return _RayTask(self.ray, task)
 
 
 class _RayTask:
@@ -157,13 +160,13 @@ class _RayTask:
 EXECUTORS: dict[str, type[Local] | type[Ray]] = {"local": Local, "ray": Ray}
 
 
-def _train_in_process(config: str, folder: str) -> None:
+def _train_in_process(config: str, modules: tuple[str, ...], folder: str) -> None:
     """A run in a process of its own; what C++ libraries print goes into the log too."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with (Path(folder) / LOG_FILE).open("w") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
-    if error := _train(config, folder):
+    if error := _train(config, modules, folder):
         sys.exit(f"error: {error}")
 
 
@@ -175,20 +178,23 @@ def _end_with_parent() -> None:
     os._exit(1)  # as if killed: what is written is whole at any time
 
 
-def _train_to_log(config: str, folder: str) -> str:
-    """A run in a process that is used for others later. Returns "", or the error."""
+def _train_to_log(config: str, modules: tuple[str, ...], folder: str, path: tuple[str, ...]) -> str:
+    """A run in a process that is used for others later, with the import path of the sweep. Returns "", or the error."""
+    sys.path += [entry for entry in path if entry not in sys.path]
     with (
         (Path(folder) / LOG_FILE).open("w") as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
-        return _train(config, folder)
+        return _train(config, modules, folder)
 
 
-def _train(config: str, folder: str) -> str:
+def _train(config: str, modules: tuple[str, ...], folder: str) -> str:
     """Returns "", or the error in one line; its traceback is printed."""
     torch.set_num_threads(1)
     try:
+        for module in modules:  # which the sweep's own process has imported: its caller named them
+            import_module("sweep", module)
         train(TrainConfig.from_json(config), folder)
     except KeyboardInterrupt:
         return "stopped"

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import statemix
 from statemix import records
 from statemix.files import write_whole
+from statemix.specs import NotImportedError
 from statemix.tasks import build_task, scaled_accuracy
 from statemix.training.checkpoint import CONFIG_FILE, LINE, METRICS_FILE, POINTER_FILE, RESULT, RESULT_FILE, read_result
 from statemix.training.config import TrainConfig
@@ -62,10 +63,14 @@ def read_run(folder: str | Path) -> Run:
         problem = f"in {RESULT_FILE} {error}"
     try:
         config = TrainConfig.load(path / CONFIG_FILE)
+    except NotImportedError:  # it says what to do
+        raise
     except ValueError as error:
         problem = problem or str(error)
     if problem is not None:
         version = summary.get("version")
+        if version == statemix.__version__:
+            raise ValueError(f"runs: '{path}' cannot be read: {problem}")
         theirs = f"statemix {version}" if isinstance(version, str) else "another version of statemix"
         raise ValueError(
             f"runs: '{path}' was written by {theirs}, this is {statemix.__version__}: {problem}. "

@@ -14,6 +14,7 @@ import json
 import re
 import runpy
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -40,6 +41,7 @@ from statemix.runs.read import (
     sweep_json,
     write_table,
 )
+from statemix.specs import file_name
 from statemix.training.checkpoint import METRICS_FILE, RESULT_FILE
 from statemix.training.config import TrainConfig
 
@@ -80,6 +82,8 @@ def load_configs(path: str | Path, budget: str | None = None) -> dict[str, objec
         raise ValueError(f"sweep: `budget` must be one of {sorted(BUDGETS)}, got {budget!r}.")
     if not path.is_file():
         raise ValueError(f"sweep: `FILE` must be a Python file, but there is no '{path}'.")
+    if (folder := str(path.parent.absolute())) not in sys.path:  # as Python does for a script, but after all else
+        sys.path.append(folder)
     try:
         names = runpy.run_path(str(path), run_name="sweep")
         configs = names.get("configs")
@@ -107,7 +111,7 @@ def run_name(config: TrainConfig) -> str:
     config = TrainConfig.from_json(config.to_json())  # where 0 and 0.0 of two equal configs are one
     content = f"{statemix.__version__}\n{config.to_json()}"
     digest = hashlib.sha256(content.encode()).hexdigest()[:12]
-    return f"{config.task['name']}-{config.mixer['name']}-{digest}"
+    return f"{file_name(config.task['name'])}-{file_name(config.mixer['name'])}-{digest}"
 
 
 def sweep(
@@ -210,7 +214,7 @@ def _run_all(
             while waiting and len(running) < machine.slots:
                 name = waiting.popleft()
                 folder = make_folder(out / name, "sweep").absolute()
-                running[name] = machine.start(configs[name].to_json(), folder)
+                running[name] = machine.start(configs[name], folder)
                 display.start(name, configs[name].steps)
             time.sleep(POLL_SECONDS)
             for name, job in list(running.items()):

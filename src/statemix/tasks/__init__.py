@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from statemix.specs import Spec, complete
+from statemix.specs import Registry, Spec, complete
 from statemix.tasks.base import IGNORE_INDEX, SPLITS, Batch, Score, Task, finite_batch, scaled_accuracy
 from statemix.tasks.compression import Compression
 from statemix.tasks.fuzzy_recall import FuzzyInContextRecall
@@ -16,7 +16,7 @@ from statemix.tasks.regular import CycleNavigation, EvenPairs, ModularCounting, 
 from statemix.tasks.selective_copying import SelectiveCopying
 from statemix.tasks.text import Text
 
-TASKS: dict[str, type[Task]] = {
+REGISTERED: dict[str, type[Task]] = {
     task.name: task
     for task in (
         PermutationComposition,
@@ -36,11 +36,12 @@ TASKS: dict[str, type[Task]] = {
         Text,
     )
 }
+TASKS = Registry("task", Task, REGISTERED)
 
 
 def complete_task(spec: Spec) -> dict[str, Any]:
     """The spec of a task with every default filled in. Raises ValueError if a name is unknown."""
-    return complete("task", TASKS, spec)
+    return complete(TASKS, spec)
 
 
 def build_task(spec: Spec) -> Task:

@@ -49,10 +49,14 @@ class Task(ABC):
     they are not the ones here.
     """
 
-    name: ClassVar[str]  # in TASKS
+    name: ClassVar[str]  # in TASKS; of one that does not set it, its path
     autoencoder: ClassVar[bool] = False  # True: read all tokens, then predict all targets from the last position
     later: ClassVar[tuple[str, ...]] = ()  # options that it has not had in version 0.1.0 from its start
     can_carry: ClassVar[bool] = False  # True: `carried` has batches whose rows go on where the last batch's stopped
+
+    def __init_subclass__(cls) -> None:
+        if "name" not in vars(cls):
+            cls.name = f"{cls.__module__}:{cls.__qualname__}"
 
     @property
     @abstractmethod

@@ -14,6 +14,7 @@ import torch
 
 from statemix import records
 from statemix.mixers import DEFAULT_MIXER, MIXERS, build_mixer, complete_mixer
+from statemix.specs import NotImportedError, modules_of
 from statemix.tasks import TASKS, Task, build_task, complete_task
 
 PRECISIONS = ("no", "bf16", "fp16")
@@ -158,8 +159,8 @@ class TrainConfig:
     """A training run. Two runs of one config on one machine with as many threads are equal bit for bit.
 
     Args:
-        task: spec of a task: its name in `TASKS` and its options.
-        mixer: spec of a mixer: its name in `MIXERS` and its options.
+        task: spec of a task: its name in `TASKS`, or the path of one's own, "my_pkg.tasks:Mine", and its options.
+        mixer: spec of a mixer: its name in `MIXERS`, or the path of one's own, and its options.
         model: width and depth.
         optimizer: AdamW and its schedule.
         steps: optimizer steps; the schedule's length, also of a run that ends earlier.
@@ -280,6 +281,11 @@ class TrainConfig:
             build_mixer(self.mixer, self.model.d_model)
 
     @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that define a task or mixer of one's own: who reads this config elsewhere imports them first."""
+        return modules_of(self.task, self.mixer)
+
+    @property
     def step_tokens(self) -> int:
         """Tokens in a step: of padding too, not of `train_lengths`."""
         packed = self.curriculum.first is not None
@@ -320,6 +326,8 @@ class TrainConfig:
         """The config in a JSON file. Raises ValueError, naming the file, if there is none or it is wrong."""
         try:
             return cls.from_json(Path(path).read_bytes())
+        except NotImportedError as error:
+            raise NotImportedError(f"TrainConfig: '{path}' needs a module. {error}") from error
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"TrainConfig: cannot read '{path}': {error}") from error
 
