@@ -1,6 +1,7 @@
 """cli.py: what each command prints, its exit status, and that a wrong call says what is wrong with it."""
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -17,10 +18,15 @@ from run_helpers import NEEDING_SPACE, TRAIN, differing, disk, disk_is_full
 import statemix
 from statemix import TrainConfig, cli
 from statemix.cli import info
+from statemix.cli.generate import Generate
+from statemix.cli.report import Report
+from statemix.cli.sweep import Sweep
+from statemix.cli.verify import Verify
 from statemix.mixers import MIXERS
 from statemix.runs.presets import preset_config
 from statemix.runs.sweep import SweepResult
 from statemix.scan.gpu import compile
+from statemix.specs import options
 from statemix.tasks import PRESETS, TASKS, PermutationComposition
 from statemix.training.config import CurriculumConfig, ModelConfig, OptimizerConfig
 
@@ -76,7 +82,7 @@ def flags() -> list[str]:
 
 
 def test_help_names_every_field_option_and_name(capsys):
-    status, text, errors = call(capsys, "train", "--help")
+    status, text, errors = call(capsys, "train", "--help-all")
     assert (status, errors) == (0, "")
     assert len(flags()) == 42
     options = [f"--task.{name}" for name in ("group", "seq-len", "generators")]
@@ -97,25 +103,76 @@ def test_help_names_every_field_option_and_name(capsys):
 
 
 def test_help_is_of_the_chosen_mixer(capsys):
-    _, text, _ = call(capsys, "train", "--mixer", "lstm", "--help")
+    _, text, _ = call(capsys, "train", "--mixer", "lstm", "--help-all")
     assert "--mixer.hidden-size INT" in text
     assert "--mixer.block-size" not in text
 
 
+def test_the_short_help_is_one_screen_with_every_option(capsys):
+    status, text, errors = call(capsys, "train", "--mixer", "lstm", "--optimizer.lr", "1", "-h")
+    assert (status, errors) == (0, "")
+    assert len(text.splitlines()) <= 40
+    assert max(map(len, text.splitlines())) <= 80
+    for flag in [*flags(), "--task.seq-len", "--out", "--resume", "--config", "--preset", "--text", "--help-all"]:
+        path, _, last = flag.removeprefix("--").rpartition(".")
+        assert re.search(rf"--{path + '.' if path else ''}(no-)?{last}\b", text), flag
+    for default in ("--steps 600", "--optimizer.betas 0.9 0.95", "--no-carry", "--mixer.hidden-size (required)"):
+        assert default in text
+    assert list(Path().iterdir()) == []
+
+
+def undocumented(cls: type, given: tuple[str, ...] = ()) -> list[str]:
+    """The options of a class of which its docstring says nothing."""
+    told = (inspect.getdoc(cls) or "").partition("Args:")[2].partition("Raises:")[0]
+    return [p.name for p in options(cls, given) if not re.search(rf"^    {p.name}: \S", told, re.MULTILINE)]
+
+
+FORMS = [Sweep, Generate, Report, Verify, info.Info, TrainConfig, CurriculumConfig, *TASKS.values()]
+
+
+@pytest.mark.parametrize("cls", [*FORMS, ModelConfig, OptimizerConfig], ids=lambda cls: cls.__name__)
+def test_every_option_has_help(cls):
+    assert undocumented(cls) == []
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_option_of_a_mixer_has_help(mixer):
+    assert undocumented(MIXERS[mixer], ("d_model",)) == []
+
+
+def test_an_option_without_help_is_seen():
+    assert undocumented(dataclasses.make_dataclass("Form", ["steps"], namespace={"__doc__": "Args:\n    step: x"})) == [
+        "steps"
+    ]
+
+
+def test_version(capsys):
+    assert call(capsys, "--version") == (0, f"statemix {statemix.__version__}\n", "")
+
+
+def test_commands_are_completed(capsys):
+    assert call(capsys, "--completion", "tcsh")[0] == 2
+    status, script, errors = call(capsys, "--completion", "bash")
+    assert (status, errors) == (0, "")
+    ask = 'COMP_WORDS=(statemix "$1"); COMP_CWORD=$2; _statemix statemix "$1"; echo "${COMPREPLY[@]}"'
+    for typed, place, expected in (("re", "1", "report"), ("", "1", " ".join(cli.COMMANDS)), ("re", "2", "")):
+        done = subprocess.run(["bash", "-c", f"{script}\n{ask}", "bash", typed, place], capture_output=True, text=True)
+        assert (done.stdout.strip(), done.stderr) == (expected, "")
+    for shell in ("fish", "zsh"):
+        assert " ".join(cli.COMMANDS) in call(capsys, f"--completion={shell}")[1]
+
+
 def test_usage(capsys):
-    for arguments, expected in (((), 2), (("--help",), 0), (("-h",), 0)):
+    for arguments, expected in (((), 2), (("--help",), 0), (("-h",), 0), (("--help-all",), 0)):
         status, text, _ = call(capsys, *arguments)
         assert status == expected
         assert "usage: statemix COMMAND" in text
-        commands = ["train", "sweep", "generate", "report", "verify", "bench", "info"]
-        assert re.findall(r"^  (\w+) ", text, re.MULTILINE) == commands
+        assert tuple(re.findall(r"^  ([a-z]+) ", text, re.MULTILINE)) == cli.COMMANDS
 
 
 WRONG_CALLS = [
-    (
-        "tran",
-        r"COMMAND must be one of \['bench', 'generate', 'info', 'report', 'sweep', 'train', 'verify'\], got 'tran'",
-    ),
+    ("tran", r"COMMAND must be one of \['bench', 'generate', .*'verify'\], got 'tran'\. Did you mean 'train'\?"),
+    ("quit", r"COMMAND must be one of \[.*'verify'\], got 'quit'\. ?$"),
     ("--steps 5", r"COMMAND must be one of \[.*'train', 'verify'\], got '--steps'"),
     ("info now", r"Unrecognized options: now"),
     ("info --budget 5", r"info: `--budget`, `--what` and `--d-model` are of `--sizes`\."),

@@ -3,6 +3,8 @@
 import dataclasses
 import inspect
 import os
+import textwrap
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import tyro
@@ -16,6 +18,22 @@ from statemix.specs import Spec, import_module, module_of, options
 from statemix.tasks import TASKS
 from statemix.training.config import TrainConfig
 from statemix.training.loop import train
+
+WIDTH = 80  # of the short help
+SHORT_HELP = """usage: statemix train [options]
+
+Train a model on a task, keep the checkpoint that validates best, and test it.
+
+  --task NAME, --mixer NAME  what is trained on, and what: names that
+                             `statemix info` lists, or paths of one's own,
+                             my_pkg.layers:Mine
+  --text SOURCE              a file, a folder, stdlib or hf:NAME as the task
+  --config FILE              a run's config.json gives the defaults
+  --preset NAME              a known benchmark does
+  --help-all                 says what each option means
+
+Every option, with its default:
+"""
 
 
 def run(arguments: list[str]) -> None:
@@ -45,10 +63,10 @@ def run(arguments: list[str]) -> None:
     description = f"""Train a model on a task, keep the checkpoint that validates best, and test it once.
 
 --task NAME and --mixer NAME choose what is trained on and what is trained: {", ".join(TASKS)}; {", ".join(MIXERS)};
-or the path of one's own, my_pkg.layers:Mine.
-They bring the options below that begin with their names. --text SOURCE is --task text --task.source SOURCE, whose help
-says what it may be. --config FILE gives other defaults: a config.json of a run;
---preset NAME ({", ".join(PROTOCOLS)}) those of the task in a known benchmark, as presets.py says.
+or the path of one's own, my_pkg.layers:Mine. They bring the options below that begin with their names. --text SOURCE is
+--task text --task.source SOURCE, whose help says what it may be. --config FILE gives other defaults: a config.json of a
+run; --preset NAME ({", ".join(PROTOCOLS)}) those of the task in a known benchmark, as presets.py says. --help-all lists
+every option.
 
 Args:{config_help.split("Raises:")[0]}
     out: folder of the run: checkpoints, metrics.jsonl, result.json, curves.png.
@@ -96,11 +114,45 @@ def _parse(arguments: list[str], base: TrainConfig, task: str, mixer: str, descr
             fields.append((field.name, field.type, dataclasses.field(default=getattr(base, field.name))))
     fields.append(("out", str, dataclasses.field(default="runs/default")))
     fields.append(("resume", Literal["auto", "best", "never"], dataclasses.field(default="auto")))
+    if "--help-all" in arguments:
+        arguments = ["--help"]
+    elif not {"-h", "--help"}.isdisjoint(arguments):
+        print(SHORT_HELP + "\n".join(_summary(fields)))
+        raise SystemExit(0)
     form = dataclasses.make_dataclass("Train", fields, kw_only=True, namespace={"__doc__": description})
     given = dict(vars(tyro.cli(form, args=arguments, prog="statemix train")))
     given["task"] = {"name": task, **vars(given["task"])}
     given["mixer"] = {"name": mixer, **vars(given["mixer"])}
     return given
+
+
+def _summary(fields: Sequence[tuple[str, Any, Any]]) -> list[str]:
+    """Lines of all options and their defaults, those of task, mixer, model and optimizer each in a paragraph."""
+    paragraphs: list[list[str]] = []
+    own: list[str] = []
+    for name, kind, field in fields:
+        if dataclasses.is_dataclass(kind):
+            base = None if field.default is dataclasses.MISSING else field.default
+            parts = dataclasses.fields(kind)
+            paragraphs.append([_shown(f"{name}.{p.name}", getattr(base, p.name, p.default)) for p in parts])
+        else:
+            own.append(_shown(name, field.default))
+    layout = textwrap.TextWrapper(WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    unbroken = [" ".join(option.replace(" ", "\N{NO-BREAK SPACE}") for option in part) for part in [*paragraphs, own]]
+    lines = [line.replace("\N{NO-BREAK SPACE}", " ") for text in unbroken for line in layout.wrap(text)]
+    return lines
+
+
+def _shown(name: str, default: object) -> str:
+    """An option and its default, as they would be given."""
+    path, _, last = name.replace("_", "-").rpartition(".")
+    before = f"--{path}." if path else "--"
+    if isinstance(default, bool):
+        return f"{before}{'' if default else 'no-'}{last}"
+    if default is dataclasses.MISSING:
+        return f"{before}{last} (required)"
+    values = default if isinstance(default, tuple) else (default,)
+    return " ".join([before + last, *map(str, values)])
 
 
 def _options(title: str, cls: type, defaults: Spec, given: tuple[str, ...] = ()) -> tuple[type, Any]:

@@ -27,6 +27,7 @@ class BDLRU(LinearRecurrence):
         recompute: True: the backward computes the raw gates again, and they never exist at full length, which saves
             memory. False: they are kept for it, which is faster. None: kept up to 256 MiB. It matters to the fused
             kernels of a CPU only.
+        gate_half_life: steps in which what a block remembers is halved at first, above 0. None: torch's first biases.
 
     Raises:
         TypeError, ValueError: a size is not a positive int, a half-life not above 0, or a name unknown.

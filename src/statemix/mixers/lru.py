@@ -23,7 +23,8 @@ class LRU(Mixer):
     Args:
         d_model: D, width of x and y.
         num_channels: N, complex numbers in the state, which is (re, im), 2 N numbers.
-        r_min, r_max: the first |lambda| are uniform in area on the ring between them, 0 <= r_min <= r_max < 1.
+        r_min: the first |lambda| are uniform in area on the ring from this to r_max, 0 <= r_min <= r_max < 1.
+        r_max: the outer radius of that ring.
         max_phase: the first phases of lambda are uniform in [0, max_phase), radians, above 0.
         backend: of the scan, see `block_scan`.
 
