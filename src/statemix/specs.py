@@ -5,11 +5,11 @@ because a spec names it: a config or a checkpoint may come from anywhere, and to
 is looked up among the modules that this process has imported, and else refused; who trusts a module imports it.
 """
 
-import importlib
 import inspect
 import os
 import sys
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any, NoReturn, TypeVar, cast
 
 Spec = Mapping[str, Any]  # {"name": "bd_lru", "num_blocks": 16, "block_size": 3}
@@ -76,7 +76,7 @@ def modules_of(*specs: Spec) -> tuple[str, ...]:
     return tuple(dict.fromkeys(module_of(spec["name"]) for spec in specs if ":" in spec["name"]))
 
 
-def import_module(owner: str, module: str) -> None:
+def import_named(owner: str, module: str) -> None:
     """Import a module that the caller has named; the current folder is searched, too, after all else.
 
     Raises:
@@ -85,7 +85,7 @@ def import_module(owner: str, module: str) -> None:
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
     try:
-        importlib.import_module(module)
+        import_module(module)
     except Exception as error:
         raise ValueError(f"{owner}: {module!r} cannot be imported: {type(error).__name__}: {error}") from error
 

@@ -9,7 +9,7 @@ from importlib import import_module
 
 import statemix
 from statemix.cli.arguments import take
-from statemix.specs import import_module as import_named
+from statemix.specs import import_named
 
 COMMANDS = ("train", "sweep", "generate", "report", "verify", "bench", "info")
 USAGE = """usage: statemix COMMAND [options]

@@ -14,7 +14,7 @@ from statemix.cli.tables import print_tables
 from statemix.mixers import MIXERS
 from statemix.runs.presets import PROTOCOLS, preset_config, preset_steps
 from statemix.runs.read import read_run
-from statemix.specs import Spec, import_module, module_of, options
+from statemix.specs import Spec, import_named, module_of, options
 from statemix.tasks import TASKS
 from statemix.training.config import TrainConfig
 from statemix.training.loop import train
@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> None:
     path, preset, task, mixer = (take("train", arguments, flag) for flag in flags)
     for name in (task, mixer):
         if name is not None and ":" in name:
-            import_module("train", module_of(name))  # it is named here, and not by a file
+            import_named("train", module_of(name))  # it is named here, and not by a file
     if (text := take("train", arguments, "--text")) is not None:
         if task not in (None, "text"):
             raise ValueError(f"train: `--text` is short for --task text --task.source, but `--task` is {task!r}.")

@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
-from statemix.specs import import_module
+from statemix.specs import import_named
 from statemix.training.config import TrainConfig
 from statemix.training.loop import train
 
@@ -194,7 +194,7 @@ def _train(config: str, modules: tuple[str, ...], folder: str) -> str:
     torch.set_num_threads(1)
     try:
         for module in modules:  # which the sweep's own process has imported: its caller named them
-            import_module("sweep", module)
+            import_named("sweep", module)
         train(TrainConfig.from_json(config), folder)
     except KeyboardInterrupt:
         return "stopped"
