@@ -160,6 +160,8 @@ SIZES: dict[str, dict[str, tuple]] = {
     "delta_net": {"head_dim": (4,), "num_heads": (1, 2), "chunk_size": (4,)},
     "gated_delta_net": {"head_dim": (3,), "num_heads": (1, 2), "chunk_size": (5,)},
     "delta_product": {"head_dim": (4,), "num_heads": (1, 2), "rank": (1, 2), "chunk_size": (4,)},
+    # the one-hot form has jumps, at which half types and float64 part
+    "pd_ssm": {"num_channels": (1, 3), "dictionary_size": (1, 2), "chunk_size": (1, 4), "one_hot": (False,)},
     "attention": {"head_dim": (4,), "num_heads": (1, 2), "context": (2, 5)},
 }
 

@@ -1,0 +1,162 @@
+"""Exact state tracking: every task of the preset "exact" is trained until a model is verified for all lengths.
+
+    python experiments/suite.py --out runs/suite                       all tasks, seeds 0 to 4: hours on one core
+    python experiments/suite.py --tasks parity,s5-32 --seeds 0-2       some of them
+    python experiments/suite.py --table runs/suite                     the table and results/suite.csv of what there is
+
+A try is a run of the preset with fresh weights, which then takes blocks away that no answer needs. It ends when enough
+batches in a row had no error, or after so many steps; then `statemix.verify` visits all states of the sharpened model.
+Where that finds a wrong word or does not come to an end, the next try begins with other weights: the seed of try k is
+seed + 1000 k. No test chooses: the words of 40 to 256 tokens, and of 1,000, are read of the last try alone. What was
+tried is kept, and the same command goes on.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from statemix import train
+from statemix.report.tables import align
+from statemix.runs.presets import preset_config
+from statemix.runs.read import write_table
+from statemix.specs import Spec
+from statemix.verify import verify, write_verdict
+
+BATCHES = 24  # without an error, for a block to be taken away
+LENGTHS = ("40-256", 1000)
+
+
+class Setting(NamedTuple):
+    """A task, steps of a try, batches in a row without an error at which it ends, and betas of AdamW."""
+
+    task: Spec
+    steps: int
+    quiet: int = 500
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+SUITE = {
+    "parity": Setting({"name": "parity"}, 3_000),
+    "even-pairs": Setting({"name": "even-pairs"}, 3_000),
+    "cycle-navigation": Setting({"name": "cycle-navigation"}, 3_000),
+    "modular-arithmetic": Setting({"name": "modular-arithmetic-simple"}, 10_000, 1_500, (0.9, 0.999)),
+    "s5-8": Setting({"name": "permutation", "generators": 8}, 5_000),
+    "s5-32": Setting({"name": "permutation"}, 5_000),
+    "a5-12": Setting({"name": "permutation", "group": "A5", "generators": 12}, 5_000),
+}
+
+
+def attempt(setting: Setting, seed: int, number: int, out: Path) -> dict[str, Any]:
+    """One run, what it came to, and what the search through its states found."""
+    base = preset_config("exact", setting.task)
+    curriculum = dataclasses.replace(base.curriculum, quiet=setting.quiet, prune=BATCHES)
+    config = dataclasses.replace(
+        base,
+        seed=seed + 1000 * number,
+        steps=setting.steps,
+        curriculum=curriculum,
+        optimizer=dataclasses.replace(base.optimizer, betas=setting.betas),
+        test_lengths=LENGTHS,
+    )
+    began = time.process_time()
+    run = train(config, out)
+    trained = time.process_time() - began
+    found: dict[str, Any] = {"try": number} | _verdict(out)
+    summary = run.summary
+    found |= {
+        "steps": summary["steps"],
+        "core seconds of training": trained,
+        "core seconds of verification": time.process_time() - began - trained,
+    }
+    for how, tests in (("as trained", summary["test"]), ("sharpened", summary["sharpened"])):
+        for length in LENGTHS:
+            found[f"{how} at {length}"] = tests[str(length)]["token_accuracy"]
+    return found
+
+
+def _verdict(out: Path) -> dict[str, Any]:
+    """What the search says of a run."""
+    try:
+        verdict = verify(out)
+    except ValueError as error:  # rows are still blurred, and the states too many
+        return {"outcome": "undecided", "states explored": None, "states of the automaton": None, "why": str(error)}
+    write_verdict(verdict, out)
+    least = None if verdict.automaton is None else len(verdict.automaton.transitions)
+    return {"outcome": verdict.outcome, "states explored": verdict.states, "states of the automaton": least}
+
+
+def solve(name: str, seed: int, tries: int, out: Path) -> dict[str, Any]:
+    """Try until a model is verified. Every try is kept in `out`."""
+    record = out / f"{name}-{seed}.json"
+    kept: list[dict[str, Any]] = json.loads(record.read_text()) if record.exists() else []
+    while len(kept) < tries and not (kept and kept[-1]["outcome"] == "equal"):
+        kept.append(attempt(SUITE[name], seed, len(kept), out / f"{name}-{seed}-{len(kept)}"))
+        record.write_text(json.dumps(kept))
+        print(name, seed, kept[-1], flush=True)
+    return {"task": name, "seed": seed, **kept[-1]}
+
+
+def table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Per task: how many seeds are verified, how many tries that took, and what the last try says of long words."""
+    lines = [
+        [
+            "task",
+            "verified for all lengths",
+            "tries",
+            "least right at 40-256, as trained",
+            "sharpened",
+            "states explored",
+            "core seconds a try",
+        ]
+    ]
+    for name in SUITE:
+        of = [row for row in rows if row["task"] == name]
+        if not of:
+            continue
+        equal = [row for row in of if row["outcome"] == "equal"]
+        lines.append(
+            [
+                name,
+                f"{len(equal)} of {len(of)}",
+                ", ".join(str(row["try"] + 1) for row in of),
+                *(f"{100 * min(row[f'{how} at 40-256'] for row in of):.2f}" for how in ("as trained", "sharpened")),
+                ", ".join(str(row["states explored"]) for row in equal),
+                ", ".join(f"{row['core seconds of training']:.0f}" for row in of),
+            ]
+        )
+    return lines
+
+
+def main() -> None:
+    """Solve what is asked for, or print the table of what there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", default=",".join(SUITE))
+    parser.add_argument("--seeds", default="0-4", help="SEED or FROM-TO")
+    parser.add_argument("--tries", type=int, default=5, help="at most, per task and seed")
+    parser.add_argument("--out", type=Path, default=Path("runs/suite"))
+    parser.add_argument("--table", type=Path, help="only this: write results/suite.csv, print the table")
+    given = parser.parse_args()
+    names = given.tasks.split(",")
+    if unknown := set(names) - SUITE.keys():
+        parser.error(f"--tasks: {sorted(unknown)} are none of {list(SUITE)}")
+    if given.table is None:
+        first, _, last = given.seeds.partition("-")
+        given.out.mkdir(parents=True, exist_ok=True)
+        for seed in range(int(first), int(last or first) + 1):
+            for name in names:
+                solve(name, seed, given.tries, given.out)
+        return
+    rows = []
+    for name in SUITE:
+        for record in sorted(given.table.glob(f"{name}-[0-9].json")):
+            kept = json.loads(record.read_text())
+            rows.append({"task": name, "seed": int(record.stem.rpartition("-")[2]), **kept[-1]})
+    write_table(rows, Path("results"), "suite")
+    print(align(table(rows), markdown=True))
+
+
+if __name__ == "__main__":
+    main()
