@@ -6,6 +6,7 @@ import io
 import re
 import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,13 @@ def test_statemix_commands_run(name, tmp_path, capsys, monkeypatch):
         f"{shown}\nfrom dataclasses import replace\n"
         "configs = [replace(configs[m], steps=2, batch_size=2, eval_sequences=2) for m in ('LRU', 'Mamba-2')]\n"
     )
+    Path("my_pkg").mkdir()
+    Path("my_pkg/layers.py").write_text(
+        "from statemix.mixers import LRU\n\nclass Mine(LRU):\n"
+        "    def __init__(self, d_model: int, decay: float = 0.9, **ignored):\n"
+        "        super().__init__(d_model, 4, r_min=decay)\n"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the commands put the current folder there
     Path("book.txt").write_text("Once upon a time there was a sequence that never ended. " * 400)
     monkeypatch.setenv("STATEMIX_CACHE", str(tmp_path / "cache"))
     for program, *command in commands:
