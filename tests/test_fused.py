@@ -444,6 +444,7 @@ SIZES = {
     "lstm": {"hidden_size": 8},
     "attention": {"head_dim": 4, "context": 8},
     "mlstm": {"head_dim": 4},
+    "pd_ssm": {"num_channels": 4, "one_hot": False},  # its choice of one is no small change
 }
 
 

@@ -104,8 +104,8 @@ class Part:
     ) -> None:
         self._weights, self._absent, self._parts, self._each = weights, absent, parts or {}, each
         self.settings, self._allows, self.arrange, self.engine = settings, allows, arrange, engine
-        self._hidden = frozenset((*weights, *absent, *self._parts))  # by an attribute of the instance itself
-        self._calls, self._own_calls = calls, frozenset((*OWN_CALLS, *calls))
+        self._hidden = (*weights, *absent, *self._parts)  # by an attribute of the instance itself
+        self._calls, self._own_calls = calls, (*OWN_CALLS, *calls)
         self._uses = [(owner, name, getattr(owner, name)) for owner, name in uses]
         self._functions: dict[type[nn.Module], list[tuple[Any, str, Any]]] = {}
         for known in classes:
@@ -129,8 +129,9 @@ class Part:
         attributes, functions = module.__dict__, self._functions.get(type(module))
         if functions is None or type(module).__call__ is not nn.Module.__call__:
             return False
-        if not self._own_calls.isdisjoint(attributes):
-            return False
+        for name in self._own_calls:  # not every torch traces isdisjoint, and this takes no longer
+            if name in attributes:
+                return False
         if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
             return False
         if attributes["_backward_hooks"] or attributes["_backward_pre_hooks"]:
@@ -204,9 +205,9 @@ class Part:
 
     def _collect(self, module: nn.Module, weights: list[Tensor | None]) -> bool:
         """Whether the forward of the module is the one declared, and the calls below it; adds its weights."""
-        if type(module) not in self._functions or not self._hidden.isdisjoint(module.__dict__):
+        attributes, parameters = module.__dict__, module._parameters
+        if type(module) not in self._functions or any(name in attributes for name in self._hidden):
             return False
-        parameters = module._parameters
         for name in self._absent:
             if parameters.get(name, _nothing) is not None:  # nothing under its name: it may be anywhere
                 return False
