@@ -440,6 +440,7 @@ def test_every_kernel_is_listed():
 
 
 @each_kind
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch 2.14's own opcheck
 def test_the_operator_passes_opcheck(kind):
     problem, _ = problem_here(kind, "softmax", order=4, length=3, batch=1, dtype=torch.float32)
     gates = problem.raw_gates[..., :-1, :].movedim(-1, 2).requires_grad_()

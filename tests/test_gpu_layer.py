@@ -373,6 +373,7 @@ def test_fake_tensors_of_a_card_show_what_comes_out(kind):
 
 
 @each_kind
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch 2.14's own opcheck
 def test_the_operators_pass_opcheck(kind):
     problem = make_layer_problem(
         torch.Generator().manual_seed(0),
