@@ -32,7 +32,7 @@ struct Array {
   STATEMIX_DEVICE S* operator()(int b, int t) const { return at + b * batch + t * time; }
 };
 
-// Filled field by field by src/statemix/scan/gpu/launch.py.
+// Filled field by field by `_run` of src/statemix/scan/gpu/__init__.py.
 template <class S>
 struct Scan {
   Array<const S> gates, input_gates, values, states, grad_states;  // read
