@@ -107,7 +107,7 @@ class Parity(Counter):
 
 
 @dataclass(frozen=True)
-class EvenPairs(Counter):
+class EvenPairs(Parity):
     """Bits; the target is the number of neighbours so far that differ, 01 or 10, modulo 2.
 
     `EvenPairs(seq_len=6)`: the pad is 2.
@@ -130,16 +130,6 @@ class EvenPairs(Counter):
     """
 
     name: ClassVar[str] = "even-pairs"
-
-    @property
-    def num_inputs(self) -> int:
-        """0 and 1."""
-        return 2
-
-    @property
-    def num_states(self) -> int:
-        """Even and odd."""
-        return 2
 
     def increments(self, tokens: Tokens) -> Tokens:
         """1 where a bit is not the one before it."""
