@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from statemix import train
+from statemix.files import write_whole
 from statemix.report.tables import align
 from statemix.runs.presets import preset_config
 from statemix.runs.read import write_table
@@ -94,7 +95,7 @@ def solve(name: str, seed: int, tries: int, out: Path) -> dict[str, Any]:
     kept: list[dict[str, Any]] = json.loads(record.read_text()) if record.exists() else []
     while len(kept) < tries and not (kept and kept[-1]["outcome"] == "equal"):
         kept.append(attempt(SUITE[name], seed, len(kept), out / f"{name}-{seed}-{len(kept)}"))
-        record.write_text(json.dumps(kept))
+        write_whole(record, json.dumps(kept).encode())
         print(name, seed, kept[-1], flush=True)
     return {"task": name, "seed": seed, **kept[-1]}
 
@@ -130,11 +131,20 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
+def seeds(text: str) -> range:
+    """Of SEED or FROM-TO. Raises ValueError, which argparse tells."""
+    first, _, last = text.partition("-")
+    found = range(int(first), int(last or first) + 1)
+    if not found:
+        raise ValueError
+    return found
+
+
 def main() -> None:
     """Solve what is asked for, or print the table of what there is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default=",".join(SUITE))
-    parser.add_argument("--seeds", default="0-4", help="SEED or FROM-TO")
+    parser.add_argument("--seeds", type=seeds, default="0-4", help="SEED or FROM-TO")
     parser.add_argument("--tries", type=int, default=5, help="at most, per task and seed")
     parser.add_argument("--out", type=Path, default=Path("runs/suite"))
     parser.add_argument("--table", type=Path, help="only this: write results/suite.csv, print the table")
@@ -143,9 +153,8 @@ def main() -> None:
     if unknown := set(names) - SUITE.keys():
         parser.error(f"--tasks: {sorted(unknown)} are none of {list(SUITE)}")
     if given.table is None:
-        first, _, last = given.seeds.partition("-")
         given.out.mkdir(parents=True, exist_ok=True)
-        for seed in range(int(first), int(last or first) + 1):
+        for seed in given.seeds:
             for name in names:
                 solve(name, seed, given.tries, given.out)
         return
