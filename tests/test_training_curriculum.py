@@ -16,7 +16,7 @@ from statemix.tasks.base import in_split
 from statemix.training.config import CurriculumConfig, ModelConfig, OptimizerConfig
 from statemix.training.curriculum import Curriculum
 from statemix.training.evaluate import evaluate
-from statemix.training.pruning import dispensable, read_out, silence
+from statemix.training.pruning import blocks_left, prune, silence
 from statemix.training.regularization import Strengths, strengths
 
 X = IGNORE_INDEX
@@ -197,16 +197,21 @@ def test_a_state_goes_through_json():
 
 
 class Blockwise:
-    """Two layers of four blocks, of which each layer's first or second is needed, and the layer's third."""
+    """Two layers of four blocks of two: needed are the second component of block 0 or 1, and the first of block 2."""
 
-    def __init__(self):
+    def __init__(self, more_states):
         self.model = SequenceModel(3, 4, 2, {"name": "bd_lru", "num_blocks": 4, "block_size": 2})
+        self.more_states = more_states  # the block that has more different ones
         for mixer in self.model.mixers:
-            read_out(mixer.output.weight.data, 4)[:] = 1
+            mixer.output.weight.data[:] = 1
 
     def __call__(self, tokens):
-        seen = [read_out(mixer.output.weight, 4).abs().sum((0, 1)) > 0 for mixer in self.model.mixers]
-        right = all(bool((s[0] | s[1]) & s[2]) for s in seen)
+        for mixer in self.model.mixers:
+            states = torch.ones(*tokens.shape, 2, 4)
+            states[..., self.more_states] = tokens[..., None].float()
+            mixer.output(states.flatten(2))
+        seen = [mixer.output.weight.view(-1, 2, 4).abs().sum(0) > 0 for mixer in self.model.mixers]
+        right = all(bool((s[1, 0] | s[1, 1]) & s[0, 2]) for s in seen)
         return torch.nn.functional.one_hot(torch.zeros_like(tokens) if right else tokens, 3).float(), ()
 
     @property
@@ -214,23 +219,26 @@ class Blockwise:
         return self.model.mixers
 
 
-def test_pruning_takes_away_all_that_is_not_needed():
+@pytest.mark.parametrize(("more_states", "kept"), [(0, {5, 2}), (1, {4, 2})])
+def test_pruning_takes_away_all_that_is_not_needed_of_many_states_first(more_states, kept):
     batch = Batch(torch.tensor([[1, 2, 1]]), torch.tensor([[0, X, X]]))
-    ways = set()
-    for seed in range(12):
-        model = Blockwise()
-        before = [mixer.output.weight.clone() for mixer in model.mixers]
-        dead = dispensable(model, [batch, batch], seed)
-        assert all(map(torch.equal, before, [mixer.output.weight for mixer in model.mixers]))
-        for blocks in dead:
-            assert blocks in ([0, 3], [1, 3])
-        ways.add(str(dead))
-        silence(model, dead)
-        assert model(batch.tokens)[0].argmax(-1)[0, 0] == 0
-        assert dispensable(model, [batch], seed + 1) == [[blocks[0], 3] for blocks in dead]
-    assert len(ways) > 2  # the order is drawn
-    wrong = batch._replace(targets=torch.tensor([[0, 1, X]]))
-    assert dispensable(Blockwise(), [batch, wrong], 0) == [[], []]  # nothing where there are errors anyway
+    model = Blockwise(more_states)
+    silenced = prune(model, [batch, batch])
+    for mixer, columns in zip(model.mixers, silenced, strict=True):
+        assert set(range(8)) - set(columns) == kept
+        assert blocks_left(mixer, columns) == 2
+        assert (mixer.output.weight == 0).any(0).nonzero().flatten().tolist() == columns
+    assert model(batch.tokens)[0].argmax(-1)[0, 0] == 0
+    assert prune(model, [batch]) == [[], []]
+    for mixer in model.mixers:
+        mixer.output.weight.data[:] = 1  # as where the optimizer moves it on
+    silence(model, silenced)
+    assert prune(model, [batch]) == [[], []]
+
+
+def test_nothing_is_pruned_of_a_model_that_errs():
+    batch = Batch(torch.tensor([[1, 2, 1]]), torch.tensor([[0, X, X]]))
+    assert prune(Blockwise(0), [batch, batch._replace(targets=torch.tensor([[0, 1, X]]))]) == [[], []]
 
 
 # ---- runs
@@ -308,15 +316,18 @@ def pruned(tmp_path_factory):
 def test_a_run_is_pruned_at_its_end_and_goes_on(pruned):
     _, result = pruned
     lines = [line for line in result.metrics if "longest" in line]
-    with_dead = [line for line in lines if "dead_blocks" in line]
-    assert len(lines) > len(with_dead) >= 12 // 5
-    [dead] = {line["dead_blocks"] for line in with_dead}
-    assert dead > 0
-    assert result.summary["blocks"] == [6 - dead]
+    pruned_lines = [line for line in lines if "silenced" in line]
+    assert len(lines) > len(pruned_lines) >= 12 // 5
+    counts = [line["silenced"] for line in pruned_lines]
+    assert counts == sorted(counts)
+    silenced = counts[-1]
+    assert silenced > 0
+    assert result.summary["components"] == [18 - silenced]
     assert (lines[-1]["quiet"], lines[-1]["step"]) == (12, result.summary["best_step"])
     model = SequenceModel.load(result.out / f"step-{result.summary['best_step']}")
-    seen = read_out(model.mixers[0].output.weight, 6).abs().sum((0, 1))
-    assert int((seen == 0).sum()) == dead
+    read = (model.mixers[0].output.weight != 0).any(0).view(3, 6)
+    assert int((~read).sum()) == silenced
+    assert result.summary["blocks"] == [int(read.any(0).sum())]
 
 
 def test_a_pruned_run_that_was_stopped_ends_as_one_that_was_not(pruned, tmp_path):

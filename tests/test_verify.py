@@ -10,11 +10,11 @@ import pytest
 import torch
 from automata.fa.dfa import DFA
 
-from statemix import SequenceModel, TrainConfig, cli
+from statemix import BDLRU, SequenceModel, TrainConfig, block_scan, cli
 from statemix.analysis import NONE, Automaton
 from statemix.model import MODEL
 from statemix.tasks import PermutationComposition
-from statemix.verify import WRONG_STATES, WrongWord, explore, verify, write_verdict
+from statemix.verify import WRONG_STATES, ZERO_IN_FLOAT64, ZERO_WEIGHT, WrongWord, explore, verify, write_verdict
 
 ONE_HOT = 1000.0  # raw gates that far above the others
 
@@ -164,6 +164,81 @@ def test_blocks_that_are_never_read_have_no_states(block, read, states):
             mixer.output.weight.view(-1, 3, 2)[0, 0, block] = float(read)  # the head has no weight for this
     verdict = explore(model, task(3).automaton())
     assert (verdict.outcome, verdict.states) == ("equal", states)
+
+
+SHIFT = {0: 3, 1: 0, 2: 1}  # the second block holds the last three tokens, the last one first
+RECENT = [  # what the second block's components are made of at any token, which are read -> states
+    (SHIFT, (), 7),
+    (SHIFT, (0,), 1 + 1 + 6 * 6),
+    (SHIFT, (1,), 1 + 1 + 6 + 6 * 36),  # made of the component before it, which thus counts
+    (SHIFT, (2,), 1 + 1 + 6 + 36 + 6 * 216),
+    ({0: 3, 1: 3, 2: 2}, (2,), 7),  # zero for ever
+    ({0: 1, 1: 2, 2: 3}, (2,), 1 + 1 + 6 * 6),
+]
+
+
+@pytest.mark.parametrize(("sources", "read", "states"), RECENT, ids=str)
+def test_components_that_no_answer_depends_on_have_no_states(sources, read, states):
+    model = solved_model(3, 2)
+    second_block(model, {(token, i): source for token in range(7) for i, source in sources.items()}, read)
+    verdict = explore(model, task(3).automaton())
+    assert (verdict.outcome, verdict.states) == ("equal", states)
+
+
+def second_block(model: SequenceModel, rows: dict[tuple[int, int], int], read) -> None:
+    """Give the second of two blocks other rows, {(token, i): source}, and values that tell the tokens apart."""
+    mixer = model.layers[0].mixer
+    with torch.no_grad():
+        gates = mixer.raw_gates.projection.weight.view(3, 4, 2, -1)
+        gates[:, :, 1] = 0
+        for (token, i), source in rows.items():
+            gates[i, source, 1, token] = ONE_HOT
+        mixer.values.weight.view(3, 2, -1)[:, 1] = torch.arange(10.0)
+        seen = mixer.output.weight.view(-1, 3, 2)
+        seen[:, :, 1] = 0
+        seen[0, read, 1] = 1
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_is_left_out_changes_no_verdict(seed):
+    """A block of any rows, read in part, by a head that errs by it: as if all of it were read, by next to nothing."""
+    draw = np.random.default_rng(seed)
+    rows = {(token, i): int(draw.integers(4)) for token in range(7) for i in range(3)}
+    read = draw.permutation(3)[: draw.integers(1, 3)].tolist()
+    verdicts = []
+    for least in (0.0, 1e-35):
+        model = solved_model(3, 2)
+        second_block(model, rows, read)
+        with torch.no_grad():
+            unread = [i for i in range(3) if i not in read]
+            model.layers[0].mixer.output.weight.view(-1, 3, 2)[0, unread, 1] = least
+            model.head.weight[seed % 6, 0] = 0.5  # what is read of it speaks for a label
+        verdicts.append(explore(model, task(3).automaton()))
+    part, whole = verdicts
+    assert (part.outcome, part.wrong) == (whole.outcome, whole.wrong)
+    assert part.states <= whole.states
+    if part.outcome == "equal":
+        assert np.array_equal(part.automaton.transitions, whole.automaton.transitions)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_weight_is_zero_where_a_raw_gate_is_far_below_the_largest(dtype):
+    """What the search relies on, of every kernel: a component may be anything where its weight counts as zero."""
+    before = torch.zeros(3, 2, 5, dtype=dtype)
+    before[:, 0] = 1e30
+    values, raw_gates = torch.zeros(3, 1, 2, 5, dtype=dtype), torch.zeros(2, 3, 5, dtype=dtype)
+    for backend in ("associative", "reference"):
+        raw_gates[:, 0] = -ZERO_IN_FLOAT64
+        assert not block_scan(raw_gates.expand(3, 1, 2, 3, 5), values, before, backend=backend).any(), backend
+    raw_gates[:, 0] = -ZERO_WEIGHT if dtype == torch.float32 else -ZERO_IN_FLOAT64
+    mixer = BDLRU(4, 5, 2).to(dtype)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.zero_()
+        mixer.raw_gates.projection.bias.copy_(raw_gates.flatten())
+        x = torch.ones(3, 40, 4, dtype=dtype)
+        assert not mixer.step(x[:, 0], before)[1].any()
+        assert not mixer(x, before)[1].any()
 
 
 @pytest.mark.parametrize("hooked", [False, True])

@@ -5,25 +5,28 @@ makes of its input. softmax rows are one-hot in floating point once the largest 
 the others, as after `sharpen`. So the states of a first layer hold nothing but zeros and values of single tokens, which
 are finitely many; then its outputs are, and so the inputs and the states of the next layer. The search assumes none of
 this: it steps the float program itself, with the very kernels that decode, and takes states for one where all their
-bits are. One-hot rows are why it comes to an end. Only what a layer's read-out has no weight for is left out of them: a
-block acts on no other, so that no answer depends on one that is never read.
+bits are. One-hot rows are why it comes to an end. Only what no answer can depend on is left out of them: a component
+that a layer's read-out has no weight for, and that no row of gates ever copies, at one step or over many, into one that
+it has a weight for. Whether a row does is seen at every transition that the search takes; where it first does, the
+component is taken in, and the search begins anew.
 
 What it visits are pairs: the states of all layers, and the state in which the task's automaton is after the same word.
 Each transition of a pair is taken once (the product construction), so that an error at any word of any length is an
 error at one of them; the search is breadth-first, so the first that it meets is at the end of a shortest wrong word.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import statemix
 from statemix import kernels
@@ -40,6 +43,9 @@ from statemix.training.config import TrainConfig
 from statemix.training.regularization import row_entropies
 
 MAX_STATES = 100_000
+ZERO_WEIGHT = 110.0  # a raw gate so far below the largest of its row has a weight of zero in the kernels that decode
+ZERO_IN_FLOAT64 = 750.0  # and of float64, in which the other engines have it
+ROUNDING = 1e-4  # of raw gates, from one kernel to another, relative to a row's largest; there is much room
 WRONG_STATES = 2_000  # after an error the search goes on as far as this, for the automaton of a small wrong model
 VERDICT_FILE = "verify.json"
 
@@ -94,9 +100,11 @@ def explore(model: SequenceModel, task: Automaton, *, max_states: int = MAX_STAT
     tokens = task.transitions.shape[1]
     if tokens != model.config["vocab_size"]:
         raise ValueError(f"explore: `task` must be of the model's {model.config['vocab_size']} tokens, got {tokens}.")
-    search, most = _Search(model, task), max_states
+    live, most = _Live(model), max_states
+    search = _Search(model, task, live)
     while search.pending and len(search.pairs) <= most:
-        search.advance()
+        if not search.advance():
+            search = _Search(model, task, live)
         if search.wrong is not None:
             most = min(max_states, WRONG_STATES)
     if search.pending or len(search.pairs) > max_states:
@@ -107,35 +115,37 @@ def explore(model: SequenceModel, task: Automaton, *, max_states: int = MAX_STAT
 class _Search:
     """Pairs of states in the order in which they are met, and the transitions that are still to be taken from them."""
 
-    def __init__(self, model: SequenceModel, task: Automaton) -> None:
-        self.model, self.task = model, task
-        by_kernels = MODEL.plainly_called(model) and MODEL.inputs(model) is not None
-        self.rows = kernels.STEP_ROWS if by_kernels else 1
+    def __init__(self, model: SequenceModel, task: Automaton, live: "_Live") -> None:
+        self.model, self.task, self.live = model, task, live
+        self.rows = kernels.STEP_ROWS if _by_kernels(model) else 1
         self.wrong: WrongWord | None = None
         self.pairs: list[tuple[bytes, int]] = []
         self.words: list[tuple[int, int]] = []  # to each pair: the one before it, and the token
         self.pending: deque[tuple[int, int]] = deque()  # numbers of pairs, and a token that may come
         self.taken: list[tuple[int, int, int, int]] = []  # these two, what is said, and the pair after
         self._numbers: dict[tuple[bytes, int], int] = {}
-        self._read = _read(model)
         self._number(self._pack(model.initial_state(1))[0], task.start, (NONE, NONE))
 
-    def advance(self) -> None:
-        """Take some transitions."""
+    def advance(self) -> bool:
+        """Take some transitions. False: one of them showed a component to be live, and the search must begin anew."""
         batch = [self.pending.popleft() for _ in range(min(self.rows, len(self.pending)))]
         before = [self.pairs[number] for number, _ in batch]
-        decoder = Decoder(self.model, _unpack([state for state, _ in before], self.model))
-        logits = decoder.step(torch.tensor([token for _, token in batch]))
+        state, tokens = _unpack([state for state, _ in before], self.model), torch.tensor([token for _, token in batch])
+        if self.live.grows(state, tokens):
+            return False
+        decoder = Decoder(self.model, state)
+        logits = decoder.step(tokens)
         if not logits.isfinite().all():
             raise RuntimeError("explore: the model's logits are not finite: its training diverged or a weight is NaN.")
-        for (number, token), (_, state), said, after in zip(
+        for (number, token), (_, of_task), said, after in zip(
             batch, before, logits.argmax(-1).tolist(), self._pack(decoder.state), strict=True
         ):
-            target = int(self.task.outputs[state, token])
+            target = int(self.task.outputs[of_task, token])
             if self.wrong is None and target not in (NONE, said):
                 self.wrong = WrongWord((*self._word(number), token), target, said)
-            reached = self._number(after, int(self.task.transitions[state, token]), (number, token))
+            reached = self._number(after, int(self.task.transitions[of_task, token]), (number, token))
             self.taken.append((number, token, NONE if target == NONE else said, reached))
+        return True
 
     def automaton(self) -> Automaton:
         """Of the pairs, with what the model says where the task scores."""
@@ -146,9 +156,9 @@ class _Search:
         return Automaton(transitions, outputs)
 
     def _pack(self, state: State) -> list[bytes]:
-        """The bits of each row of a state, of all layers together, without what is never read."""
-        rows = torch.cat([part.flatten(1) for part in state], dim=1).masked_fill(~self._read, 0).numpy()
-        return [row.tobytes() for row in rows]
+        """The bits of each row of a state, of all layers together, without what no answer depends on."""
+        parts = [part.masked_fill(~live, 0) for part, live in zip(state, self.live.components, strict=True)]
+        return [row.tobytes() for row in torch.cat([part.flatten(1) for part in parts], dim=1).numpy()]
 
     def _number(self, state: bytes, of_task: int, came_by: tuple[int, int]) -> int:
         """The number of a pair; one that is new is put behind the others, with all that may come there."""
@@ -170,19 +180,70 @@ class _Search:
         return tuple(reversed(word))
 
 
-def _read(model: SequenceModel) -> Tensor:
-    """Which numbers of a state, of all layers together, may be read: not those of blocks without a weight.
+def _by_kernels(model: SequenceModel) -> bool:
+    """Whether it is the compiled kernels that step a model."""
+    return MODEL.plainly_called(model) and MODEL.inputs(model) is not None
 
-    Rows of gates that are normalised keep such a block finite, and what is finite has no part in a sum where its weight
-    is zero.
+
+class _Live:
+    """Which components of the states an answer may depend on, as far as a search has seen.
+
+    A component counts where the read-out has a weight for it, or a row of gates may copy it into one that counts: where
+    in softmax its raw gate is not so far below the row's largest that its weight is zero.
+    The others are finite, as rows that sum to one keep them, and have no part in a sum. Where the rows are no softmax
+    all of a block counts if one component does, and all that there is where nothing bounds a state.
+
+    Attributes:
+        components: (M, N) bools of each layer.
     """
-    parts = []
-    for mixer in model.mixers:
-        read = torch.ones(mixer.state_shape, dtype=torch.bool)
-        if isinstance(mixer, LinearRecurrence) and mixer.normalization != "none":
-            read &= (mixer.output.weight.unflatten(1, (-1, mixer.state_shape[1])) != 0).any(0).any(0)
-        parts.append(read.flatten())
-    return torch.cat(parts)
+
+    def __init__(self, model: SequenceModel) -> None:
+        self._model = model
+        narrow = _by_kernels(model) and model.head.weight.dtype != torch.float64
+        self._zero = ZERO_WEIGHT if narrow else ZERO_IN_FLOAT64
+        self._copied: dict[int, Tensor] = {}  # by layer: (M, M, N), whether a block's component m may be made of k
+        self.components: list[Tensor] = []
+        for layer, mixer in enumerate(model.mixers):
+            live = torch.ones(mixer.state_shape, dtype=torch.bool)
+            if isinstance(mixer, LinearRecurrence) and mixer.normalization != "none":
+                read = (mixer.output.weight.unflatten(1, (-1, mixer.state_shape[1])) != 0).any(0)
+                if mixer.kind == "block" and mixer.normalization == "softmax":
+                    live = read
+                    self._copied[layer] = torch.zeros(mixer.state_shape[:1] + mixer.state_shape, dtype=torch.bool)
+                else:
+                    live = live & read.any(0)
+            self.components.append(live)
+
+    @torch.no_grad()
+    def grows(self, state: State, tokens: Tensor) -> bool:
+        """Look at the rows of gates of a step, tokens (B,) in these states. True: there are more live components."""
+        with _raw_gates(self._model, self._copied) as raw_gates:
+            self._model(tokens[:, None], state)
+        grown = False
+        for layer, raw in raw_gates.items():
+            rows, live = raw[:, 0], self.components[layer]
+            lowest = rows.amax(-2, keepdim=True) - self._zero - ROUNDING * rows.abs().amax(-2, keepdim=True)
+            self._copied[layer] |= (rows >= lowest).any(0)[:, :-1]
+            while not torch.equal(live, more := live | (self._copied[layer] & live[:, None]).any(0)):
+                live, grown = more, True
+            self.components[layer] = live
+        return grown
+
+
+@contextlib.contextmanager
+def _raw_gates(model: SequenceModel, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """A dict that fills, while the model runs, with the raw gates (B, T, M, M + 1, N) of these layers."""
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda module, inputs, raw_gates: found.update({layer: raw_gates})
+
+    hooks = [cast(LinearRecurrence, model.mixers[i]).raw_gates.register_forward_hook(keep(i)) for i in layers]
+    try:
+        yield found
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
 def _unpack(rows: Sequence[bytes], model: SequenceModel) -> State:

@@ -95,6 +95,7 @@ RESULT = {
     "kernels?": {str: str},
     "sharpened?": {str: SCORES},
     "blocks?": [int],
+    "components?": [int],
     "data?": str,
 }
 AGAIN = "Use --resume=never to start again."

@@ -15,9 +15,11 @@ from statemix.model import TokenModel
 from statemix.tasks import IGNORE_INDEX, Batch
 from statemix.tasks.base import Task, seed_words
 from statemix.training.config import TrainConfig
-from statemix.training.pruning import Blocks, dispensable
+from statemix.training.pruning import Silenced, prune
 
 MEMORY = 0.9  # of the running accuracy, for one batch
+ROUNDS = 5  # of pruning, on the way to a second end
+PRUNING = 1000  # times the steps of a run: the index of the first batch for it, which no training has
 
 # the form of a curriculum's state in a checkpoint, see records.py
 STATE = {
@@ -25,7 +27,7 @@ STATE = {
     "accuracy": float,
     "quiet": int,
     "wrong": [{"tokens": [int], "targets": [int], "rights": int}],
-    "dead?": [[int]],
+    "silenced?": [[int]],
 }
 
 
@@ -47,7 +49,7 @@ class Curriculum:
         longest: length of the longest words now, in tokens.
         quiet: batches in a row, at the last length, without an error.
         wrong: words that were wrong -> how often they were right since; the oldest first.
-        dead: blocks that were taken away, by layer. None: pruning has not come yet.
+        silenced: components that were taken away, by layer. None: pruning has not come yet.
     """
 
     def __init__(self, config: TrainConfig, task: Task) -> None:
@@ -56,7 +58,7 @@ class Curriculum:
         self.longest = min(max(config.curriculum.first, self._shortest), task.seq_len)
         self.accuracy, self.quiet = 0.0, 0
         self.wrong: dict[Word, int] = {}
-        self.dead: Blocks | None = None
+        self.silenced: Silenced | None = None
         self._batch: list[Word | None] = []  # the words of the last batch; None: one that was cut
         self._numbers = np.empty((0, 0), dtype=np.int64)  # which of them each of its tokens belongs to
 
@@ -77,12 +79,14 @@ class Curriculum:
     @property
     def has_ended(self) -> bool:
         """Whether they were, and if there is pruning, after it."""
-        return self.is_quiet and not self.will_prune
+        return self.is_quiet and (self.options.prune is None or self.silenced is not None)
 
     @property
-    def will_prune(self) -> bool:
-        """Whether pruning is to come."""
-        return self.options.prune is not None and self.dead is None
+    def is_pruned(self) -> bool:
+        """Whether it is time to prune: at the end, and some times before it once that was reached."""
+        if self.options.prune is None or self.options.quiet is None or not self.quiet:
+            return False
+        return self.is_quiet or (self.silenced is not None and self.quiet % (self.options.quiet // ROUNDS + 1) == 0)
 
     def tasks(self) -> list[Task]:
         """The task at every range of lengths from here on."""
@@ -125,30 +129,34 @@ class Curriculum:
         if self.accuracy > self.options.accuracy and not self.at_last:
             self.longest, self.accuracy = self._longer(self.longest), 0.0
 
-    def prune(self, model: TokenModel) -> None:
-        """Choose the dead blocks, on new batches, and begin to count batches without an error anew."""
+    def prune(self, model: TokenModel, step: int) -> None:
+        """Silence what the model can do without, on batches of this step's own; if there is any, batches count anew."""
         assert self.options.prune is not None
-        device = next(model.parameters()).device
-        batches = [self.batch(self.config.steps + number) for number in range(self.options.prune)]
+        device, first = next(model.parameters()).device, PRUNING * self.config.steps + step * self.options.prune
+        batches = [self.batch(first + number) for number in range(self.options.prune)]
         here = [Batch._make(None if part is None else part.to(device) for part in batch) for batch in batches]
-        self.dead, self.quiet = dispensable(model, here, self.config.seed), 0
+        before = self.silenced or [[] for _ in model.mixers]
+        found = prune(model, here)
+        if any(found):
+            self.quiet = 0
+        self.silenced = [sorted(old + new) for old, new in zip(before, found, strict=True)]
 
     def figures(self) -> dict[str, float]:
         """What a line of metrics says of it."""
         figures: dict[str, float] = {"longest": self.longest, "quiet": self.quiet, "wrong_words": len(self.wrong)}
-        return figures if self.dead is None else figures | {"dead_blocks": sum(map(len, self.dead))}
+        return figures if self.silenced is None else figures | {"silenced": sum(map(len, self.silenced))}
 
     def state(self) -> dict[str, Any]:
         """All that the next steps depend on: STATE."""
         wrong = [{"tokens": word.tokens, "targets": word.targets, "rights": n} for word, n in self.wrong.items()]
         state = {"longest": self.longest, "accuracy": self.accuracy, "quiet": self.quiet, "wrong": wrong}
-        return state if self.dead is None else state | {"dead": self.dead}
+        return state if self.silenced is None else state | {"silenced": self.silenced}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
         self.longest, self.accuracy, self.quiet = state["longest"], state["accuracy"], state["quiet"]
         self.wrong = {Word(tuple(w["tokens"]), tuple(w["targets"])): w["rights"] for w in state["wrong"]}
-        self.dead = state.get("dead")
+        self.silenced = state.get("silenced")
 
     def _task(self, longest: int) -> Task:
         return self.task.with_lengths(self._shortest, longest)

@@ -40,7 +40,7 @@ from statemix.training.evaluate import accuracies, answer, cross_entropy, evalua
 from statemix.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from statemix.training.processes import all_rows, make_accelerator, own_rows, prepare, whole, whole_model
 from statemix.training.progress import Bar, Stopwatch
-from statemix.training.pruning import silence
+from statemix.training.pruning import blocks_left, silence
 from statemix.training.regularization import penalty, regularized, row_entropies, strengths
 
 RESUME = ("auto", "best", "never")
@@ -270,9 +270,9 @@ class Training:
         self.step += 1
         if learner is not None:
             learner.observe(all_rows(accelerator, predictions), batch.targets.to(predictions.device))
-            if learner.is_quiet and learner.will_prune:
-                learner.prune(self.model)
-            silence(self.model, learner.dead or [])
+            silence(self.model, learner.silenced or [])
+            if learner.is_pruned:
+                learner.prune(self.model, self.step)
         return Outcome(loss, predictions, own.targets, grad_norm)
 
     def _add_gradients(
@@ -401,11 +401,10 @@ class Training:
         }
         if self.task.fingerprint is not None:
             summary["data"] = self.task.fingerprint
-        if self.curriculum is not None and self.curriculum.dead is not None:
-            dead = self.curriculum.dead
-            summary["blocks"] = [
-                mixer.state_shape[1] - len(blocks) for mixer, blocks in zip(model.mixers, dead, strict=True)
-            ]
+        if self.curriculum is not None and (silenced := self.curriculum.silenced) is not None:
+            layers = list(zip(model.mixers, silenced, strict=True))
+            summary["blocks"] = [blocks_left(mixer, columns) for mixer, columns in layers]
+            summary["components"] = [mixer.output.weight.shape[1] - len(columns) for mixer, columns in layers]
         if self.config.sharpen is not None:
             for mixer in model.mixers:
                 mixer.sharpen(self.config.sharpen)

@@ -1,60 +1,93 @@
-"""Blocks that a model can do without: found on fresh batches, and silenced for good."""
+"""What a model can do without: blocks, and components of blocks, found on fresh batches and silenced for good."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from statemix.mixers import Mixer
 from statemix.model import TokenModel
 from statemix.tasks import IGNORE_INDEX, Batch
 from statemix.training.evaluate import answer
 
-Blocks = list[list[int]]  # by layer, numbers of blocks
+Silenced = list[list[int]]  # by layer, columns of the read-out's weight (D, M N): component m of block n is m N + n
 
 
 @torch.no_grad()
-def silence(model: TokenModel, dead: Blocks) -> None:
-    """Let the read-out of each layer see nothing of its dead blocks; of none where there are none."""
-    for mixer, blocks in zip(model.mixers, dead, strict=False):
-        if blocks:
-            read_out(mixer.output.weight, mixer.state_shape[1])[:, :, blocks] = 0
-
-
-def read_out(weight: Tensor, blocks: int) -> Tensor:
-    """The weight of a read-out (D, M N), as (D, M, N)."""
-    return weight.unflatten(1, (-1, blocks))
+def silence(model: TokenModel, silenced: Silenced) -> None:
+    """Let the read-out of each layer see nothing of these components; all of them where there are none."""
+    for mixer, columns in zip(model.mixers, silenced, strict=False):
+        if columns:
+            mixer.output.weight[:, columns] = 0
 
 
 @torch.no_grad()
-def dispensable(model: TokenModel, batches: Sequence[Batch], seed: int) -> Blocks:
-    """Blocks, by layer, without all of which the model answers the batches without an error, as it does now.
+def prune(model: TokenModel, batches: Sequence[Batch]) -> Silenced:
+    """Silence components without all of which the model answers the batches without an error, as it does now.
 
-    They are tried one after another, first layer first, in an order drawn by the seed. The model is left as it was.
+    Blocks are tried one after another, then components of those that are left, first layer first. Those with the most
+    different states come first: what is left has few.
+
+    Returns:
+        What was silenced, by layer, besides what already was; nothing of a model that errs.
     """
-    order = torch.Generator().manual_seed(seed)
-    weights = [mixer.output.weight.clone() for mixer in model.mixers]
-    dead: Blocks = [[] for _ in model.mixers]
+    silenced: Silenced = [[] for _ in model.mixers]
     if not _is_exact(model, batches):
-        return dead
-    for layer, mixer in enumerate(model.mixers):
-        blocks = mixer.state_shape[1]
-        seen = read_out(mixer.output.weight, blocks)
-        for block in torch.randperm(blocks, generator=order).tolist():
-            before = seen[:, :, block].clone()
-            seen[:, :, block] = 0
+        return silenced
+    for layer, states in enumerate(_states(model, batches[0])):
+        seen = model.mixers[layer].output.weight
+        for columns in _candidates(states):
+            before = seen[:, columns].clone()
+            if not before.any():  # silenced before, or with its block
+                continue
+            seen[:, columns] = 0
             if _is_exact(model, batches):
-                dead[layer].append(block)
+                silenced[layer] += columns
             else:
-                seen[:, :, block] = before
-    for mixer, weight in zip(model.mixers, weights, strict=True):
-        mixer.output.weight.copy_(weight)
-    return [sorted(blocks) for blocks in dead]
+                seen[:, columns] = before
+    return [sorted(columns) for columns in silenced]
+
+
+def blocks_left(mixer: Mixer, silenced: Sequence[int]) -> int:
+    """How many blocks have a component that is not silenced."""
+    blocks = mixer.state_shape[1]
+    return len({column % blocks for column in set(range(mixer.output.weight.shape[1])) - set(silenced)})
+
+
+def _states(model: TokenModel, batch: Batch) -> list[Tensor]:
+    """What each read-out reads at the tokens of a batch, (tokens, M, N)."""
+    found: list[Tensor] = []
+
+    def keep(blocks: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: found.append(inputs[0].flatten(0, 1).unflatten(1, (-1, blocks)))
+
+    hooks = [mixer.output.register_forward_pre_hook(keep(mixer.state_shape[1])) for mixer in model.mixers]
+    try:
+        answer(model, batch, None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _candidates(states: Tensor) -> list[list[int]]:
+    """Columns of a read-out of states (tokens, M, N) to try together: those of each block, then each alone."""
+    order, blocks = states.shape[1:]
+    columns = torch.arange(order * blocks).view(order, blocks)
+    by_block = sorted(range(blocks), key=lambda block: -_count(states[:, :, block]))
+    alone = sorted(range(order * blocks), key=lambda column: -_count(states.flatten(1)[:, column, None]))
+    return [columns[:, block].tolist() for block in by_block] + [[column] for column in alone]
+
+
+def _count(states: Tensor) -> int:
+    """How many of the states (tokens, M) differ, to a hundredth of the largest number."""
+    return len((states * (100 / states.abs().max().clamp(min=1e-30))).round().unique(dim=0))
 
 
 def _is_exact(model: TokenModel, batches: Sequence[Batch]) -> bool:
     """Whether the model answers all batches without an error; it stops at the first."""
     for batch in batches:
-        predictions = answer(model, batch, None)[0].argmax(-1)
+        predictions: Tensor = answer(model, batch, None)[0].argmax(-1)
         if not bool(((predictions == batch.targets) | (batch.targets == IGNORE_INDEX)).all()):
             return False
     return True
