@@ -9,7 +9,7 @@ mixer sets up: biases, the ring of LRU, the decays of Mamba-2, convolutions, the
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from statemix import fused, kernels
 from statemix.gates import check_floats
 from statemix.mixers import Mixer, build_mixer, complete_mixer
-from statemix.mixers.base import check_flags, check_reset, check_sizes, reset_rows
+from statemix.mixers.base import Rows, check_flags, check_reset, check_sizes, reset_rows
 from statemix.mixers.linear_recurrence import RECURRENCE
 from statemix.specs import Spec
 
@@ -67,13 +67,35 @@ class Layer(nn.Module):
         self.mlp_norm = nn.RMSNorm(d_model, eps=1e-6)
         self.mlp = SwiGLU(d_model, mlp_size)
 
-    def forward(self, x: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x (B, T, D) -> (B, T, D), and the mixer's state."""
-        if x.shape[1] == 1 and reset is None and (stepped := self._fused_step(x[:, 0], state)) is not None:
+    def forward(
+        self,
+        x: Tensor,
+        state: Tensor | None,
+        reset: Tensor | None,
+        rows: Rows | None = None,
+        where: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) -> (B, T, D), and the mixer's state.
+
+        `rows` are x once more, of a pair that `shares_rows`. With `where`, (B, T) bool, the result is of K steps alone,
+        (1, K, D), and so is the work of the SwiGLU.
+        """
+        alone = x.shape[1] == 1 and reset is None and where is None
+        if alone and (stepped := self._fused_step(x[:, 0], state)) is not None:
             return stepped[0][:, None], stepped[1]
-        mixed, state = self.mixer(self.mixer_norm(x), state, reset)
+        if rows is None:
+            mixed, state = self.mixer(self.mixer_norm(x), state, reset)
+        else:
+            mixed, state = self.mixer(self.mixer_norm(x), state, reset, Rows(self.mixer_norm(rows.table), rows.tokens))
         x = x + self.dropout(mixed)
+        if where is not None:
+            x = x[where][None]
         return x + self.dropout(self.mlp(self.mlp_norm(x))), state
+
+    def shares_rows(self, positions: int) -> bool:
+        """Whether its mixer does, and nothing comes between x and the mixer."""
+        plain = LAYER.plainly_called(self) and fused.RMS_NORM.plainly_called(self.mixer_norm)
+        return plain and fused.unchanged_by_hooks(self.mixer) and self.mixer.shares_rows(positions)
 
     def step(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """One step, x (B, D) -> (B, D), and the mixer's state. Without gradients, one call of the compiled kernels."""
@@ -198,25 +220,37 @@ class Stack(nn.Module):
         """The state before the first step, one (B, M, N) per layer: zeros, float32 or wider, where the weights are."""
         return tuple(mixer.initial_state(batch) for mixer in self.mixers)
 
-    def run_stack(self, x: Tensor, state: Sequence[Tensor] | None, reset: Tensor | None) -> tuple[Tensor, State]:
-        """x (B, T, D) to the normalised residual stream (B, T, D) and the state of every layer."""
-        return self._run(self.layers, self.norm, x, state, reset)
+    def run_stack(
+        self,
+        x: Tensor,
+        state: Sequence[Tensor] | None,
+        reset: Tensor | None,
+        rows: Rows | None = None,
+        where: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """x (B, T, D) to the normalised residual stream (B, T, D) and the state of every layer: see `Layer.forward`."""
+        return self._run(self.layers, self.norm, x, state, reset, rows, where)
 
     def _run(
         self,
-        layers: Iterable[nn.Module],
+        layers: nn.ModuleList,
         norm: nn.Module,
         x: Tensor,
         state: Sequence[Tensor] | None,
         reset: Tensor | None,
+        rows: Rows | None = None,
+        where: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         states = []
         for i, layer in enumerate(layers):
             before = None if state is None else state[i]
+            of_ends = rows if i == 0 else None, where if i == len(layers) - 1 else None
+            # a pair that someone wraps may take no more than three
+            others = () if of_ends == (None, None) else of_ends
             if self.recompute and torch.is_grad_enabled():
-                x, layer_state = checkpoint(layer, x, before, reset, use_reentrant=False)
+                x, layer_state = checkpoint(layer, x, before, reset, *others, use_reentrant=False)
             else:
-                x, layer_state = layer(x, before, reset)
+                x, layer_state = layer(x, before, reset, *others)
             states.append(layer_state)
         return norm(x), tuple(states)
 

@@ -38,6 +38,7 @@ CALLS = (nn.Module, "__call__"), (nn.Module, "_call_impl")
 KEPT = "_fused"  # a module's attribute
 
 Class = TypeVar("Class", bound=type[nn.Module])
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 _global_hooks = tuple(getattr(of_all_modules, f"_global{name}") for name in HOOKS)
 _module_calls = nn.Module.__call__, nn.Module._call_impl
@@ -124,6 +125,12 @@ class Part:
         other.engine, other._allows, other.arrange = engine, allows, arrange
         return other
 
+    def without(self, name: str) -> "Part":
+        """The same modules but for a part of them, for what is computed of the others alone."""
+        other = copy.copy(self)
+        other._parts = {each: part for each, part in self._parts.items() if each != name}
+        return other
+
     def plainly_called(self, module: nn.Module) -> bool:
         """Whether a call of the module runs its forward and nothing else."""
         attributes, functions = module.__dict__, self._functions.get(type(module))
@@ -159,6 +166,10 @@ class Part:
             return self.arrange(module, weights)
         module.__dict__[KEPT] = kept = Watch(self, module, weights)
         return kept.inputs
+
+    def reads(self, module: nn.Module) -> bool:
+        """Whether all is as this file says, looked at anew."""
+        return undisturbed(self.engine) and self._read(module) is not None
 
     def watch(self, module: nn.Module) -> "Watch | None":
         """What a kernel reads that stands in for calls of a module without gradients, or None where it may not."""
@@ -260,6 +271,17 @@ class Watch:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """Nor has one from a file."""
         return type(None), ()
+
+
+def onlooker(hook: Hook) -> Hook:
+    """Mark a hook that changes nothing of a call, neither what goes in nor what comes out; a decorator."""
+    vars(hook)["looks_on"] = True
+    return hook
+
+
+def unchanged_by_hooks(module: nn.Module) -> bool:
+    """Whether all hooks of a module, if there are any, are onlookers."""
+    return all(getattr(hook, "looks_on", False) for name in HOOKS for hook in vars(module)[name].values())
 
 
 LINEAR = Part(nn.Linear, weights=["weight"], absent=["bias"], uses=[(nn.functional, "linear")])

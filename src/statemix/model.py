@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from statemix import fused, kernels, records
 from statemix.backbone import LAYER, Stack, State
 from statemix.gates import check_dense
-from statemix.mixers.base import check_flags, check_sizes
+from statemix.mixers.base import Rows, check_flags, check_mask, check_sizes
 from statemix.specs import NotImportedError, Spec, options
 
+POSITIONS_PER_TOKEN = 4  # from so many on a first layer's raw gates are a table
 CONFIG_FILE, WEIGHTS_FILE = "model.json", "model.safetensors"
 
 
@@ -48,13 +49,40 @@ class TokenModel(Stack):
         if tied_embedding:
             self.head.weight = self.embedding.weight
 
-    def run_layers(self, tokens: Tensor, state: Sequence[Tensor] | None, reset: Tensor | None) -> tuple[Tensor, State]:
-        """Tokens (B, T) to the normalised residual stream (B, T, D) and the state of every layer."""
+    def run_layers(
+        self,
+        tokens: Tensor,
+        state: Sequence[Tensor] | None,
+        reset: Tensor | None,
+        where: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """Tokens (B, T) to the normalised residual stream (B, T, D), or (K, D), and the state of every layer."""
         self._check(tokens, state)
         if tokens.ndim != 2 or 0 in tokens.shape:
             shape, name = tuple(tokens.shape), type(self).__name__
             raise ValueError(f"{name}: `tokens` must have shape (B, T) with B, T of at least 1, got {shape}.")
-        return self.run_stack(self._embedded(tokens), state, reset)
+        if where is None:
+            return self.run_stack(self._embedded(tokens), state, reset, self._rows(tokens))
+        check_mask(type(self).__name__, "where", where, tokens.shape, tokens.device)
+        x, state = self.run_stack(self._embedded(tokens), state, reset, self._rows(tokens), where)
+        return x[0], state
+
+    def _rows(self, tokens: Tensor) -> Rows | None:
+        """What the first pair reads as rows of the embedding, where that saves time and changes nothing else.
+
+        Where a word has more tokens than there are, what the first mixer makes of a token is made once for each, and
+        not at every step: its raw gates are most of its work, and become a table.
+        """
+        table, first = self.embedding.weight, self._all_layers()[0]
+        trained = tokens.is_cpu and torch.is_grad_enabled() and not self.recompute and not fused.transformed()
+        if (
+            not trained
+            or type(self)._embedded is not TokenModel._embedded
+            or tokens.numel() < POSITIONS_PER_TOKEN * len(table)
+        ):
+            return None
+        plain = fused.EMBEDDING.plainly_called(self.embedding) and fused.EMBEDDING.reads(self.embedding)
+        return Rows(table, tokens) if plain and first.shares_rows(tokens.numel()) else None
 
     def _check(self, tokens: Tensor, state: Sequence[Tensor] | None) -> None:
         name = type(self).__name__
@@ -176,12 +204,20 @@ class SequenceModel(TokenModel):
     if TYPE_CHECKING:  # torch says of no call what it returns
 
         def __call__(
-            self, tokens: Tensor, state: Sequence[Tensor] | None = None, reset: Tensor | None = None
+            self,
+            tokens: Tensor,
+            state: Sequence[Tensor] | None = None,
+            reset: Tensor | None = None,
+            where: Tensor | None = None,
         ) -> tuple[Tensor, State]:
             """See `forward`."""
 
     def forward(
-        self, tokens: Tensor, state: Sequence[Tensor] | None = None, reset: Tensor | None = None
+        self,
+        tokens: Tensor,
+        state: Sequence[Tensor] | None = None,
+        reset: Tensor | None = None,
+        where: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """Logits and final state of token sequences.
 
@@ -189,16 +225,18 @@ class SequenceModel(TokenModel):
             tokens: (B, T) integers in [0, vocab_size).
             state: what an earlier call returned, one (B, M, N) per layer. Zeros if None.
             reset: (B, T) bool. True: every layer's state is zero before that step. Never if None.
+            where: (B, T) bool, True at the K steps whose logits are wanted: what follows the last mixer is computed
+                for them alone. All if None.
 
         Returns:
-            Logits (B, T, vocab_size) and the state after the last step.
+            Logits (B, T, vocab_size), or (K, vocab_size), row by row; and the state after the last step.
 
         Raises:
             TypeError: tokens are not integers.
             ValueError: a shape is wrong, T = 0, or the state is of another number of layers.
             IndexError: a token is outside the vocabulary.
         """
-        x, state = self.run_layers(tokens, state, reset)
+        x, state = self.run_layers(tokens, state, reset, where)
         return self.head(x), state
 
     def step(

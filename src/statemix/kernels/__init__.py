@@ -4,7 +4,7 @@ They compute with the tensors that they are given. Whether they may stand in for
 """
 
 from statemix.kernels.gating import gated
-from statemix.kernels.layers import Weights, layer
+from statemix.kernels.layers import KEPT_BYTES, Weights, layer
 from statemix.kernels.library import (
     INSTRUCTION_SET_VARIABLE,
     MAX_ORDER,
@@ -19,6 +19,7 @@ from statemix.kernels.steps import STEP_ROWS, LayerStep, ModelStep, PairStep
 
 __all__ = [
     "INSTRUCTION_SET_VARIABLE",
+    "KEPT_BYTES",
     "MAX_ORDER",
     "STEP_ROWS",
     "LayerStep",

@@ -1,12 +1,24 @@
 """What every sequence mixer is: one call for a sequence, one for a step, and a state of fixed size."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from statemix.gates import check_dense, check_floats
+
+
+class Rows(NamedTuple):
+    """What x (B, T, D) is made of where few of its rows differ: x = table[tokens], of (V, D) and (B, T)."""
+
+    table: Tensor
+    tokens: Tensor
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """function(x) (B, T, ...), of a function that has a row of x alone for each of its own: done once a row."""
+        made = function(self.table[None])[0]
+        return nn.functional.embedding(self.tokens, made.flatten(1)).unflatten(2, made.shape[1:])
 
 
 class Mixer(nn.Module):
@@ -67,17 +79,20 @@ class Mixer(nn.Module):
     if TYPE_CHECKING:  # torch says of no call what it returns
 
         def __call__(
-            self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None
+            self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, rows: Rows | None = None
         ) -> tuple[Tensor, Tensor]:
             """See `forward`."""
 
-    def forward(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None, rows: Rows | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Outputs and final state of a sequence.
 
         Args:
             x: (B, T, D).
             state: what an earlier call returned, (B, M, N), float32 or wider, differentiable. Zeros if None.
             reset: (B, T) bool. True: the state is zero before that step (packed sequences). Never if None.
+            rows: x once more, as a table of its rows and which is where; only of a mixer that `shares_rows`.
 
         Returns:
             y (B, T, D) and the state after the last step, (B, M, N).
@@ -103,7 +118,7 @@ class Mixer(nn.Module):
             raise ValueError(f"{name}: `state` must have shape (B, M, N) = {wanted}, got {tuple(state.shape)}.")
         if reset is not None:
             check_reset(name, reset, x.shape[:2], x.device)
-        return self.mix(x, state, reset)
+        return self.mix(x, state, reset) if rows is None else self.mix_rows(rows, state, reset)
 
     def step(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One step of the same recurrence: x (B, D) and the state (B, M, N) to y (B, D) and the next state.
@@ -128,6 +143,14 @@ class Mixer(nn.Module):
         """`forward` on checked arguments."""
         raise NotImplementedError
 
+    def shares_rows(self, positions: int) -> bool:
+        """Whether it has `mix_rows`, and this saves time at so many positions."""
+        return False
+
+    def mix_rows(self, rows: Rows, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`mix` of x = table[tokens], where what is made of a row alone is made once for each row of the table."""
+        raise NotImplementedError
+
     def row_entropy(self, x: Tensor) -> Tensor:
         """See `LinearRecurrence.row_entropy`; of a mixer with rows of gates."""
         raise NotImplementedError
@@ -149,16 +172,21 @@ def reset_rows(state: Tensor | None, reset: Tensor) -> Tensor | None:
 
 def check_reset(owner: str, reset: Tensor, shape: Sequence[int], device: torch.device) -> None:
     """Raise, in the name of `owner`, unless it is a bool tensor of the shape, (B, T) or (B,), on the device."""
-    if not isinstance(reset, Tensor):
-        raise TypeError(f"{owner}: `reset` must be a tensor, got {type(reset).__name__}.")
-    if reset.device != device:
-        raise TypeError(f"{owner}: `reset` must be on {device} like `x`, got {reset.device}.")
-    if reset.dtype != torch.bool:
-        raise TypeError(f"{owner}: `reset` must be a bool tensor, got {reset.dtype}.")
-    check_dense(owner, "reset", reset)
-    if reset.shape != tuple(shape):
+    check_mask(owner, "reset", reset, shape, device)
+
+
+def check_mask(owner: str, argument: str, mask: Tensor, shape: Sequence[int], device: torch.device) -> None:
+    """Raise, in the name of `owner`, unless an argument is a bool tensor of shape (B, T) or (B,), on the device."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{owner}: `{argument}` must be a tensor, got {type(mask).__name__}.")
+    if mask.device != device:
+        raise TypeError(f"{owner}: `{argument}` must be on {device} like `x`, got {mask.device}.")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{owner}: `{argument}` must be a bool tensor, got {mask.dtype}.")
+    check_dense(owner, argument, mask)
+    if mask.shape != tuple(shape):
         axes = "(B, T)" if len(shape) == 2 else "(B,)"
-        raise ValueError(f"{owner}: `reset` must have shape {axes} = {tuple(shape)}, got {tuple(reset.shape)}.")
+        raise ValueError(f"{owner}: `{argument}` must have shape {axes} = {tuple(shape)}, got {tuple(mask.shape)}.")
 
 
 def check_flags(owner: str, **flags: bool) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from statemix import fused, kernels
 from statemix.analysis import transitions
 from statemix.gates import normalize
-from statemix.mixers.base import Mixer
+from statemix.mixers.base import Mixer, Rows
 from statemix.scan import lagged_states, scan_to_state
 
 
@@ -60,6 +60,7 @@ RECURRENCE = fused.Part(
     calls=["forward", "mix"],
     arrange=_recurrence_step,
 )
+ROWS = RECURRENCE.without("output")
 RECURRENCE_ON_GPU = RECURRENCE.on(fused.GPU, allows=_allowed_on_gpu, arrange=lambda mixer, weights: weights)
 
 
@@ -87,12 +88,29 @@ class LinearRecurrence(Mixer):
         # below, packing the weights for the fused products takes longer than the products
         if x.shape[0] * x.shape[1] >= 32 and (fused_results := self._fused_mix(x, state, reset)) is not None:
             return fused_results
-        values = self.values(x)
+        return self._scan(self.raw_gates(x), self.values(x), state, reset, x.dtype)
+
+    def shares_rows(self, positions: int) -> bool:
+        """Unless its raw gates are not to be kept, or are no function of x."""
+        if self.raw_gates.projection is None or not ROWS.reads(self):
+            return False
+        weight = self.raw_gates.projection.weight
+        size = positions * len(weight) * weight.element_size()
+        return not self.recompute and (self.recompute is False or size <= kernels.KEPT_BYTES)
+
+    def mix_rows(self, rows: Rows, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See `Mixer.mix_rows`."""
+        return self._scan(rows.each(self.raw_gates), rows.each(self.values), state, reset, rows.table.dtype)
+
+    def _scan(
+        self, raw_gates: Tensor, values: Tensor, state: Tensor | None, reset: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Of raw gates and values, (B, T, ...), the outputs in a dtype and the final state."""
         if self.kind == "block":
             values = values.unflatten(2, self.state_shape)
         states, final_state = scan_to_state(
             self.kind,
-            self.raw_gates(x).to(values.dtype),
+            raw_gates.to(values.dtype),
             values,
             state,
             normalization=self.normalization,
@@ -101,12 +119,12 @@ class LinearRecurrence(Mixer):
         )
         if self.kind == "companion":
             states = lagged_states(states, state, reset, self.state_shape[0])
-        return self.output(states.flatten(2).to(x.dtype)), final_state
+        return self.output(states.flatten(2).to(dtype)), final_state
 
     def row_entropy(self, x: Tensor) -> Tensor:
-        """Mean over the rows of gates at x (B, T, D) of -sum_j |p_j| ln |p_j|, in nats: 0 where all are one-hot."""
+        """Mean over a step's rows of gates of -sum_j |p_j| ln |p_j|, in nats: x (B, T, D) to (B, T); 0 if one-hot."""
         weights = normalize(self.raw_gates(x), self.normalization, dim=-2).abs()
-        return -torch.special.xlogy(weights, weights).sum(-2).mean()
+        return -torch.special.xlogy(weights, weights).sum(-2).flatten(2).mean(-1)
 
     @classmethod
     def sharpens(cls, options: Mapping[str, Any]) -> bool:

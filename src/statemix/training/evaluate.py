@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from statemix.backbone import State
+from statemix.model import SequenceModel
 from statemix.tasks import IGNORE_INDEX, Batch, Score
 from statemix.tasks.base import Task
 
@@ -57,7 +58,14 @@ def evaluate(
 
 
 def answer(model: torch.nn.Module, batch: Batch, state: State | None) -> tuple[Tensor, State]:
-    """The model's logits and final state; an autoencoder, which has no use for a state, is given none."""
+    """The model's logits (B, T, V) and final state; an autoencoder, which has no use for a state, is given none.
+
+    Where most tokens are not scored, their logits are zeros, and cost nothing.
+    """
+    scored = batch.targets != IGNORE_INDEX
+    if isinstance(getattr(model, "module", model), SequenceModel) and 2 * int(scored.sum()) <= scored.numel():
+        wanted, state = model(batch.tokens, state, batch.reset, scored)
+        return wanted.new_zeros(*scored.shape, wanted.shape[1]).masked_scatter(scored[..., None], wanted), state
     if state is None and batch.reset is None:
         logits, state = model(batch.tokens)
     else:

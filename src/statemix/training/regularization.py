@@ -2,11 +2,12 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from statemix import fused
 from statemix.mixers import Mixer
 from statemix.model import TokenModel
 from statemix.tasks import IGNORE_INDEX
@@ -95,15 +96,21 @@ def hidden_blocks(model: TokenModel, share: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def row_entropies(model: TokenModel, *, enabled: bool) -> Iterator[list[Tensor]]:
-    """A list that fills, while the model runs, with each layer's mean entropy of its rows of gates at the first tokens.
+    """A list that fills, while the model runs, with each layer's mean entropy of its rows of gates at the first tokens,
+    and at all tokens where they are those of a table.
 
     It is computed within the forward, where a wrapper for many processes has the weights at hand.
     """
     entropies: list[Tensor] = []
 
-    def add(mixer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    @fused.onlooker
+    def add(mixer: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(mixer, Mixer)
-        entropies.append(mixer.row_entropy(inputs[0].flatten(0, 1)[None, :ENTROPY_TOKENS]))
+        x, _, _, rows = (*inputs, None)[:4]
+        if rows is not None:
+            entropies.append(rows.each(lambda table: mixer.row_entropy(table)[..., None]).mean())
+        else:
+            entropies.append(mixer.row_entropy(x.flatten(0, 1)[None, :ENTROPY_TOKENS]).mean())
 
     hooks = [mixer.register_forward_pre_hook(add) for mixer in _with_gate_rows(model)] if enabled else []
     try:
