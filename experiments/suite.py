@@ -26,6 +26,7 @@ from statemix.runs.read import write_table
 from statemix.specs import Spec
 from statemix.verify import verify, write_verdict
 
+MAX_STATES = 1_000_000
 BATCHES = 24  # without an error, for a block to be taken away
 LENGTHS = ("40-256", 1000)
 
@@ -81,7 +82,7 @@ def attempt(setting: Setting, seed: int, number: int, out: Path) -> dict[str, An
 def _verdict(out: Path) -> dict[str, Any]:
     """What the search says of a run."""
     try:
-        verdict = verify(out)
+        verdict = verify(out, max_states=MAX_STATES)
     except ValueError as error:  # rows are still blurred, and the states too many
         return {"outcome": "undecided", "states explored": None, "states of the automaton": None, "why": str(error)}
     write_verdict(verdict, out)

@@ -140,7 +140,7 @@ def test_exact_fits_its_sizes_to_the_task(task, block_size, num_blocks, d_model,
     assert config.test_lengths == ("40-256",)
     assert config.row_entropy == (0.15 if layers == 2 else 0.1)
     assert config.block_dropout == (0.5 if block_size > 2 else 0)
-    assert config.sharpen == 100
+    assert config.sharpen == 1e4
     assert config.task["name"] in PRESETS["exact"]
     assert TrainConfig.from_json(config.to_json()) == config
 

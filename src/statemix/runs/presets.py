@@ -115,7 +115,7 @@ EXACT = TrainConfig(
     batch_size=8,
     eval_every=500,
     eval_sequences=1024,
-    sharpen=100.0,
+    sharpen=1e4,
 )
 PROTOCOLS = {
     name: Protocol(run, None, (run.optimizer.lr,), (run.optimizer.weight_decay,)) for name, run in RUNS.items()
