@@ -11,7 +11,7 @@ import torch
 from model_helpers import CLOSE, MIXERS, D, T, V, assert_same, build, draw, each_mixer
 
 import statemix
-from statemix import SequenceModel
+from statemix import SequenceModel, fused
 from statemix.backbone import Dropout
 
 SHAPES = {"bd_lru": (3, 5), "bd_lru fixed": (3, 5), "h_lru": (3, 5), "observer": (3, 5), "lstm": (2, 7)}
@@ -124,6 +124,163 @@ def test_every_weight_gets_a_gradient(generator, mixer, tied):
 
 
 # ---- sizes
+
+
+# ---- a first layer's gates as a table
+
+
+def gradients(model: SequenceModel, tokens, **options) -> list[torch.Tensor]:
+    """Of all logits and states, weighted at random; the state and logits themselves come first."""
+    model.zero_grad()
+    logits, state = model(tokens, **options)
+    weights = torch.Generator().manual_seed(1)
+    results = [logits, *state]
+    sum((r * torch.randn(r.shape, generator=weights).to(r)).sum() for r in results).backward()
+    return [r.detach() for r in results] + [p.grad.clone() for p in model.parameters()]
+
+
+def by_position(model: SequenceModel, tokens, monkeypatch, **options) -> list[torch.Tensor]:
+    """As `gradients`, of a model that makes no table."""
+    with monkeypatch.context() as patch:
+        patch.setattr("statemix.model.POSITIONS_PER_TOKEN", 10**9)
+        return gradients(model, tokens, **options)
+
+
+@each_mixer
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_a_table_of_gates_changes_nothing(generator, mixer, layers, dtype, monkeypatch):
+    model = build(generator, mixer, dtype=dtype, num_layers=layers)
+    tokens = draw(generator, 5, 20)
+    reset = torch.rand(5, 20, generator=generator) < 0.2
+    assert (model._rows(tokens) is not None) == (mixer not in ("lstm", "bd_lru fixed"))
+    found, wanted = gradients(model, tokens, reset=reset), by_position(model, tokens, monkeypatch, reset=reset)
+    for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        assert (a - b).abs().max() <= 5 * CLOSE[dtype] * b.abs().max(), i
+
+
+def hook_that_halves(module, register: str):
+    """A hook that halves what a module reads, or what it returns."""
+    if register == "register_forward_pre_hook":
+        return module.register_forward_pre_hook(lambda _, inputs: (inputs[0] / 2, *inputs[1:]))
+    return module.register_forward_hook(
+        lambda _, inputs, out: (out[0] / 2, *out[1:]) if isinstance(out, tuple) else out / 2
+    )
+
+
+BETWEEN = [("embedding",), ("layers", 0), ("layers", 0, "mixer_norm"), ("layers", 0, "mixer")]
+BETWEEN += [(*BETWEEN[-1], part) for part in ("raw_gates", "values")]
+
+
+def part_of(model, path):
+    for name in path:
+        model = model[name] if isinstance(name, int) else getattr(model, name)
+    return model
+
+
+@pytest.mark.parametrize("path", BETWEEN, ids=str)
+@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
+def test_what_comes_between_tokens_and_gates_is_obeyed(generator, path, register, monkeypatch):
+    model, tokens = build(generator), draw(generator, 5, 20)
+    if (path, register) == (("embedding",), "register_forward_pre_hook"):
+        model.embedding.register_forward_pre_hook(lambda _, inputs: (inputs[0].flip(1),))
+    else:
+        hook_that_halves(part_of(model, path), register)
+    assert model._rows(tokens) is None
+    undisturbed = build(torch.Generator().manual_seed(0))
+    undisturbed.load_state_dict(model.state_dict())
+    found, wanted = gradients(model, tokens), by_position(model, tokens, monkeypatch)
+    assert all(map(torch.equal, found, wanted))
+    assert not torch.equal(found[0], gradients(undisturbed, tokens)[0])
+
+
+def test_a_hook_that_only_looks_on_is_called(generator):
+    model, tokens, seen = build(generator), draw(generator, 5, 20), []
+    model.layers[0].mixer.register_forward_pre_hook(fused.onlooker(lambda _, inputs: seen.append(inputs)))
+    assert model._rows(tokens) is not None
+    model(tokens)
+    [(x, _, _, rows)] = seen
+    assert torch.allclose(rows.table[rows.tokens], x, rtol=1e-12)
+
+
+class Doubled(SequenceModel):
+    def _embedded(self, tokens):
+        return 2 * super()._embedded(tokens)
+
+
+def no_table(model: SequenceModel, tokens) -> bool:
+    return model._rows(tokens) is None
+
+
+def test_where_a_table_does_not_serve(generator, monkeypatch):
+    model, tokens = build(generator), draw(generator, 5, 20)
+    with torch.no_grad():
+        assert no_table(model, tokens)  # one operator is faster
+    assert no_table(model, tokens[:2])  # fewer positions than four a token
+    assert no_table(build(generator).bfloat16(), tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert no_table(model, tokens)
+    double = Doubled(**build(generator).config)
+    assert no_table(double, tokens)
+    for recompute in (True, None):
+        other = build(generator)
+        other.layers[0].mixer.recompute = recompute
+        assert no_table(other, tokens) == (recompute is True)
+    monkeypatch.setattr("statemix.kernels.KEPT_BYTES", 1000)
+    assert no_table(model, tokens)
+    model.layers[0].mixer.recompute = False
+    assert not no_table(model, tokens)
+    model.recompute = True
+    assert no_table(model, tokens)
+
+
+# ---- logits at some steps alone
+
+
+@each_mixer
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_logits_where_they_are_wanted(generator, mixer, layers, recompute):
+    model = build(generator, mixer, num_layers=layers)
+    model.recompute = recompute
+    tokens, before = draw(generator, 5, 20), model(draw(generator, 5, 2))[1]
+    reset = torch.rand(5, 20, generator=generator) < 0.2
+    for share in (0.0, 0.3, 1.0):
+        where = torch.rand(5, 20, generator=generator) < share
+        model.zero_grad()
+        logits, state = model(tokens, before, reset, where)
+        (logits**2).sum().backward(retain_graph=True)
+        found = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        wanted, wanted_state = model(tokens, before, reset)
+        (wanted[where] ** 2).sum().backward(retain_graph=True)
+        assert logits.shape == (int(where.sum()), V)
+        assert_same(state, wanted_state)
+        if share > 0:
+            assert_same(logits, wanted[where])
+            scale = max(p.grad.abs().max() for p in model.parameters())
+            for a, p in zip(found, model.parameters(), strict=True):
+                assert (a - p.grad).abs().max() <= 1e-13 * scale
+
+
+def test_logits_of_one_step_where_they_are_wanted(generator):
+    model, tokens = build(generator), draw(generator, 3, 1)
+    with torch.no_grad():
+        where = torch.tensor([[True], [False], [True]])
+        assert_same(model(tokens, where=where)[0], model(tokens)[0][[0, 2], 0])
+
+
+BAD_WHERE = [
+    (torch.ones(2, 5), TypeError, "SequenceModel: `where` must be a bool tensor, got torch.float32."),
+    (torch.ones(2, 4, dtype=torch.bool), ValueError, "SequenceModel: `where` must have shape (B, T) = (2, 5), got "),
+    ([[True]], TypeError, "SequenceModel: `where` must be a tensor, got list."),
+]
+
+
+@pytest.mark.parametrize(("where", "error", "text"), BAD_WHERE, ids=lambda v: str(v)[-20:])
+def test_a_bad_where(generator, where, error, text):
+    with pytest.raises(error, match="^" + re.escape(text)):
+        build(generator)(draw(generator, 2, 5), where=where)
 
 
 @pytest.mark.parametrize(("d_model", "mlp_size"), [(128, 352), (768, 2048), (64, 192), (12, 32), (1, 32), (96, 256)])

@@ -7,10 +7,18 @@ import torch
 from run_helpers import Stopped, differing, run, small_config
 
 from statemix import SequenceModel, TrainConfig
-from statemix.tasks import IGNORE_INDEX
+from statemix.tasks import IGNORE_INDEX, Batch
 from statemix.training import regularization
 from statemix.training.config import ModelConfig
-from statemix.training.regularization import dropout_seed, entropy_weight, hidden_blocks, hidden_share, penalty
+from statemix.training.evaluate import answer, cross_entropy
+from statemix.training.regularization import (
+    dropout_seed,
+    entropy_weight,
+    hidden_blocks,
+    hidden_share,
+    penalty,
+    row_entropies,
+)
 
 MIXERS = [
     {"name": "bd_lru", "num_blocks": 40, "block_size": 3},
@@ -134,3 +142,32 @@ def test_the_config_keeps_the_names_of_older_runs():
 def test_bad_values(changes, text):
     with pytest.raises(ValueError, match=f"^TrainConfig: {re.escape(text)}$"):
         TrainConfig(**changes)
+
+
+@pytest.mark.parametrize(("length", "shared"), [(40, True), (5, False)])
+def test_the_entropy_of_a_table_is_that_of_all_its_tokens(length, shared):
+    torch.manual_seed(0)
+    model = SequenceModel(5, 8, 2, {"name": "bd_lru", "num_blocks": 4, "block_size": 2}).double()
+    tokens = torch.randint(5, (3, length))
+    assert (model._rows(tokens) is not None) == shared
+    with row_entropies(model, enabled=True) as entropies:
+        model(tokens)
+    x, wanted = model.embedding(tokens), []
+    for layer in model.layers:
+        wanted.append(layer.mixer.row_entropy(layer.mixer_norm(x)).mean().item())
+        x, _ = layer(x, None, None)
+    assert [entropy.item() for entropy in entropies] == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.8])
+def test_logits_that_are_not_scored_are_zeros_where_most_are_not(share):
+    torch.manual_seed(0)
+    model = SequenceModel(5, 8, 2, {"name": "bd_lru", "num_blocks": 4, "block_size": 2}).double()
+    tokens, scored = torch.randint(5, (3, 40)), torch.rand(3, 40) < share
+    batch = Batch(tokens, torch.where(scored, tokens, IGNORE_INDEX))
+    logits, state = answer(model, batch, None)
+    wanted, wanted_state = model(tokens)
+    assert torch.allclose(logits[scored], wanted[scored], rtol=1e-12)
+    assert bool((logits[~scored] == 0).all()) == (share < 0.5)
+    assert torch.allclose(state[1], wanted_state[1], rtol=1e-12)
+    assert cross_entropy(logits, batch.targets).item() == pytest.approx(cross_entropy(wanted, batch.targets).item())
