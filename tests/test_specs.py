@@ -147,7 +147,7 @@ def test_defaults_are_those_of_the_paper():
     assert complete_mixer({"name": "h_lru", **MIXER_SPECS["h_lru"]})["form"] == "companion"
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "word-problem"])  # which needs a path
 def test_task_specs(name):
     completed = complete_task({"name": name})
     assert json.loads(json.dumps(completed)) == completed

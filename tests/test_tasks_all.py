@@ -34,7 +34,8 @@ from statemix.tasks import (
 from statemix.tasks.base import sequence_hash
 
 X = IGNORE_INDEX
-DRAWN = [name for name in TASKS if name != "text"]  # which is cut by position: test_text.py
+FROM_FILES = ("text", "word-problem")  # test_text.py, test_word_problem.py
+DRAWN = [name for name in TASKS if name not in FROM_FILES]
 each_task = pytest.mark.parametrize("name", DRAWN)
 each_split = pytest.mark.parametrize("split", SPLITS)
 
@@ -58,6 +59,7 @@ def test_the_registry():
         "modular-arithmetic-simple",
         "random-automaton",
         "text",
+        "word-problem",
     ]
     for name, task in TASKS.items():
         assert issubclass(task, Task)

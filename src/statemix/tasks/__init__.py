@@ -15,6 +15,7 @@ from statemix.tasks.random_automaton import RandomAutomaton
 from statemix.tasks.regular import CycleNavigation, EvenPairs, ModularCounting, Parity
 from statemix.tasks.selective_copying import SelectiveCopying
 from statemix.tasks.text import Text
+from statemix.tasks.word_problem import WordProblem
 
 REGISTERED: dict[str, type[Task]] = {
     task.name: task
@@ -34,6 +35,7 @@ REGISTERED: dict[str, type[Task]] = {
         ModularArithmeticSimple,
         RandomAutomaton,
         Text,
+        WordProblem,
     )
 }
 TASKS = Registry("task", Task, REGISTERED)
@@ -78,6 +80,7 @@ __all__ = [
     "Setting",
     "Task",
     "Text",
+    "WordProblem",
     "build_task",
     "complete_task",
     "finite_batch",

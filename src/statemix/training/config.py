@@ -14,7 +14,7 @@ import torch
 
 from statemix import records
 from statemix.mixers import DEFAULT_MIXER, MIXERS, build_mixer, complete_mixer
-from statemix.specs import NotImportedError, modules_of
+from statemix.specs import NotImportedError, modules_of, options
 from statemix.tasks import TASKS, Task, build_task, complete_task
 
 PRECISIONS = ("no", "bf16", "fp16")
@@ -307,10 +307,10 @@ class TrainConfig:
             fields = content[part] if part else content
             if fields[key] == default:
                 del fields[key]
-        defaults = complete_task({"name": self.task["name"]})
-        for option in TASKS[self.task["name"]].later:
-            if content["task"][option] == defaults[option]:
-                del content["task"][option]
+        task = TASKS[self.task["name"]]
+        for option in options(task):
+            if option.name in task.later and content["task"][option.name] == option.default:
+                del content["task"][option.name]
         return json.dumps(content, indent=2) + "\n"
 
     @classmethod
