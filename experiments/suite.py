@@ -44,7 +44,7 @@ SUITE = {
     "parity": Setting({"name": "parity"}, 3_000),
     "even-pairs": Setting({"name": "even-pairs"}, 3_000),
     "cycle-navigation": Setting({"name": "cycle-navigation"}, 3_000),
-    "modular-arithmetic": Setting({"name": "modular-arithmetic-simple"}, 10_000, 1_500, (0.9, 0.999)),
+    "modular-arithmetic": Setting({"name": "modular-arithmetic-simple"}, 12_000, betas=(0.9, 0.999)),
     "s5-8": Setting({"name": "permutation", "generators": 8}, 5_000),
     "s5-32": Setting({"name": "permutation"}, 5_000),
     "a5-12": Setting({"name": "permutation", "group": "A5", "generators": 12}, 5_000),

@@ -236,6 +236,13 @@ def test_pruning_takes_away_all_that_is_not_needed_of_many_states_first(more_sta
     assert prune(model, [batch]) == [[], []]
 
 
+def test_what_was_silenced_is_not_named_again():
+    batch = Batch(torch.tensor([[1, 2, 1]]), torch.tensor([[0, X, X]]))
+    model = Blockwise(0)
+    silence(model, [[3, 4], [7]])  # a part of block 3 each, and of block 0
+    assert prune(model, [batch]) == [[0, 1, 6, 7], [0, 1, 3, 4, 6]]
+
+
 def test_nothing_is_pruned_of_a_model_that_errs():
     batch = Batch(torch.tensor([[1, 2, 1]]), torch.tensor([[0, X, X]]))
     assert prune(Blockwise(0), [batch, batch._replace(targets=torch.tensor([[0, 1, X]]))]) == [[], []]

@@ -36,10 +36,11 @@ def prune(model: TokenModel, batches: Sequence[Batch]) -> Silenced:
         return silenced
     for layer, states in enumerate(_states(model, batches[0])):
         seen = model.mixers[layer].output.weight
-        for columns in _candidates(states):
-            before = seen[:, columns].clone()
-            if not before.any():  # silenced before, or with its block
+        for candidates in _candidates(states):
+            columns = [column for column in candidates if seen[:, column].any()]
+            if not columns:  # silenced before, or with their block
                 continue
+            before = seen[:, columns].clone()
             seen[:, columns] = 0
             if _is_exact(model, batches):
                 silenced[layer] += columns
