@@ -140,6 +140,8 @@ def test_exact_fits_its_sizes_to_the_task(task, block_size, num_blocks, d_model,
     assert config.test_lengths == ("40-256",)
     assert config.row_entropy == (0.15 if layers == 2 else 0.1)
     assert config.block_dropout == (0.5 if block_size > 2 else 0)
+    assert config.optimizer.betas == ((0.9, 0.999) if layers == 2 else (0.9, 0.95))
+    assert config.steps == (12_000 if layers == 2 else 5_000 if task["name"] == "permutation" else 3_000)
     assert config.sharpen == 1e4
     assert config.task["name"] in PRESETS["exact"]
     assert TrainConfig.from_json(config.to_json()) == config
@@ -148,7 +150,8 @@ def test_exact_fits_its_sizes_to_the_task(task, block_size, num_blocks, d_model,
 def test_exact_takes_from_the_recipe_what_a_mixer_can_have():
     own, lstm = preset_config("exact", "parity"), preset_config("exact", "parity", {"name": "lstm", "hidden_size": 8})
     assert (lstm.row_entropy, lstm.block_dropout, lstm.sharpen) == (0, 0, None)
-    same = {"row_entropy": own.row_entropy, "block_dropout": own.block_dropout, "sharpen": own.sharpen}
+    assert (own.curriculum.prune, lstm.curriculum.prune) == (24, None)
+    same = {name: getattr(own, name) for name in ("row_entropy", "block_dropout", "sharpen", "curriculum")}
     assert dataclasses.replace(lstm, mixer=own.mixer, **same) == own
     tanh = preset_config("exact", "parity", {**own.mixer, "normalization": "tanh"})
     assert (tanh.row_entropy, tanh.sharpen) == (own.row_entropy, None)

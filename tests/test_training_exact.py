@@ -110,6 +110,15 @@ def test_a_row_entropy_by_hand():
     assert signed.row_entropy(torch.randn(1, 5, 4)).mean().item() == pytest.approx(by_hand)
 
 
+@pytest.mark.parametrize("normalization", ["softmax", "sigmoid", "relu", "tanh"])
+def test_a_row_entropy_of_weights_that_are_zero_has_a_gradient(normalization):
+    layer = BDLRU(4, num_blocks=3, block_size=2, normalization=normalization)
+    with torch.no_grad():
+        layer.raw_gates.projection.weight.mul_(1e4)
+    layer.row_entropy(torch.randn(1, 5, 4)).mean().backward()
+    assert layer.raw_gates.projection.weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("selective", [True, False])
 def test_sharpened_rows_are_powers(selective):
     torch.manual_seed(0)

@@ -86,7 +86,7 @@ class Layer(nn.Module):
         if rows is None:
             mixed, state = self.mixer(self.mixer_norm(x), state, reset)
         else:
-            mixed, state = self.mixer(self.mixer_norm(x), state, reset, Rows(self.mixer_norm(rows.table), rows.tokens))
+            mixed, state = self.mixer(self.mixer_norm(x), state, reset, Rows(self.mixer_norm(rows.table), rows.places))
         x = x + self.dropout(mixed)
         if where is not None:
             x = x[where][None]

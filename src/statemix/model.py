@@ -73,16 +73,14 @@ class TokenModel(Stack):
         Where a word has more tokens than there are, what the first mixer makes of a token is made once for each, and
         not at every step: its raw gates are most of its work, and become a table.
         """
-        table, first = self.embedding.weight, self._all_layers()[0]
         trained = tokens.is_cpu and torch.is_grad_enabled() and not self.recompute and not fused.transformed()
-        if (
-            not trained
-            or type(self)._embedded is not TokenModel._embedded
-            or tokens.numel() < POSITIONS_PER_TOKEN * len(table)
-        ):
+        if not trained or type(self)._embedded is not TokenModel._embedded:
             return None
         plain = fused.EMBEDDING.plainly_called(self.embedding) and fused.EMBEDDING.reads(self.embedding)
-        return Rows(table, tokens) if plain and first.shares_rows(tokens.numel()) else None
+        if not plain or not self._all_layers()[0].shares_rows(tokens.numel()):
+            return None
+        used, places = tokens.unique(return_inverse=True)
+        return Rows(self.embedding(used), places) if tokens.numel() >= POSITIONS_PER_TOKEN * len(used) else None
 
     def _check(self, tokens: Tensor, state: Sequence[Tensor] | None) -> None:
         name = type(self).__name__

@@ -10,15 +10,15 @@ from statemix.gates import check_dense, check_floats
 
 
 class Rows(NamedTuple):
-    """What x (B, T, D) is made of where few of its rows differ: x = table[tokens], of (V, D) and (B, T)."""
+    """What x (B, T, D) is made of where few of its rows differ: x = table[places], of (V, D) and (B, T)."""
 
     table: Tensor
-    tokens: Tensor
+    places: Tensor
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """function(x) (B, T, ...), of a function that has a row of x alone for each of its own: done once a row."""
         made = function(self.table[None])[0]
-        return nn.functional.embedding(self.tokens, made.flatten(1)).unflatten(2, made.shape[1:])
+        return nn.functional.embedding(self.places, made.flatten(1)).unflatten(2, made.shape[1:])
 
 
 class Mixer(nn.Module):
@@ -148,7 +148,7 @@ class Mixer(nn.Module):
         return False
 
     def mix_rows(self, rows: Rows, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`mix` of x = table[tokens], where what is made of a row alone is made once for each row of the table."""
+        """`mix` of x = table[places], where what is made of a row alone is made once for each row of the table."""
         raise NotImplementedError
 
     def row_entropy(self, x: Tensor) -> Tensor:

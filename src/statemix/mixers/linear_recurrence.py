@@ -124,7 +124,9 @@ class LinearRecurrence(Mixer):
     def row_entropy(self, x: Tensor) -> Tensor:
         """Mean over a step's rows of gates of -sum_j |p_j| ln |p_j|, in nats: x (B, T, D) to (B, T); 0 if one-hot."""
         weights = normalize(self.raw_gates(x), self.normalization, dim=-2).abs()
-        return -torch.special.xlogy(weights, weights).sum(-2).flatten(2).mean(-1)
+        # the slope of w ln w is infinite where a weight is zero in floating point
+        logarithms = weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
+        return -(weights * logarithms).sum(-2).flatten(2).mean(-1)
 
     @classmethod
     def sharpens(cls, options: Mapping[str, Any]) -> bool:
