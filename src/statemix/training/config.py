@@ -108,9 +108,9 @@ class CurriculumConfig:
         rights: a wrong word is let go when it has been right more often than this.
         quiet: training ends after so many batches in a row, at the last length, without an error. None: after `steps`.
         prune: at that end blocks, and components of blocks, are taken away for good, without which there is no error
-            on so many new batches, those with the most different states first; and training goes on until `quiet`
-            batches in a row are right once more and nothing more can be taken away. None: nothing is. Of a mixer with
-            rows of gates alone.
+            on so many new batches, half of them of validation, those with the most different states first. Training
+            then goes on until `quiet` batches in a row are right once more and nothing more goes. None: nothing is.
+            Of a mixer with rows of gates alone.
     """
 
     first: int | None = None

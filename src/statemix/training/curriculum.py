@@ -96,14 +96,14 @@ class Curriculum:
             found.append(self._task(longest))
         return found
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, split: str = "train") -> Batch:
         """The batch of a step: `batch_size` rows of words, in each of which the last word is cut where the row ends."""
         size, rows = self.options.row, self.config.batch_size
         tokens = np.zeros((rows, size), dtype=np.int64)
         targets = np.full((rows, size), IGNORE_INDEX, dtype=np.int64)
         reset = np.zeros((rows, size), dtype=bool)
         self._batch, self._numbers = [], np.zeros((rows, size), dtype=np.int64)
-        words = self._words(step)
+        words = self._words(step, split)
         for row in range(rows):
             begin = 0
             while begin < size:
@@ -130,10 +130,14 @@ class Curriculum:
             self.longest, self.accuracy = self._longer(self.longest), 0.0
 
     def prune(self, model: TokenModel, step: int) -> None:
-        """Silence what the model can do without, on batches of this step's own; if there is any, batches count anew."""
+        """Silence what the model can do without, on batches of this step's own; if there is any, batches count anew.
+
+        Every other batch is of the words for validation: short words that were never trained on are few.
+        """
         assert self.options.prune is not None
         device, first = next(model.parameters()).device, PRUNING * self.config.steps + step * self.options.prune
-        batches = [self.batch(first + number) for number in range(self.options.prune)]
+        splits = itertools.cycle(("train", "valid"))
+        batches = [self.batch(first + i, split) for i, split in zip(range(self.options.prune), splits, strict=False)]
         here = [Batch._make(None if part is None else part.to(device) for part in batch) for batch in batches]
         before = self.silenced or [[] for _ in model.mixers]
         found = prune(model, here)
@@ -178,20 +182,20 @@ class Curriculum:
                 if self.wrong[word] > self.options.rights:
                     del self.wrong[word]
 
-    def _words(self, step: int) -> Iterator[Word]:
+    def _words(self, step: int, split: str) -> Iterator[Word]:
         """Words of a step without end: new ones, and of those that were wrong a share."""
         rng = np.random.default_rng([*seed_words(self.config.seed, step), 10])  # sets it apart from other streams
-        again, fresh = list(self.wrong), self._fresh(step)
+        again, fresh = list(self.wrong), self._fresh(step, split)
         while True:
             repeats = again and rng.random() < self.options.again
             yield again[rng.integers(len(again))] if repeats else next(fresh)
 
-    def _fresh(self, step: int) -> Iterator[Word]:
-        """Words of the training stream, by about as many at a time as a batch takes."""
+    def _fresh(self, step: int, split: str) -> Iterator[Word]:
+        """Words of a split, by about as many at a time as a batch takes."""
         task, config = self._task(self.longest), self.config
         count = config.batch_size * (2 + 2 * self.options.row // (self._shortest + task.length))
         for block in itertools.count():
-            sample = task.sample("train", count, seed=config.seed, index=step + block * config.steps)
+            sample = task.sample(split, count, seed=config.seed, index=step + block * config.steps)
             sizes = (sample.tokens.numpy() != task.pad).sum(1).tolist()
             for tokens, targets, size in zip(sample.tokens.tolist(), sample.targets.tolist(), sizes, strict=True):
                 yield Word(tuple(tokens[:size]), tuple(targets[:size]))
