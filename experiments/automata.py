@@ -14,6 +14,7 @@ What a first layer says may choose the gates of a second, and cascades of permut
 """
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,16 +24,17 @@ from statemix import TrainConfig, records
 from statemix.mixers.linear_recurrence import LinearRecurrence
 from statemix.model import SequenceModel
 from statemix.report.tables import align
+from statemix.runs.presets import EXACT
 from statemix.runs.read import Row, Run, find_runs, write_table
 from statemix.sizing import measure, solve
 from statemix.specs import Spec
 from statemix.tasks import build_task
-from statemix.training.config import ModelConfig, OptimizerConfig
+from statemix.training.config import ModelConfig
 from statemix.verify import VERDICT_FILE, explore, write_verdict
 
 STATES, DRAWS = (4, 8, 16, 32), {"quick": 20, "full": 50}
 RIVAL_STATES = {"quick": (4, 8), "full": STATES}  # a rival as large as the larger ones takes minutes a run
-D_MODEL, NUM_BLOCKS, SHARPER = 64, 16, 100.0
+D_MODEL, NUM_BLOCKS, STEPS = 64, 16, 2_000
 # rivals have as many parameters as the BD-LRU of the same automaton
 RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
     "PD-SSM": ("pd_ssm", {}),
@@ -44,8 +46,12 @@ RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def recipe(states: int, number: int, mixer: Spec, *, one_hot: bool) -> TrainConfig:
-    """How one automaton is learned. `one_hot`: with what the recipe has for rows of gates."""
-    return TrainConfig(
+    """How one automaton is learned: by the recipe of "exact", from labels at every symbol.
+
+    `one_hot`: with what the recipe has for rows of gates.
+    """
+    return dataclasses.replace(
+        EXACT,
         task={
             "name": "random-automaton",
             "num_states": states,
@@ -56,13 +62,12 @@ def recipe(states: int, number: int, mixer: Spec, *, one_hot: bool) -> TrainConf
         },
         mixer=dict(mixer),
         model=ModelConfig(d_model=D_MODEL, num_layers=2, mlp_size=128),
-        optimizer=OptimizerConfig(lr=6e-3),
-        train_lengths=(4, 10, 20, 40, 40, 40),
+        curriculum=EXACT.curriculum if one_hot else dataclasses.replace(EXACT.curriculum, prune=None),
         row_entropy=0.1 if one_hot else 0.0,
         block_dropout=0.5 if one_hot else 0.0,
-        steps=1000,
-        batch_size=64,
-        eval_every=100,
+        sharpen=EXACT.sharpen if one_hot else None,
+        steps=STEPS,
+        eval_every=STEPS // 5,
         eval_sequences=256,
         test_lengths=(40, 256),
         seed=number,
@@ -92,7 +97,7 @@ def verified(run: Run) -> Row:
         model = SequenceModel.load(run.folder / f"step-{run.summary['best_step']}")
         for mixer in model.mixers:
             if isinstance(mixer, LinearRecurrence):
-                mixer.sharpen(SHARPER)
+                mixer.sharpen(EXACT.sharpen or 1)
         write_verdict(explore(model, build_task(run.config.task).automaton()), run.folder)
     found = records.read(path, {"outcome": str, "states": int}, "automata")
     return {
