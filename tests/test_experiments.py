@@ -5,9 +5,11 @@ import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from matplotlib.figure import Figure
+from test_verify import solved_model
 
 from statemix import TrainConfig, train
 from statemix.runs.read import find_runs
@@ -105,6 +107,39 @@ def test_an_automaton_is_verified_once(tmp_path):
     assert written.read_text() == kept
     assert automata["table"]([row, again])[1:] == [["bd_lru", "4", "2", "1", "0.50 (0.09-0.91)", "1", "0", "0"]]
     assert automata["wilson"](0, 20) == (0, pytest.approx(0.161, abs=1e-3))
+
+
+def test_the_suite_tries_until_a_model_is_verified(tmp_path, monkeypatch):
+    """With models that are made and not trained: the first errs, the second is right at every length."""
+    suite, made = runpy.run_path(str(EXPERIMENTS / "suite.py"), run_name="suite"), []
+
+    def write(config: TrainConfig, out: Path):
+        made.append(config.seed)
+        checkpoint = out / "step-1"
+        checkpoint.mkdir(parents=True)
+        (out / "config.json").write_text(replace(config, sharpen=2.0).to_json())
+        solved_model(3, rows={(4, 2): 2} if len(made) == 1 else None).save(checkpoint)
+        scores = {"40": {"token_accuracy": 0.5}}
+        return SimpleNamespace(summary={"steps": 1, "test": scores, "sharpened": scores})
+
+    names = suite["solve"].__globals__
+    monkeypatch.setitem(names, "train", write)
+    monkeypatch.setitem(names, "find_checkpoint", lambda out, owner: out / "step-1")
+    monkeypatch.setattr("statemix.verify.find_checkpoint", lambda out, owner: out / "step-1")
+    wrong_prefixes = suite["wrong_prefixes"]
+    monkeypatch.setitem(names, "wrong_prefixes", lambda out, length: (str(out)[-6:], length))
+    monkeypatch.setitem(names, "LENGTHS", (40,))
+    monkeypatch.setitem(names, "SUITE", {"s3": {"name": "permutation", "group": "S3", "start": True}})
+    monkeypatch.setitem(names, "preset_config", lambda preset, task: TrainConfig(task=task))
+    found = suite["solve"]("s3", 2, 5, tmp_path)
+    assert made == [2, 1002]
+    assert (found["try"], found["outcome"], found["states explored"]) == (1, "equal", 7)
+    assert found["wrong prefixes"] == ("s3-2-1", 10**6 + 1)
+    assert wrong_prefixes(tmp_path / "s3-2-0", 1001) > wrong_prefixes(tmp_path / "s3-2-1", 1001) == 0
+    assert suite["solve"]("s3", 2, 5, tmp_path) == found | {"wrong prefixes": list(found["wrong prefixes"])}
+    assert made == [2, 1002]  # nothing was tried again
+    head, row = suite["table"]([found])
+    assert dict(zip(head, row, strict=True))["verified for all lengths"] == "1 of 1"
 
 
 def test_every_measured_picture_has_the_samples_it_is_drawn_from():
