@@ -123,6 +123,15 @@ def test_lengths_stay_where_answers_are_wrong():
     assert 0 < right < scored
 
 
+@pytest.mark.parametrize(("accuracy", "longest"), [(0.95, 3), (0.951, 9)])
+def test_a_validation_leads_to_the_last_length(accuracy, longest):
+    learner = curriculum(first=3)
+    learner.judge(accuracy)
+    assert learner.longest == longest
+    learner.observe(*[learner.batch(0).targets] * 2)
+    assert learner.quiet == (longest == 9)
+
+
 # ---- wrong words
 
 

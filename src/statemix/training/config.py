@@ -101,6 +101,7 @@ class CurriculumConfig:
             no curriculum, and what follows is left at its defaults.
         growth: factor by which the longest length grows, above 1, by 1 at least, up to the task's `seq_len`.
         accuracy: running token accuracy above which it grows, in (0, 1): a mean that forgets a tenth with each batch.
+            Where a validation, which is of the last length and hides no block, is above it, it goes there at once.
         row: tokens in a row of a batch, which is filled with words; the state is zero before each, and the last one is
             cut. A step has `batch_size` rows.
         again: share of the words of a batch, in [0, 1), that are of those which were wrong at the last length.

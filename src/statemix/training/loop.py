@@ -343,6 +343,8 @@ class Training:
         if penalised < self.best_loss or self._is_learned():
             self.best_loss, self.best_step = penalised, self.step
         self.is_accurate = self._is_accurate(line)
+        if self.curriculum is not None:
+            self.curriculum.judge(valid["token_accuracy"])
         self._append(line)
         return line
 
