@@ -16,7 +16,7 @@ from statemix.tasks.base import in_split
 from statemix.training.config import CurriculumConfig, ModelConfig, OptimizerConfig
 from statemix.training.curriculum import Curriculum
 from statemix.training.evaluate import evaluate
-from statemix.training.pruning import blocks_left, prune, silence
+from statemix.training.pruning import blocks_left, prune, silence, without_silent_blocks
 from statemix.training.regularization import Strengths, strengths
 
 X = IGNORE_INDEX
@@ -255,6 +255,48 @@ def test_what_was_silenced_is_not_named_again():
 def test_nothing_is_pruned_of_a_model_that_errs():
     batch = Batch(torch.tensor([[1, 2, 1]]), torch.tensor([[0, X, X]]))
     assert prune(Blockwise(0), [batch, batch._replace(targets=torch.tensor([[0, 1, X]]))]) == [[], []]
+
+
+SMALLER = [
+    {"name": "bd_lru", "num_blocks": 6, "block_size": 3},
+    {"name": "bd_lru", "num_blocks": 6, "block_size": 3, "selective": False},
+    {"name": "h_lru", "num_channels": 6, "order": 3},
+    {"name": "h_lru", "num_channels": 6, "order": 3, "form": "observer"},
+]
+
+
+@pytest.mark.parametrize("mixer", SMALLER, ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_without_its_silent_blocks_says_the_same(mixer, tied, tmp_path):
+    model = SequenceModel(5, 12, 2, mixer, tied_embedding=tied).double()
+    for layer, dead in zip(model.mixers, ([0, 2, 3], [1, 5]), strict=True):
+        read_out(layer).data[:, :, dead] = 0
+    small = without_silent_blocks(model)
+    assert [layer.state_shape[1] for layer in small.mixers] == [4, 4]
+    assert small.num_parameters() < model.num_parameters()
+    tokens = torch.randint(5, (3, 30))
+    logits, state = model(tokens)
+    said, held = small(tokens)
+    assert torch.allclose(said, logits, rtol=1e-12, atol=1e-13)
+    assert torch.allclose(held[1], state[1][:, :, [0, 2, 3, 4]], rtol=1e-12)
+    small.save(tmp_path)
+    assert torch.equal(SequenceModel.load(tmp_path)(tokens)[0], said)
+    assert without_silent_blocks(small).num_parameters() == small.num_parameters()
+
+
+def read_out(mixer):
+    """The weight of a read-out as (D, M or 1, N)."""
+    return mixer.output.weight.unflatten(1, (-1, mixer.state_shape[1]))
+
+
+def test_no_blocks_to_leave_out():
+    with pytest.raises(
+        ValueError, match=r"^without_silent_blocks: `model` must have a mixer of .* got 'lstm'.$"
+    ):
+        without_silent_blocks(SequenceModel(5, 12, 1, {"name": "lstm", "hidden_size": 4}))
+    dead = SequenceModel(5, 12, 1, {"name": "bd_lru", "num_blocks": 6, "block_size": 3})
+    silence(dead, [list(range(18))])
+    assert without_silent_blocks(dead).mixers[0].state_shape == (3, 1)
 
 
 # ---- runs

@@ -1,4 +1,4 @@
-"""What a model can do without: blocks, and components of blocks, found on fresh batches and silenced for good."""
+"""What a model can do without: blocks, and components of blocks, found on new batches, silenced, and left out."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from statemix.mixers import Mixer
-from statemix.model import TokenModel
+from statemix.mixers.linear_recurrence import LinearRecurrence
+from statemix.model import SequenceModel, TokenModel
 from statemix.tasks import IGNORE_INDEX, Batch
 from statemix.training.evaluate import answer
 
@@ -92,3 +93,33 @@ def _is_exact(model: TokenModel, batches: Sequence[Batch]) -> bool:
         if not bool(((predictions == batch.targets) | (batch.targets == IGNORE_INDEX)).all()):
             return False
     return True
+
+
+@torch.no_grad()
+def without_silent_blocks(model: SequenceModel) -> SequenceModel:
+    """The model with as few blocks as its layers need, which gives the same answers, to the rounding of sums.
+
+    Blocks that a read-out has no weight for are left out; a layer that needs fewer than another keeps some of them.
+
+    Raises:
+        ValueError: the mixer is none of blocks or channels of a linear recurrence.
+    """
+    mixers = model.mixers
+    if not all(isinstance(mixer, LinearRecurrence) for mixer in mixers):
+        name = model.config["mixer"]["name"]
+        raise ValueError(f"without_silent_blocks: `model` must have a mixer of bd_lru or h_lru, got {name!r}.")
+    blocks = mixers[0].state_shape[1]
+    heard = [(mixer.output.weight != 0).any(0).view(-1, blocks).any(0) for mixer in mixers]
+    count = max(1, max(int(layer.sum()) for layer in heard))
+    config = model.config | {"mixer": model.config["mixer"] | {type(mixers[0]).width_option: count}}
+    kept = [layer.int().argsort(descending=True, stable=True)[:count].sort().values for layer in heard]
+    small = SequenceModel(**config).to(model.head.weight.dtype)
+    weights = model.state_dict()
+    for name, weight in small.state_dict().items():
+        old = weights[name]
+        for axis in range(old.ndim):
+            if old.shape[axis] != weight.shape[axis]:  # it ends with the blocks: (..., N)
+                own = kept[int(name.split(".")[1])].to(old.device)
+                old = old.unflatten(axis, (-1, blocks)).index_select(axis + 1, own).flatten(axis, axis + 1)
+        weight.copy_(old)
+    return small.train(model.training)
