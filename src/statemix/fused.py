@@ -125,10 +125,11 @@ class Part:
         other.engine, other._allows, other.arrange = engine, allows, arrange
         return other
 
-    def without(self, name: str) -> "Part":
+    def without(self, name: str, allows: Callable[[Any], bool]) -> "Part":
         """The same modules but for a part of them, for what is computed of the others alone."""
         other = copy.copy(self)
         other._parts = {each: part for each, part in self._parts.items() if each != name}
+        other._allows = allows
         return other
 
     def plainly_called(self, module: nn.Module) -> bool:

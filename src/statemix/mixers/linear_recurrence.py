@@ -43,10 +43,14 @@ def _recurrence_step(mixer: "LinearRecurrence", weights: tuple[Tensor, ...]) -> 
     return kernels.LayerStep(cast(kernels.Weights, weights), mixer.state_shape, mixer.normalization, mixer.kind)
 
 
+def _allowed_on_cpu(mixer: "LinearRecurrence") -> bool:
+    return mixer.backend in ("auto", "cpu") and mixer.state_shape[0] <= kernels.MAX_ORDER and not mixer.one_hot
+
+
 def _allowed_on_gpu(mixer: "LinearRecurrence") -> bool:
     from statemix.scan.gpu import MAX_ORDER  # when it is first asked for
 
-    return mixer.backend in ("auto", "gpu") and mixer.state_shape[0] <= MAX_ORDER
+    return mixer.backend in ("auto", "gpu") and mixer.state_shape[0] <= MAX_ORDER and not mixer.one_hot
 
 
 RECURRENCE = fused.Part(
@@ -55,13 +59,24 @@ RECURRENCE = fused.Part(
         "values": fused.LINEAR,
         "output": fused.LINEAR,
     },
-    settings=["normalization", "kind", "backend", "state_shape"],
-    allows=lambda mixer: mixer.backend in ("auto", "cpu") and mixer.state_shape[0] <= kernels.MAX_ORDER,
+    settings=["normalization", "kind", "backend", "state_shape", "one_hot"],
+    allows=_allowed_on_cpu,
     calls=["forward", "mix"],
     arrange=_recurrence_step,
 )
-ROWS = RECURRENCE.without("output")
+ROWS = RECURRENCE.without("output", allows=lambda mixer: True)  # its raw gates and values, by whatever engine
 RECURRENCE_ON_GPU = RECURRENCE.on(fused.GPU, allows=_allowed_on_gpu, arrange=lambda mixer, weights: weights)
+
+
+def one_hot_rows(weights: Tensor) -> Tensor:
+    """Rows (..., M + 1, N) in which the largest weight is 1 or -1 and the others are 0, with the gradient of `weights`.
+
+    It is what sharpened gates come to, and can be trained: a straight-through estimate (Bengio et al. 2013, arXiv
+    1308.3432).
+    """
+    largest = weights.abs().argmax(-2, keepdim=True)
+    rows = torch.zeros_like(weights).scatter(-2, largest, weights.detach().gather(-2, largest).sign())
+    return rows + (weights - weights.detach())
 
 
 class LinearRecurrence(Mixer):
@@ -73,6 +88,7 @@ class LinearRecurrence(Mixer):
     """
 
     has_gate_rows = True
+    one_hot: bool  # True: `forward` takes the largest weight of each row for all of it, see `one_hot_rows`
     kind: str  # of the scan: block, companion or observer
     normalization: str
     backend: str
@@ -88,7 +104,7 @@ class LinearRecurrence(Mixer):
         # below, packing the weights for the fused products takes longer than the products
         if x.shape[0] * x.shape[1] >= 32 and (fused_results := self._fused_mix(x, state, reset)) is not None:
             return fused_results
-        return self._scan(self.raw_gates(x), self.values(x), state, reset, x.dtype)
+        return self._scan(self._gates(x), self.values(x), state, reset, x.dtype)
 
     def shares_rows(self, positions: int) -> bool:
         """Unless its raw gates are not to be kept, or are no function of x."""
@@ -100,20 +116,25 @@ class LinearRecurrence(Mixer):
 
     def mix_rows(self, rows: Rows, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `Mixer.mix_rows`."""
-        return self._scan(rows.each(self.raw_gates), rows.each(self.values), state, reset, rows.table.dtype)
+        return self._scan(rows.each(self._gates), rows.each(self.values), state, reset, rows.table.dtype)
+
+    def _gates(self, x: Tensor) -> Tensor:
+        """Raw gates; with `one_hot` the weights themselves."""
+        raw_gates: Tensor = self.raw_gates(x)
+        return one_hot_rows(normalize(raw_gates, self.normalization, dim=-2)) if self.one_hot else raw_gates
 
     def _scan(
-        self, raw_gates: Tensor, values: Tensor, state: Tensor | None, reset: Tensor | None, dtype: torch.dtype
+        self, gates: Tensor, values: Tensor, state: Tensor | None, reset: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Of raw gates and values, (B, T, ...), the outputs in a dtype and the final state."""
+        """Of `_gates` and values, (B, T, ...), the outputs in a dtype and the final state."""
         if self.kind == "block":
             values = values.unflatten(2, self.state_shape)
         states, final_state = scan_to_state(
             self.kind,
-            raw_gates.to(values.dtype),
+            gates.to(values.dtype),
             values,
             state,
-            normalization=self.normalization,
+            normalization="none" if self.one_hot else self.normalization,
             reset=reset,
             backend=self.backend,
         )

@@ -108,10 +108,11 @@ class CurriculumConfig:
         kept: the number of wrong words that are kept for that, at least 1; the oldest give way.
         rights: a wrong word is let go when it has been right more often than this.
         quiet: training ends after so many batches in a row, at the last length, without an error. None: after `steps`.
-        prune: at that end blocks, and components of blocks, are taken away for good, without which there is no error
-            on so many new batches, half of them of validation, those with the most different states first. Training
-            then goes on until `quiet` batches in a row are right once more and nothing more goes. None: nothing is.
-            Of a mixer with rows of gates alone.
+        prune: after a third of those batches, blocks and components of blocks are taken away for good without which
+            there is no error on so many new batches, half of them of validation, those with the most different states
+            first. From then on rows of gates are one-hot (`one_hot_rows`), batches count anew, and more is taken away
+            on the way, until `quiet` in a row are right and nothing more goes. None: nothing is taken away. Of a mixer
+            with rows of gates alone.
     """
 
     first: int | None = None

@@ -18,7 +18,7 @@ from statemix.training.config import TrainConfig
 from statemix.training.pruning import Silenced, prune
 
 MEMORY = 0.9  # of the running accuracy, for one batch
-ROUNDS = 5  # of pruning, on the way to a second end
+FIRST_PRUNING, ROUNDS = 1 / 3, 5  # when it comes, as a part of the batches of the end; and how often until then
 PRUNING = 1000  # times the steps of a run: the index of the first batch for it, which no training has
 
 # the form of a curriculum's state in a checkpoint, see records.py
@@ -82,11 +82,18 @@ class Curriculum:
         return self.is_quiet and (self.options.prune is None or self.silenced is not None)
 
     @property
+    def is_one_hot(self) -> bool:
+        """Whether rows of gates are: from the first pruning on."""
+        return self.silenced is not None
+
+    @property
     def is_pruned(self) -> bool:
-        """Whether it is time to prune: at the end, and some times before it once that was reached."""
+        """Whether it is time to prune: first at a part of the way to the end, then in rounds, and at the end."""
         if self.options.prune is None or self.options.quiet is None or not self.quiet:
             return False
-        return self.is_quiet or (self.silenced is not None and self.quiet % (self.options.quiet // ROUNDS + 1) == 0)
+        if self.silenced is None:
+            return self.quiet >= self.options.quiet * FIRST_PRUNING
+        return self.is_quiet or self.quiet % (self.options.quiet // ROUNDS + 1) == 0
 
     def tasks(self) -> list[Task]:
         """The task at every range of lengths from here on."""
@@ -149,7 +156,7 @@ class Curriculum:
         here = [Batch._make(None if part is None else part.to(device) for part in batch) for batch in batches]
         before = self.silenced or [[] for _ in model.mixers]
         found = prune(model, here)
-        if any(found):
+        if any(found) or self.silenced is None:
             self.quiet = 0
         self.silenced = [sorted(old + new) for old, new in zip(before, found, strict=True)]
 

@@ -41,7 +41,7 @@ from statemix.training.optimizer import learning_rate, make_optimizer, set_learn
 from statemix.training.processes import all_rows, make_accelerator, own_rows, prepare, whole, whole_model
 from statemix.training.progress import Bar, Stopwatch
 from statemix.training.pruning import blocks_left, silence
-from statemix.training.regularization import penalty, regularized, row_entropies, strengths
+from statemix.training.regularization import one_hot_gates, penalty, regularized, row_entropies, strengths
 
 RESUME = ("auto", "best", "never")
 
@@ -272,7 +272,8 @@ class Training:
             learner.observe(all_rows(accelerator, predictions), batch.targets.to(predictions.device))
             silence(self.model, learner.silenced or [])
             if learner.is_pruned:
-                learner.prune(self.model, self.step)
+                with one_hot_gates(self.model, enabled=learner.is_one_hot):
+                    learner.prune(self.model, self.step)
         return Outcome(loss, predictions, own.targets, grad_norm)
 
     def _add_gradients(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from statemix import fused
 from statemix.mixers import Mixer
+from statemix.mixers.linear_recurrence import LinearRecurrence
 from statemix.model import TokenModel
 from statemix.tasks import IGNORE_INDEX
 from statemix.training.config import TrainConfig
@@ -28,16 +29,19 @@ def hidden_share(config: TrainConfig, step: int) -> float:
 
 
 class Strengths(NamedTuple):
-    """Of a training step: the share of the blocks that are hidden, and the weight of the rows' entropy."""
+    """Of a training step: the share of hidden blocks, the weight of the rows' entropy, and whether rows are one-hot."""
 
     hidden: float
     entropy: float
+    one_hot: bool = False
 
 
 def strengths(config: TrainConfig, step: int, curriculum: Curriculum | None) -> Strengths:
     """Those of a step: by halves of training, or by where the curriculum is."""
     if curriculum is None:
         return Strengths(hidden_share(config, step), entropy_weight(config, step))
+    if curriculum.is_one_hot:
+        return Strengths(0.0, 0.0, one_hot=True)
     return Strengths(0.0 if curriculum.at_last else config.block_dropout, config.row_entropy)
 
 
@@ -49,6 +53,7 @@ def regularized(
     with (
         row_entropies(model, enabled=strong.entropy > 0) as entropies,
         hidden_blocks(model, strong.hidden),
+        one_hot_gates(model, enabled=strong.one_hot),
         dropout_seed(config, step, process),
     ):
         yield entropies
@@ -92,6 +97,19 @@ def hidden_blocks(model: TokenModel, share: float) -> Iterator[None]:
     finally:
         for handle in hooks:
             handle.remove()
+
+
+@contextlib.contextmanager
+def one_hot_gates(model: TokenModel, *, enabled: bool) -> Iterator[None]:
+    """While the model runs, each row of its gates is one-hot, and learns as if it were not: see `one_hot_rows`."""
+    mixers = [mixer for mixer in model.mixers if isinstance(mixer, LinearRecurrence)] if enabled else []
+    for mixer in mixers:
+        mixer.one_hot = True
+    try:
+        yield
+    finally:
+        for mixer in mixers:
+            mixer.one_hot = False
 
 
 @contextlib.contextmanager
