@@ -17,7 +17,7 @@ from statemix.training.config import CurriculumConfig, ModelConfig, OptimizerCon
 from statemix.training.curriculum import Curriculum
 from statemix.training.evaluate import evaluate
 from statemix.training.pruning import blocks_left, prune, silence, without_silent_blocks
-from statemix.training.regularization import Strengths, strengths
+from statemix.training.regularization import Strengths, regularized, strengths
 
 X = IGNORE_INDEX
 WORDS = {"name": "permutation", "group": "S3", "seq_len": 9, "min_len": 2, "start": True, "scored": "last"}
@@ -384,6 +384,27 @@ def test_a_run_is_pruned_at_its_end_and_goes_on(pruned):
     read = (model.mixers[0].output.weight != 0).any(0).view(3, 6)
     assert int((~read).sum()) == silenced
     assert result.summary["blocks"] == [int(read.any(0).sum())]
+
+
+def test_rows_are_one_hot_from_the_first_pruning_on(pruned, tmp_path, monkeypatch):
+    """What a step runs with, by the lines of the run itself."""
+    config, result = pruned
+    seen = []
+
+    def note(model, config, strong, *others):
+        seen.append(strong)
+        return regularized(model, config, strong, *others)
+
+    monkeypatch.setattr("statemix.training.loop.regularized", note)
+    run(tmp_path / "run", config)
+    first = next(i for i, strong in enumerate(seen) if strong.one_hot)
+    assert all(strong == (0, 0, True) for strong in seen[first:])
+    assert not any(strong.one_hot for strong in seen[:first])
+    assert len(seen) - first >= 12
+    lines = [line["step"] for line in result.metrics if "silenced" in line]
+    assert first - 1 < lines[0] <= first + 5
+    # what was trained is what the test of sharpened gates reads
+    assert result.summary["sharpened"]["12"]["token_accuracy"] == 1
 
 
 def test_a_pruned_run_that_was_stopped_ends_as_one_that_was_not(pruned, tmp_path):

@@ -8,10 +8,12 @@ import torch
 from run_helpers import Stopped, differing, run, small_config
 
 from statemix import BDLRU, HLRU, SequenceModel, TrainConfig
+from statemix.mixers.linear_recurrence import one_hot_rows
 from statemix.model import load_model
 from statemix.tasks import IGNORE_INDEX, PermutationComposition
 from statemix.tasks.permutation import group_table
 from statemix.training.config import ModelConfig, OptimizerConfig
+from statemix.training.regularization import one_hot_gates
 
 START = {"name": "permutation", "group": "S3", "seq_len": 5, "start": True}
 
@@ -215,3 +217,45 @@ def test_the_recipe_is_exact_far_beyond_its_lengths(tmp_path):
         test_lengths=(1024,),
     )
     assert run(tmp_path / "run", config).summary["test"]["1024"]["sequence_accuracy"] == 1
+
+
+ONE_HOT = [
+    {"name": "bd_lru", "num_blocks": 4, "block_size": 3},
+    {"name": "bd_lru", "num_blocks": 4, "block_size": 3, "selective": False},
+    {"name": "h_lru", "num_channels": 4, "order": 3},
+    {"name": "h_lru", "num_channels": 4, "order": 3, "form": "observer"},
+]
+
+
+@pytest.mark.parametrize("length", [5, 40])  # of the longer ones the first layer's gates are a table
+@pytest.mark.parametrize("mixer", ONE_HOT, ids=str)
+def test_one_hot_gates_are_what_sharpened_ones_come_to(mixer, length):
+    torch.manual_seed(0)
+    model = SequenceModel(5, 8, 2, mixer).double()
+    tokens, state = torch.randint(5, (3, length)), None
+    before = model(tokens)[0]
+    with one_hot_gates(model, enabled=True):
+        trained = model(tokens)[0]
+        with torch.no_grad():
+            steps = []
+            for t in range(length):
+                logits, state = model.step(tokens[:, t], state)
+                steps.append(logits)
+            assert torch.allclose(torch.stack(steps, 1), trained, rtol=1e-10, atol=1e-12)
+            assert torch.allclose(model(tokens)[0], trained, rtol=1e-10, atol=1e-12)
+    assert torch.allclose(model(tokens)[0], before, rtol=1e-12, atol=1e-13)
+    for layer in model.mixers:
+        layer.sharpen(1e9)
+    assert torch.allclose(model(tokens)[0], trained, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(before, trained, rtol=1e-3)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_one_hot_rows_have_the_gradient_of_all_weights(signed):
+    weights = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.2, -0.7 if signed else 0.7], [0.0, 0.0, 0.0]])[..., None]
+    weights.requires_grad_()
+    rows = one_hot_rows(weights)
+    assert rows[..., 0].tolist() == [[0, 1, 0], [0, 0, -1 if signed else 1], [0, 0, 0]]
+    scale = torch.arange(9.0).view(3, 3, 1)
+    (rows * scale).sum().backward()
+    assert torch.equal(weights.grad, scale)
