@@ -185,22 +185,31 @@ def test_components_that_no_answer_depends_on_have_no_states(sources, read, stat
     assert (verdict.outcome, verdict.states) == ("equal", states)
 
 
-def second_block(model: SequenceModel, rows: dict[tuple[int, int], int], read) -> None:
+def second_block(model: SequenceModel, rows: dict[tuple[int, int], int], read, gap: float = ONE_HOT) -> None:
     """Give the second of two blocks other rows, {(token, i): source}, and values that tell the tokens apart."""
     mixer = model.layers[0].mixer
     with torch.no_grad():
         gates = mixer.raw_gates.projection.weight.view(3, 4, 2, -1)
         gates[:, :, 1] = 0
         for (token, i), source in rows.items():
-            gates[i, source, 1, token] = ONE_HOT
+            gates[i, source, 1, token] = gap
         mixer.values.weight.view(3, 2, -1)[:, 1] = torch.arange(10.0)
         seen = mixer.output.weight.view(-1, 3, 2)
         seen[:, :, 1] = 0
         seen[0, read, 1] = 1
 
 
+@pytest.mark.parametrize(("gap", "states"), [(60.0, 1 + 1 + 6 + 36 + 6 * 216), (200.0, 1 + 1 + 6 * 6)])
+def test_what_a_row_may_copy_counts(gap, states):
+    """Where a raw gate is 60 below the largest, its weight is no zero: all that the block holds is kept apart."""
+    model = solved_model(3, 2)
+    second_block(model, {(token, i): source for token in range(7) for i, source in SHIFT.items()}, (0,), gap)
+    assert explore(model, task(3).automaton()).states == states
+
+
+@pytest.mark.parametrize("gap", [ONE_HOT, 1.0])  # the smaller one takes something from each component
 @pytest.mark.parametrize("seed", range(12))
-def test_what_is_left_out_changes_no_verdict(seed):
+def test_what_is_left_out_changes_no_verdict(seed, gap):
     """A block of any rows, read in part, by a head that errs by it: as if all of it were read, by next to nothing."""
     draw = np.random.default_rng(seed)
     rows = {(token, i): int(draw.integers(4)) for token in range(7) for i in range(3)}
@@ -208,12 +217,12 @@ def test_what_is_left_out_changes_no_verdict(seed):
     verdicts = []
     for least in (0.0, 1e-35):
         model = solved_model(3, 2)
-        second_block(model, rows, read)
+        second_block(model, rows, read, gap)
         with torch.no_grad():
             unread = [i for i in range(3) if i not in read]
             model.layers[0].mixer.output.weight.view(-1, 3, 2)[0, unread, 1] = least
-            model.head.weight[seed % 6, 0] = 0.5  # what is read of it speaks for a label
-        verdicts.append(explore(model, task(3).automaton()))
+            model.head.weight[seed % 6, 0] = 0.5 ** (seed % 7)  # what is read of it speaks for a label, more or less
+        verdicts.append(explore(model, task(3).automaton(), max_states=2_000))
     part, whole = verdicts
     assert (part.outcome, part.wrong) == (whole.outcome, whole.wrong)
     assert part.states <= whole.states
