@@ -199,12 +199,13 @@ def second_block(model: SequenceModel, rows: dict[tuple[int, int], int], read, g
         seen[0, read, 1] = 1
 
 
-@pytest.mark.parametrize(("gap", "states"), [(60.0, 1 + 1 + 6 + 36 + 6 * 216), (200.0, 1 + 1 + 6 * 6)])
-def test_what_a_row_may_copy_counts(gap, states):
+@pytest.mark.parametrize("gap", [60.0, 200.0])
+def test_what_a_row_may_copy_counts(gap):
     """Where a raw gate is 60 below the largest, its weight is no zero: all that the block holds is kept apart."""
     model = solved_model(3, 2)
     second_block(model, {(token, i): source for token in range(7) for i, source in SHIFT.items()}, (0,), gap)
-    assert explore(model, task(3).automaton()).states == states
+    only_the_last_token = 1 + 1 + 6 * 6
+    assert (explore(model, task(3).automaton()).states == only_the_last_token) == (gap > ZERO_WEIGHT)
 
 
 @pytest.mark.parametrize("gap", [ONE_HOT, 1.0])  # the smaller one takes something from each component
