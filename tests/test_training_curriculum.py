@@ -365,7 +365,9 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(finished, tmp_path, sto
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory):
-    config = packed_config(curriculum=dataclasses.replace(packed_config().curriculum, prune=3), mixer=WIDE)
+    config = packed_config(
+        curriculum=dataclasses.replace(packed_config().curriculum, prune=3, prune_after=8), mixer=WIDE
+    )
     return config, run(tmp_path_factory.mktemp("pruned") / "run", config)
 
 
@@ -398,7 +400,7 @@ def test_rows_are_one_hot_from_the_first_pruning_on(pruned, tmp_path, monkeypatc
     monkeypatch.setattr("statemix.training.loop.regularized", note)
     run(tmp_path / "run", config)
     first = next(i for i, strong in enumerate(seen) if strong.one_hot)
-    assert all(strong == (0, 0, True) for strong in seen[first:])
+    assert all(strong == (0, config.row_entropy, True) for strong in seen[first:])
     assert not any(strong.one_hot for strong in seen[:first])
     assert len(seen) - first >= 12
     lines = [line["step"] for line in result.metrics if "silenced" in line]

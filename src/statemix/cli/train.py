@@ -78,7 +78,7 @@ Args:{config_help.split("Raises:")[0]}
         own = given["mixer"] if mixer != base.mixer["name"] else None
         given = _parse(arguments, preset_config(preset, given["task"], own), task, mixer, description)
     out, resume = given.pop("out"), given.pop("resume")
-    if preset is not None:  # its epochs are of the training set that was asked for
+    if preset is not None and PROTOCOLS[preset].epochs is not None:  # of the training set that was asked for
         written = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
         steps, eval_every = preset_steps(preset, given["train_sequences"], given["batch_size"])
         given |= {} if "--steps" in written else {"steps": steps}

@@ -19,15 +19,15 @@ embedding and head, 10^10 tokens. The text is the user's own (`--task.source`), 
 which has fewer than 50,280 tokens of a short one, and how often it validates, on how much.
 
 "exact" is the recipe for regular languages and groups, from labels at the end of words alone: a start token, words of
-one token first and of 40 at last, a penalty on rows of gates that are not one-hot, wrong words again. When 250 batches
+one token first and of 40 at last, a penalty on rows of gates that are not one-hot, wrong words again. When 500 batches
 in a row had no error, all is taken away without which 24 batches have none, so that `statemix verify` meets few states;
-then rows are made one-hot, and it goes on until 750 batches in a row had no error. Its sizes follow from the task. M is
-the number of points that a token moves: 2 for bits, k for a cycle of k; of S_n, A_n and arithmetic modulo n it is n +
-1, with one point to spare. A product of groups needs that of its largest factor. N is 16 and D 64; for a group, of
-which many products are to be told apart, twice as much. One layer follows what is a group; arithmetic takes two: one
-for the product at hand, the next for the sum of these, a larger weight of the penalty, 0.15 in place of 0.1, slower
-averages of the optimizer, more steps, and twice as many batches without an error. Half of the blocks are hidden before
-the last length, but of bits none: with half of its blocks of two a model is often wrong, and its words grow no longer.
+then rows are made one-hot, and it goes on until 500 more in a row had none. Its sizes follow from the task. M is the
+number of points that a token moves: 2 for bits, k for a cycle of k; of S_n, A_n and arithmetic modulo n it is n + 1,
+with one point to spare. A product of groups needs that of its largest factor. N is 16 and D 64; for a group, of which
+many products are to be told apart, twice as much. One layer follows what is a group; arithmetic takes two: one for the
+product at hand, the next for the sum of these, a larger weight of the penalty, 0.15 in place of 0.1, slower averages of
+the optimizer, more steps, and an end after 1,500. Half of the blocks are hidden before the last length, but of bits
+none: with half of its blocks of two a model is often wrong, and its words grow no longer.
 
 "exact-s3", "exact-s4" and "exact-s5" are runs too: state tracking that stays exact far beyond the trained length, by a
 start token, short lengths first, and a penalty on rows of gates that are not one-hot; S5 also by hiding half of the
@@ -112,7 +112,7 @@ RUNS = {name: dataclasses.replace(LANGUAGE, mixer=dict(mixer)) for name, mixer i
 EXACT = TrainConfig(
     task=settings("exact", "permutation")[0].task,
     optimizer=OptimizerConfig(lr=6e-3, final_lr=3e-4, warmup=0.0, weight_decay=0.0, schedule="linear"),
-    curriculum=CurriculumConfig(first=1, quiet=750, prune=24),
+    curriculum=CurriculumConfig(first=1, quiet=500, prune=24),
     batch_size=8,
     eval_every=500,
     eval_sequences=1024,
@@ -138,7 +138,7 @@ class Fit(NamedTuple):
     block_dropout: float = 0.5
     steps: int = 5_000
     betas: tuple[float, float] = (0.9, 0.95)
-    quiet: int = 750
+    quiet: int = 500
 
 
 def exact_fit(task: Task) -> Fit:

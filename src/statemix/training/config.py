@@ -108,11 +108,12 @@ class CurriculumConfig:
         kept: the number of wrong words that are kept for that, at least 1; the oldest give way.
         rights: a wrong word is let go when it has been right more often than this.
         quiet: training ends after so many batches in a row, at the last length, without an error. None: after `steps`.
-        prune: after a third of those batches, blocks and components of blocks are taken away for good without which
-            there is no error on so many new batches, half of them of validation, those with the most different states
-            first. From then on rows of gates are one-hot (`one_hot_rows`), batches count anew, and more is taken away
-            on the way, until `quiet` in a row are right and nothing more goes. None: nothing is taken away. Of a mixer
-            with rows of gates alone.
+        prune: after `prune_after` of those batches, blocks and components of blocks are taken away for good without
+            which there is no error on so many new batches, half of them of validation, those with the most different
+            states first. From then on rows of gates are one-hot (`one_hot_rows`), batches count anew, and more is taken
+            away on the way, until `quiet` in a row are right and nothing more goes. None: nothing is taken away. Of a
+            mixer with rows of gates alone.
+        prune_after: batches in a row, at the last length, without an error.
     """
 
     first: int | None = None
@@ -124,10 +125,11 @@ class CurriculumConfig:
     rights: int = 30
     quiet: int | None = None
     prune: int | None = None
+    prune_after: int = 500
 
     def __post_init__(self) -> None:
         _check_types(self, "curriculum.")
-        for name in ("first", "row", "kept", "rights", "quiet", "prune"):
+        for name in ("first", "row", "kept", "rights", "quiet", "prune", "prune_after"):
             number = getattr(self, name)
             _require(f"curriculum.{name}", number, number is None or number >= 1, "at least 1")
         _require("curriculum.growth", self.growth, 1 < self.growth < math.inf, "above 1 and finite")

@@ -18,7 +18,7 @@ from statemix.training.config import TrainConfig
 from statemix.training.pruning import Silenced, prune
 
 MEMORY = 0.9  # of the running accuracy, for one batch
-FIRST_PRUNING, ROUNDS = 1 / 3, 5  # when it comes, as a part of the batches of the end; and how often until then
+ROUNDS = 5  # of pruning, on the way to the end
 PRUNING = 1000  # times the steps of a run: the index of the first batch for it, which no training has
 
 # the form of a curriculum's state in a checkpoint, see records.py
@@ -88,11 +88,11 @@ class Curriculum:
 
     @property
     def is_pruned(self) -> bool:
-        """Whether it is time to prune: first at a part of the way to the end, then in rounds, and at the end."""
+        """Whether it is time to prune: once, then in rounds, and at the end."""
         if self.options.prune is None or self.options.quiet is None or not self.quiet:
             return False
         if self.silenced is None:
-            return self.quiet >= self.options.quiet * FIRST_PRUNING
+            return self.quiet >= self.options.prune_after
         return self.is_quiet or self.quiet % (self.options.quiet // ROUNDS + 1) == 0
 
     def tasks(self) -> list[Task]:

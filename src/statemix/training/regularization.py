@@ -41,7 +41,7 @@ def strengths(config: TrainConfig, step: int, curriculum: Curriculum | None) -> 
     if curriculum is None:
         return Strengths(hidden_share(config, step), entropy_weight(config, step))
     if curriculum.is_one_hot:
-        return Strengths(0.0, 0.0, one_hot=True)
+        return Strengths(0.0, config.row_entropy, one_hot=True)
     return Strengths(0.0 if curriculum.at_last else config.block_dropout, config.row_entropy)
 
 
