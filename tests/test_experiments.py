@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from matplotlib.figure import Figure
-from test_verify import solved_model
+from model_helpers import solved_model
 
 from statemix import TrainConfig, train
 from statemix.runs.read import find_runs

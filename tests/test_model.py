@@ -11,8 +11,9 @@ import torch
 from model_helpers import CLOSE, MIXERS, D, T, V, assert_same, build, draw, each_mixer
 
 import statemix
-from statemix import SequenceModel, fused
+from statemix import SequenceModel
 from statemix.backbone import Dropout
+from statemix.mixers.base import onlooker
 
 SHAPES = {"bd_lru": (3, 5), "bd_lru fixed": (3, 5), "h_lru": (3, 5), "observer": (3, 5), "lstm": (2, 7)}
 
@@ -207,7 +208,7 @@ def test_what_comes_between_tokens_and_gates_is_obeyed(generator, path, register
 
 def test_a_hook_that_only_looks_on_is_called(generator):
     model, tokens, seen = build(generator), draw(generator, 5, 20), []
-    model.layers[0].mixer.register_forward_pre_hook(fused.onlooker(lambda _, inputs: seen.append(inputs)))
+    model.layers[0].mixer.register_forward_pre_hook(onlooker(lambda _, inputs: seen.append(inputs)))
     assert model._rows(tokens) is not None
     model(tokens)
     [(x, _, _, rows)] = seen

@@ -1,6 +1,5 @@
 """verify.py: models that are right by construction, the same with one fault, and what a search may not claim."""
 
-import itertools
 import json
 import re
 from pathlib import Path
@@ -9,61 +8,13 @@ import numpy as np
 import pytest
 import torch
 from automata.fa.dfa import DFA
+from model_helpers import ONE_HOT, natural, solved_model
 
 from statemix import BDLRU, SequenceModel, TrainConfig, block_scan, cli
 from statemix.analysis import NONE, Automaton
 from statemix.model import MODEL
 from statemix.tasks import PermutationComposition
 from statemix.verify import WRONG_STATES, ZERO_IN_FLOAT64, ZERO_WEIGHT, WrongWord, explore, verify, write_verdict
-
-ONE_HOT = 1000.0  # raw gates that far above the others
-
-
-def natural(n: int) -> list[tuple[int, ...]]:
-    """The elements of S_n in the order of their numbers."""
-    return list(itertools.permutations(range(n)))
-
-
-def solved_model(n: int, blocks: int = 1, layers: int = 1, *, gap: float = ONE_HOT, rows: dict | None = None):
-    """A model that follows S_n behind a start token, written down: h_t[i] = h_{t-1}[x_t[i]], h_0 = (1, ..., n).
-
-    So h_t[i] = p[i] + 1 for the product p of all tokens, and of all permutations q it is p for which
-    sum_i h_t[i] (q[i] + 1) is largest. A second layer remembers the last token, for which the head has no weight.
-
-    Args:
-        n: of S_n.
-        blocks: all alike.
-        layers: 1 or 2.
-        gap: of the largest raw gate of a row above the others.
-        rows: {(token, i): source} in place of x_t[i]; n is the input.
-    """
-    elements = natural(n)
-    tokens = len(elements) + 1
-    mixer = {"name": "bd_lru", "num_blocks": blocks, "block_size": n}
-    model = SequenceModel(tokens, tokens + n, layers, mixer, mlp_size=1).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        for layer in model.layers:
-            layer.mixer_norm.weight.fill_((tokens + n) ** -0.5)
-            layer.mlp_norm.weight.fill_(1)
-        model.norm.weight.fill_(1)
-        model.embedding.weight[:, :tokens] = torch.eye(tokens)
-        first = model.layers[0].mixer
-        gates = first.raw_gates.projection.weight.view(n, n + 1, blocks, -1)
-        for token in range(tokens):
-            for i in range(n):
-                source = elements[token][i] if token < len(elements) else n
-                gates[i, (rows or {}).get((token, i), source), :, token] = gap
-        first.values.weight.view(n, blocks, -1)[:, :, tokens - 1] = torch.arange(1.0, n + 1)[:, None]
-        first.output.weight.view(-1, n, blocks)[tokens:] = torch.eye(n)[:, :, None] / blocks
-        model.head.weight[: len(elements), tokens:] = torch.tensor(elements) + 1.0
-        if layers == 2:
-            second = model.layers[1].mixer
-            second.raw_gates.projection.bias.view(n, n + 1, blocks)[:, n] = ONE_HOT
-            second.values.weight.view(n, blocks, -1)[0, 0, :tokens] = torch.arange(1.0, tokens + 1)
-            second.output.weight[0, 0] = 1
-    return model
 
 
 def task(n: int) -> PermutationComposition:

@@ -38,7 +38,6 @@ CALLS = (nn.Module, "__call__"), (nn.Module, "_call_impl")
 KEPT = "_fused"  # a module's attribute
 
 Class = TypeVar("Class", bound=type[nn.Module])
-Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 _global_hooks = tuple(getattr(of_all_modules, f"_global{name}") for name in HOOKS)
 _module_calls = nn.Module.__call__, nn.Module._call_impl
@@ -274,14 +273,8 @@ class Watch:
         return type(None), ()
 
 
-def onlooker(hook: Hook) -> Hook:
-    """Mark a hook that changes nothing of a call, neither what goes in nor what comes out; a decorator."""
-    vars(hook)["looks_on"] = True
-    return hook
-
-
 def unchanged_by_hooks(module: nn.Module) -> bool:
-    """Whether all hooks of a module, if there are any, are onlookers."""
+    """Whether all hooks of a module, if there are any, are onlookers (mixers/base.py)."""
     return all(getattr(hook, "looks_on", False) for name in HOOKS for hook in vars(module)[name].values())
 
 

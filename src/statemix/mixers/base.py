@@ -1,12 +1,20 @@
 """What every sequence mixer is: one call for a sequence, one for a step, and a state of fixed size."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from statemix.gates import check_dense, check_floats
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+
+def onlooker(hook: Hook) -> Hook:
+    """Mark a hook that changes nothing of a call, neither what goes in nor what comes out; a decorator."""
+    vars(hook)["looks_on"] = True
+    return hook
 
 
 class Rows(NamedTuple):

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from statemix.mixers import Mixer
-from statemix.mixers.linear_recurrence import LinearRecurrence
 from statemix.model import SequenceModel, TokenModel
 from statemix.tasks import IGNORE_INDEX, Batch
 from statemix.training.evaluate import answer
@@ -102,12 +101,12 @@ def without_silent_blocks(model: SequenceModel) -> SequenceModel:
     Blocks that a read-out has no weight for are left out; a layer that needs fewer than another keeps some of them.
 
     Raises:
-        ValueError: the mixer is none of blocks or channels of a linear recurrence.
+        ValueError: the mixer has no rows of gates.
     """
     mixers = model.mixers
-    if not all(isinstance(mixer, LinearRecurrence) for mixer in mixers):
+    if not all(mixer.has_gate_rows for mixer in mixers):
         name = model.config["mixer"]["name"]
-        raise ValueError(f"without_silent_blocks: `model` must have a mixer of bd_lru or h_lru, got {name!r}.")
+        raise ValueError(f"without_silent_blocks: `model` must have a mixer with rows of gates, got {name!r}.")
     blocks = mixers[0].state_shape[1]
     heard = [(mixer.output.weight != 0).any(0).view(-1, blocks).any(0) for mixer in mixers]
     count = max(1, max(int(layer.sum()) for layer in heard))

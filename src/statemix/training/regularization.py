@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from statemix import fused
 from statemix.mixers import Mixer
+from statemix.mixers.base import onlooker
 from statemix.mixers.linear_recurrence import LinearRecurrence
 from statemix.model import TokenModel
 from statemix.tasks import IGNORE_INDEX
@@ -121,7 +121,7 @@ def row_entropies(model: TokenModel, *, enabled: bool) -> Iterator[list[Tensor]]
     """
     entropies: list[Tensor] = []
 
-    @fused.onlooker
+    @onlooker
     def add(mixer: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(mixer, Mixer)
         x, _, _, rows = (*inputs, None)[:4]
