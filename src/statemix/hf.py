@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from statemix.backbone import State
-from statemix.generate import find_checkpoint
 from statemix.model import SequenceModel
 from statemix.text.tokenizer import BPE, Characters, Tokenizer
+from statemix.training.checkpoint import find_checkpoint
 
 try:
     import tokenizers
