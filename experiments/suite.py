@@ -24,13 +24,12 @@ import torch
 from statemix import SequenceModel, TrainConfig, train
 from statemix.analysis import NONE
 from statemix.files import write_whole
-from statemix.generate import find_checkpoint
 from statemix.report.tables import align
 from statemix.runs.presets import preset_config
 from statemix.runs.read import write_table
 from statemix.specs import Spec
 from statemix.tasks import build_task
-from statemix.training.checkpoint import CONFIG_FILE
+from statemix.training.checkpoint import CONFIG_FILE, find_checkpoint
 from statemix.verify import verify, write_verdict
 
 LENGTHS = ("40-256", 1000)

@@ -57,7 +57,13 @@ CELLS = [
     Cell("larger vocabulary", "test_what_a_checkpoint_lacks_is_drawn_as_the_constructor_does"),
     Cell("saved and opened elsewhere", "test_a_folder_opens_where_statemix_hf_was_never_imported"),
     Cell("assisted", "test_assisted_generation_is_refused", "refused"),
-    Cell("hidden states, unknown keywords", "test_what_is_not_served_is_refused", "refused"),
+    Cell("base model", "test_the_base_model_is_the_layers_alone"),
+    Cell("classification", "test_a_row_is_classified_by_its_last_token"),
+    Cell("embeddings as input", "test_embeddings_give_what_their_tokens_give"),
+    Cell("hidden states", "test_hidden_states_are_what_the_layers_read_and_make"),
+    Cell("gradient checkpointing", "test_checkpointed_gradients_are_the_same_and_need_less"),
+    Cell("LoRA's default targets", "test_low_rank_adapters_are_in_every_mixer_without_being_told"),
+    Cell("unknown keywords", "test_what_is_not_served_is_refused", "refused"),
 ]
 
 

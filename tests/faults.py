@@ -228,6 +228,30 @@ FAULTS = (
     ),
     # ---- training
     Fault(
+        name="a tracker is told again what it has been told",
+        file="src/statemix/training/listeners.py",
+        old='if self._lines > self._given["lines"]:',
+        new="if self._lines > len(self._earlier):",
+        tests="tests/test_training_listeners.py",
+        select="no_line_twice",
+    ),
+    Fault(
+        name="a checkpoint at the end of a shorter run is one of the longer run",
+        file="src/statemix/training/checkpoint.py",
+        old='if step <= part["step"]), steps)',
+        new='if step < part["step"]), steps)',
+        tests="tests/test_training_lineage.py",
+        select="schedule_changed",
+    ),
+    Fault(
+        name="a classifier reads the last position, be it padding",
+        file="src/statemix/hf.py",
+        old="last = (real * torch.arange(1, steps + 1, device=real.device)).argmax(1)",
+        new="pass",
+        tests="tests/test_hf.py",
+        select="classified_by_its_last",
+    ),
+    Fault(
         name="the pointer moves before its files are complete",
         file="src/statemix/training/checkpoint.py",
         old="""\

@@ -47,7 +47,7 @@ class Stopped(Exception):
     """Ends a run before it has begun the step asked for."""
 
 
-def run(out: Path, config: TrainConfig, resume: str = "auto", stop_before: int | None = None):
+def run(out: Path, config: TrainConfig, resume: str = "auto", stop_before: int | None = None, **options):
     """train() on one thread, with a stand-in for the picture, which takes longer than all the rest."""
     sample = PermutationComposition.sample
 
@@ -63,7 +63,7 @@ def run(out: Path, config: TrainConfig, resume: str = "auto", stop_before: int |
     ):
         torch.set_num_threads(1)
         try:
-            return train(config, out, resume=resume, progress=False)
+            return train(config, out, resume=resume, **{"progress": False} | options)
         finally:
             torch.set_num_threads(threads)
 

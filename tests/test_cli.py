@@ -70,6 +70,9 @@ def call(capsys, *arguments: str) -> tuple[int, str, str]:
     return status, captured.out, captured.err
 
 
+HOW = ["--tracker", "--init-from", "--lengthen"]
+
+
 def flags() -> list[str]:
     names = []
     for field in dataclasses.fields(TrainConfig):
@@ -87,7 +90,7 @@ def test_help_names_every_field_option_and_name(capsys):
     assert len(flags()) == 43
     options = [f"--task.{name}" for name in ("group", "seq-len", "generators")]
     options += [f"--mixer.{name}" for name in ("num-blocks", "block-size", "normalization", "selective", "backend")]
-    for flag in [*flags(), *options, "--config", "--preset", "--out", "--resume"]:
+    for flag in [*flags(), *options, "--config", "--preset", "--out", "--resume", *HOW]:
         assert re.search(rf"{re.escape(flag)}[ ,]", text), flag
     for name in (*MIXERS, *TASKS, *PRESETS):
         assert name in plain(text), name
@@ -113,7 +116,7 @@ def test_the_short_help_is_one_screen_with_every_option(capsys):
     assert (status, errors) == (0, "")
     assert len(text.splitlines()) <= 40
     assert max(map(len, text.splitlines())) <= 80
-    for flag in [*flags(), "--task.seq-len", "--out", "--resume", "--config", "--preset", "--text", "--help-all"]:
+    for flag in [*flags(), *HOW, "--task.seq-len", "--out", "--resume", "--config", "--preset", "--text", "--help-all"]:
         path, _, last = flag.removeprefix("--").rpartition(".")
         assert re.search(rf"--{path + '.' if path else ''}(no-)?{last}\b", text), flag
     for default in ("--steps 600", "--optimizer.betas 0.9 0.95", "--no-carry", "--mixer.hidden-size (required)"):
@@ -283,13 +286,16 @@ EVERY_FLAG = """--task=permutation --task.group A4xZ5 --task.seq-len 6 --task.ge
     --mixed-precision bf16 --accumulate 3 --row-entropy 0.5 --block-dropout 0.25"""
 
 
+THERE = "--resume=never --tracker wandb --init-from other --lengthen"
+
+
 def test_every_flag_sets_its_field(capsys):
     given = mock.Mock(return_value=mock.Mock(summary={"best_step": 0}))
     with (
         mock.patch("statemix.cli.train.train", given),
         mock.patch.multiple("statemix.cli.train", read_run=mock.Mock(), print_tables=mock.Mock()),
     ):
-        assert call(capsys, "train", *EVERY_FLAG.split(), "--out", "there", "--resume=never")[0] == 0
+        assert call(capsys, "train", *EVERY_FLAG.split(), "--out", "there", *THERE.split())[0] == 0
     given.assert_called_once()
     assert given.call_args.args == (
         TrainConfig(
@@ -322,7 +328,8 @@ def test_every_flag_sets_its_field(capsys):
         ),
         "there",
     )
-    assert given.call_args.kwargs == {"resume": "never"}
+    how = {"resume": "never", "tracker": "wandb", "init_from": "other", "lengthen": True}
+    assert given.call_args.kwargs == how
     # the first is of text, the others not with --train-sequences
     others = {flag for flag in flags() if flag.startswith("--curriculum.")} | {
         "--carry",
@@ -428,9 +435,8 @@ def test_the_same_command_goes_on_and_then_returns_the_result(capsys):
 
     status, _, errors = call(capsys, "train", *SMALL, "--steps", "5", "--out", "run")
     assert status == 2
-    assert re.search(
-        r"checkpoint 'run/step-4' was made with steps=4, the config asks for 5\. Use --resume=never", errors
-    )
+    longer = "Use --lengthen if it has ended, --resume=never"
+    assert f"checkpoint 'run/step-4' was made with steps=4, the config asks for 5. {longer}" in errors
     assert call(capsys, "train", *SMALL, "--steps", "5", "--out", "run", "--resume", "never")[0] == 0
     assert config_of("run").steps == 5
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from helpers import TOLERANCE, relative_error
+from mixer_helpers import SPECS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -39,16 +40,26 @@ def quiet():
     torch.set_num_threads(before)
 
 
-def make_model(mixer: str = "block", tied: bool = False, vocab_size: int = 11) -> hf.StatemixForCausalLM:
+def make_model(
+    mixer: str = "block",
+    tied: bool = False,
+    vocab_size: int = 11,
+    kind: type[hf.StatemixPreTrainedModel] = hf.StatemixForCausalLM,
+    **options,
+):
     torch.manual_seed(0)
-    config = hf.StatemixConfig(vocab_size, 20, 2, MIXERS[mixer], tie_word_embeddings=tied)
-    model = hf.StatemixForCausalLM(config).eval()
+    config = hf.StatemixConfig(vocab_size, 20, 2, MIXERS[mixer], tie_word_embeddings=tied, **options)
+    model = kind(config).eval()
     with torch.no_grad():
         for mixer_of_layer in model.model.mixers:  # or the newest token would decide alone
             mixer_of_layer.output.weight.mul_(10)
-        if not tied:
+        if kind is hf.StatemixForCausalLM and not tied:
             model.model.head.weight.mul_(2)
     return model
+
+
+KINDS = [hf.StatemixModel, hf.StatemixForCausalLM, hf.StatemixForSequenceClassification]
+each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def padded(rows: list[list[int]], side: str) -> dict[str, Tensor]:
@@ -225,9 +236,25 @@ TOKENS = torch.tensor([PROMPTS[0]])
 UPWARDS = torch.arange(5)[None]
 REFUSED = {
     "a misspelt name": ({"past_key_value": None}, TypeError, r"`past_key_value` is not an argument of `forward`\.$"),
-    "embeddings": ({"inputs_embeds": torch.zeros(1, 5, 20)}, TypeError, "`inputs_embeds` is not an argument"),
+    "both inputs": ({"inputs_embeds": torch.zeros(1, 5, 20)}, ValueError, "one of `input_ids` and .*, got both"),
+    "no input": ({"input_ids": None}, ValueError, "one of `input_ids` and `inputs_embeds` must be given, got none"),
+    "narrow": (
+        {"input_ids": None, "inputs_embeds": torch.zeros(1, 5, 19)},
+        ValueError,
+        r"`inputs_embeds` must have shape \(B, T, D\) with D = 20, and the others at least 1, got \(1, 5, 19\)",
+    ),
+    "no step": ({"input_ids": None, "inputs_embeds": torch.zeros(1, 0, 20)}, ValueError, r"got \(1, 0, 20\)"),
+    "tokens as embeddings": (
+        {"input_ids": None, "inputs_embeds": TOKENS},
+        TypeError,
+        "`inputs_embeds` must have a floating-point dtype",
+    ),
+    "of 64 bits": (
+        {"input_ids": None, "inputs_embeds": torch.zeros(1, 5, 20, dtype=torch.float64)},
+        TypeError,
+        "`inputs_embeds` must be torch.float32 like the parameters, got torch.float64",
+    ),
     "kinds of tokens": ({"token_type_ids": TOKENS}, TypeError, "`token_type_ids` is not an argument"),
-    "hidden states": ({"output_hidden_states": True}, ValueError, "`output_hidden_states` must be False"),
     "attentions": ({"output_attentions": True}, ValueError, "`output_attentions` must be False"),
     "another cache": ({"cache": [1]}, TypeError, "`cache` must be a StateCache, got list"),
     "two caches": ({"cache": hf.StateCache(), "past_key_values": hf.StateCache()}, TypeError, "are one argument"),
@@ -237,27 +264,109 @@ REFUSED = {
 }
 
 
+@each_kind
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_served_is_refused(case):
+def test_what_is_not_served_is_refused(case, kind):
     keywords, error, message = REFUSED[case]
-    with pytest.raises(error, match=rf"^StatemixForCausalLM: .*{message}"):
-        make_model()(TOKENS, **keywords)
+    with pytest.raises(error, match=rf"^{kind.__name__}: .*{message}"):
+        make_model(kind=kind)(**{"input_ids": TOKENS} | keywords)
 
 
 def test_what_changes_nothing_is_taken():
     model = make_model()
     with torch.no_grad():
         plain = model(TOKENS).logits
-        nothing = {"output_attentions": False, "output_hidden_states": None, "inputs_embeds": None}
+        nothing = {"output_attentions": False, "output_hidden_states": False, "inputs_embeds": None}
         where = {"position_ids": UPWARDS + 7, "cache_position": torch.arange(5)}
         assert torch.equal(model(TOKENS, **nothing, **where).logits, plain)
 
 
-def test_a_config_that_asks_for_hidden_states_is_refused():
-    model = make_model()
-    model.config.output_hidden_states = True
-    with pytest.raises(ValueError, match="`output_hidden_states` must be False"):
-        model(TOKENS)
+def streams(model: hf.StatemixPreTrainedModel, tokens: Tensor) -> list[Tensor]:
+    """The embedding and what each layer makes of it, of the last one normalised: by a loop."""
+    found = [model.model.embedding(tokens)]
+    for layer in model.model.layers:
+        found.append(layer(found[-1], None, None)[0])
+    return [*found[:-1], model.model.norm(found[-1])]
+
+
+@each_kind
+@pytest.mark.parametrize("masks", ["none", *MASKS])
+@pytest.mark.parametrize("how", ["asked", "config", "tuple"])
+def test_hidden_states_are_what_the_layers_read_and_make(generator, kind, masks, how):
+    model, tokens = make_model(kind=kind), torch.randint(11, (3, 8), generator=generator)
+    mask = torch.tensor([[int(c) for c in row] for row in MASKS.get(masks, ["1" * 8] * 3)])
+    model.config.output_hidden_states = how == "config"
+    with torch.no_grad():
+        out = model(
+            tokens,
+            None if masks == "none" and kind is not hf.StatemixForSequenceClassification else mask,
+            output_hidden_states=None if how == "config" else True,
+            return_dict=how != "tuple",
+        )
+        hidden = out[-1] if how == "tuple" else out.hidden_states
+        for row, real in enumerate(mask.bool()):
+            for ours, theirs in zip(hidden, streams(model, tokens[row : row + 1, real]), strict=True):
+                assert torch.allclose(ours[row, real], theirs[0], atol=1e-6)
+        assert not any(layer._forward_pre_hooks for layer in model.model.layers)
+        model.config.output_hidden_states = False
+        assert getattr(model(tokens, mask), "hidden_states", None) is None
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_the_base_model_is_the_layers_alone(generator, tmp_path, mixer):
+    """From a folder of a model with a head, saved and loaded again, and in two calls with a cache."""
+    whole = make_model(mixer)
+    whole.save_pretrained(tmp_path / "whole")
+    model = transformers.AutoModel.from_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "base")
+    same = transformers.AutoModel.from_pretrained(tmp_path / "base")
+    ours = SequenceModel(11, 20, 2, MIXERS[mixer])
+    ours.save(tmp_path)
+    for base in (model, same, hf.StatemixModel.from_statemix(tmp_path)):
+        assert type(base) is hf.StatemixModel
+        assert {name.split(".")[1] for name in base.state_dict()} == {"embedding", "layers", "norm"}
+    tokens = torch.randint(11, (3, 8), generator=generator)
+    with torch.no_grad():
+        expected = whole.model.run_layers(tokens, None, None)[0]
+        first = same(tokens[:, :5])
+        second = same(tokens[:, 5:], **{hf.CACHE_NAME: first[hf.CACHE_NAME]})
+        parts = [first.last_hidden_state, second.last_hidden_state]
+        assert torch.equal(same(tokens).last_hidden_state, expected)
+        assert torch.allclose(torch.cat(parts, dim=1), expected, atol=1e-6)
+        head = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        assert torch.equal(head.model.run_layers(tokens, None, None)[0], expected)
+    assert head.model.head.weight.isfinite().all()
+
+
+@each_kind
+@pytest.mark.parametrize("masks", MASKS)
+def test_embeddings_give_what_their_tokens_give(generator, kind, masks):
+    """With gradients; and what is at padding has no part in anything, be it NaN."""
+    model, tokens = make_model(kind=kind), torch.randint(11, (3, 8), generator=generator)
+    mask = torch.tensor([[int(c) for c in row] for row in MASKS[masks]])
+    embedded = model.get_input_embeddings()(tokens).detach()
+    embedded = embedded.masked_fill(mask[..., None] == 0, torch.nan).requires_grad_()
+    found = []
+    for given in ({"input_ids": tokens}, {"inputs_embeds": embedded}):
+        model.zero_grad()
+        y = model(**given, attention_mask=mask)[0]
+        y = y if kind is hf.StatemixForSequenceClassification else y[mask == 1]
+        y.square().sum().backward()
+        found.append((y.detach(), model.model.layers[0].mlp.output.weight.grad))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert torch.equal(embedded.grad[mask == 0], torch.zeros(int((mask == 0).sum()), 20))
+    assert embedded.grad[mask == 1].abs().sum(1).gt(0).any()
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_text_goes_on_from_embeddings(mixer, side):
+    model = make_model(mixer)
+    batch = padded(PROMPTS, side)
+    embedded = model.get_input_embeddings()(batch["input_ids"])
+    tokens = model.generate(inputs_embeds=embedded, attention_mask=batch["attention_mask"], max_new_tokens=12, **GREEDY)
+    assert tokens[:, -12:].tolist() == generate(model.model, PROMPTS, 12, temperature=0)
 
 
 def test_assisted_generation_is_refused():
@@ -457,13 +566,205 @@ def test_a_trainer_that_goes_on_ends_as_one_that_was_never_stopped(tmp_path):
         assert not torch.equal(stopped[name], weight), name
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT reads it
+# classification
+
+
+def classifier(**options) -> hf.StatemixForSequenceClassification:
+    return make_model(kind=hf.StatemixForSequenceClassification, **options)
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_a_low_rank_adapter_changes_the_weights_by_its_product(tmp_path, mixer):
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_row_is_classified_by_its_last_token(generator, mixer, masks, use_cache):
+    model, tokens = classifier(mixer=mixer, num_labels=3), torch.randint(11, (3, 8), generator=generator)
+    mask = torch.tensor([[int(c) for c in row] for row in MASKS[masks]])
+    with torch.no_grad():
+        logits = model(tokens, mask, use_cache=use_cache).logits
+        padded_by_token = tokens.masked_fill(mask == 0, 10).masked_fill((mask == 1) & (tokens == 10), 0)
+        by_mask = model(padded_by_token, mask).logits
+        model.config.pad_token_id = 10
+        assert torch.equal(model(padded_by_token).logits, by_mask)
+        for row, real in zip(tokens, mask.bool(), strict=True):
+            x, _ = model.double().model.run_layers(row[real][None], None, None)
+            assert relative_error(logits[:1], model.score(x[:, -1])) <= TOLERANCE[torch.float32]
+            logits = logits[1:]
+
+
+LOSSES = {  # num_labels and problem_type, labels of two rows, and the loss of logits (2, num_labels)
+    "classes": (3, None, torch.tensor([2, 0]), nn.functional.cross_entropy),
+    "many of them": (3, None, torch.tensor([[1.0, 0, 1], [0, 0, 1]]), nn.functional.binary_cross_entropy_with_logits),
+    "a number": (1, None, torch.tensor([0.5, -2]), lambda y, labels: nn.functional.mse_loss(y[:, 0], labels)),
+    "numbers": (2, "regression", torch.tensor([[0.5, -2], [1, 0]]), nn.functional.mse_loss),
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_losses_of_classification_and_regression(case):
+    labels_of, problem, labels, loss_of = LOSSES[case]
+    model = classifier(num_labels=labels_of, problem_type=problem)
+    out = model(**padded([[3, 1, 4], [2]], "right"), labels=labels)
+    assert out.logits.shape == (2, labels_of)
+    assert out.loss.item() == pytest.approx(loss_of(out.logits.detach(), labels).item())
+    out.loss.backward()
+    assert model.model.embedding.weight.grad[[3, 1, 4, 2]].abs().sum(1).gt(0).all()
+    assert not model.model.embedding.weight.grad[[6, 9]].any()  # what pads
+
+
+def test_rows_without_an_end_are_refused():
+    model, two = classifier(), torch.zeros(2, 5, dtype=torch.int64)
+    for given in ({"input_ids": two}, {"inputs_embeds": torch.zeros(2, 5, 20)}):
+        with pytest.raises(
+            ValueError, match=r"^Statemix.*Classification: `attention_mask` must say where each row ends"
+        ):
+            model(**given)
+    assert model(TOKENS).logits.shape == (1, 2)
+    with pytest.raises(ValueError, match=r"each row must have a token that is not padding, got none in row 1\.$"):
+        model(two, torch.tensor([[1] * 5, [0] * 5]))
+
+
+@pytest.mark.parametrize("init_std", [None, 0.02])
+def test_a_classifier_begins_with_the_layers_of_a_text_model(tmp_path, init_std):
+    whole = make_model(init_std=init_std)
+    whole.save_pretrained(tmp_path / "whole")
+    whole.save_statemix(tmp_path)
+    torch.manual_seed(3)
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole", num_labels=5)
+    for model in (loaded, hf.StatemixForSequenceClassification.from_statemix(tmp_path, num_labels=5)):
+        assert not any(part.is_meta for part in model.parameters())
+        for name, weight in model.model.state_dict().items():
+            assert torch.equal(weight, whole.model.state_dict()[name]), name
+        assert model.score.weight.shape == (5, 20)
+        assert 0 < model.score.weight.std() < (0.04 if init_std else 0.3)
+    loaded.save_pretrained(tmp_path / "saved")
+    same = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    assert all(map(torch.equal, same.state_dict().values(), loaded.state_dict().values()))
+
+
+def collate_classes(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    batch = padded([example["input_ids"].tolist() for example in examples], "right")
+    return batch | {"labels": batch["input_ids"][:, 0] % 2}  # what was read first, steps ago
+
+
+def test_the_trainer_trains_a_classifier(tmp_path):
+    """And with accumulated gradients it makes the same step."""
+    model = classifier()
+    trainer = make_trainer(model, tmp_path, batch_size=11, max_steps=60, save_steps=60)
+    trainer.data_collator = collate_classes
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.1 < 0.5 < before
+    weights = []
+    for parts in (1, 2):
+        model = classifier()
+        options = {"max_steps": 1, "gradient_accumulation_steps": parts, "optim": "sgd", "max_grad_norm": 0.0}
+        trainer = make_trainer(model, tmp_path, batch_size=4 // parts, **options, save_strategy="no")
+        trainer.data_collator = collate_classes
+        trainer.train()
+        weights.append(model.score.weight.detach())
+    assert not torch.equal(weights[0], classifier().score.weight)
+    assert torch.allclose(*weights, atol=1e-6)
+
+
+# gradient checkpointing
+
+
+def saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, list[Tensor]]:
+    """Bytes that autograd keeps from a forward for its backward, but what a layer reads; and all gradients."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**batch).loss
+    loss.backward()
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    return sum(size for place, size in kept.items() if place not in weights), [p.grad for p in model.parameters()]
+
+
+def switch(model: hf.StatemixPreTrainedModel, on: bool) -> None:
+    """Gradient checkpointing, by the name of the release: 5.24 has another one, and warns of this."""
+    verb = "enable" if on else "disable"
+    new = f"activation_checkpointing_{verb}"
+    getattr(model, new if hasattr(model, new) else f"gradient_checkpointing_{verb}")()
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_checkpointed_gradients_are_the_same_and_need_less(kind, mixer):
+    model, rows = make_model(mixer, kind=kind).train(), [[(3 * t) % 11 for t in range(60)] for _ in range(4)]
+    batch = padded(rows, "right")
+    batch["labels"] = batch["input_ids"] if kind is hf.StatemixForCausalLM else torch.tensor([0, 1, 1, 0])
+    whole, expected = saved_bytes(model, batch)
+    switch(model, on=True)
+    less, found = saved_bytes(model, batch)
+    stream = 4 * 60 * 20 * 4
+    assert less + 2 * stream < whole / 2
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative_error(ours, theirs.double()) <= TOLERANCE[torch.float32]
+    model.eval()
+    assert saved_bytes(model, batch)[0] >= whole  # as elsewhere in transformers, in training alone
+    switch(model.train(), on=False)
+    assert saved_bytes(model, batch)[0] >= whole
+
+
+# PEFT
+
+reads_checkpointing = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+def linear_maps(model: hf.StatemixPreTrainedModel) -> list[str]:
+    return [name for name, part in model.model.layers.named_modules() if isinstance(part, nn.Linear)]
+
+
+@reads_checkpointing
+@pytest.mark.parametrize("mixer", SPECS)
+def test_low_rank_adapters_are_in_every_mixer_without_being_told(mixer):
+    """PEFT's own defaults for what it knows are in a few maps, too; ours are in all of the size of the stream."""
+    torch.manual_seed(0)
+    model = hf.StatemixForCausalLM(hf.StatemixConfig(11, 20, 2, SPECS[mixer]))
+    wide = {n for n in linear_maps(model) if n.split(".")[-1] in hf.LORA_TARGETS}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False)).eval()
+    found = {
+        name.partition(".lora_A.")[0] for name, _ in adapted.model.model.layers.named_parameters() if "lora_A" in name
+    }
+    assert found == wide
+    for layer in ("0", "1"):
+        assert {f"{layer}.mixer.output", f"{layer}.mlp.output", f"{layer}.mlp.gate_and_input"} < found | {""}
+    before = adapted(TOKENS).logits
+    with adapted.disable_adapter():
+        assert not torch.allclose(adapted(TOKENS).logits, before, atol=1e-4)
+
+
+@reads_checkpointing
+def test_a_classifier_with_adapters_trains_its_head_too():
+    adapted = peft.get_peft_model(classifier(), peft.LoraConfig(task_type="SEQ_CLS", r=2))
+    trained = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
+    assert any("score" in name for name in trained)
+    assert all("score" in name or "lora" in name for name in trained)
+    batch = padded([[3, 1, 4], [2]], "left") | {"labels": torch.tensor([0, 1])}
+    optimizer = torch.optim.SGD([weight for weight in adapted.parameters() if weight.requires_grad], lr=0.5)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = adapted(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+
+
+@reads_checkpointing
+@pytest.mark.parametrize("told", [True, False], ids=["every map", "the default"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_low_rank_adapter_changes_the_weights_by_its_product(tmp_path, mixer, told):
     """PEFT's LoRA on every matrix that a kernel could read: text, loss and gradients are those of the sum of both."""
-    targets = [name for name, part in make_model(mixer).model.layers.named_modules() if isinstance(part, nn.Linear)]
+    targets = linear_maps(make_model(mixer))
     assert targets
-    options = {"r": 2, "lora_alpha": 6, "target_modules": targets, "init_lora_weights": False}
+    options = {"r": 2, "lora_alpha": 6, "target_modules": targets if told else None, "init_lora_weights": False}
     adapted = peft.get_peft_model(make_model(mixer), peft.LoraConfig(**options)).eval()
     merged, parts = make_model(mixer), {}
     for name, part in merged.model.layers.named_modules():

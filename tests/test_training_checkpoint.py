@@ -32,9 +32,9 @@ from run_helpers import (
 )
 
 from statemix import SequenceModel, TrainConfig, train
-from statemix.generate import find_checkpoint
 from statemix.runs.read import read_run
 from statemix.tasks import PermutationComposition
+from statemix.training.checkpoint import find_checkpoint
 from statemix.training.config import OptimizerConfig
 
 DELETIONS = {"unlink", "rmdir"}

@@ -20,14 +20,11 @@ from torch import Tensor
 
 from statemix import fused, kernels, records
 from statemix.backbone import State
-from statemix.files import MANIFEST_FILE, check_manifest
 from statemix.gates import check_dense
 from statemix.mixers.base import check_sizes
-from statemix.model import CONFIG_FILE, MODEL, WEIGHTS_FILE, ModelInputs, SequenceModel, load_model
+from statemix.model import MODEL, ModelInputs, SequenceModel, load_model
 from statemix.text.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
-from statemix.training.checkpoint import CONFIG_FILE as RUN_CONFIG_FILE
-from statemix.training.checkpoint import POINTER_FILE, TRAIN_FILE, read_pointer, step_of
-from statemix.training.config import first_difference
+from statemix.training.checkpoint import TRAIN_FILE, find_checkpoint
 
 CHUNK = 1024  # tokens of a prompt that are read at once
 
@@ -294,55 +291,6 @@ def _tokenizer_of(checkpoint: Path) -> str | None:
     except FileNotFoundError:
         return None
     return fingerprint
-
-
-def find_checkpoint(folder: str | Path, owner: str = "generate") -> Path:
-    """The folder itself if a model is in it, the best checkpoint if it is a run's; errors are in the name of `owner`.
-
-    Raises:
-        ValueError: it is neither; or what is read of a checkpoint is not as it was written, where there is a manifest
-            to tell: a model that was saved on its own has none.
-    """
-    folder = Path(folder)
-    checkpoint = folder if (folder / CONFIG_FILE).exists() else _best_checkpoint(folder, owner)
-    if (checkpoint / MANIFEST_FILE).exists():
-        check_manifest(checkpoint, (CONFIG_FILE, WEIGHTS_FILE, TRAIN_FILE), owner)
-        if checkpoint != folder:
-            _check_of_run(checkpoint, folder, owner)
-    return checkpoint
-
-
-def _check_of_run(checkpoint: Path, run: Path, owner: str) -> None:
-    """Raise ValueError unless a checkpoint that is whole is the one that the run made at the step in its name."""
-    path, config = checkpoint / TRAIN_FILE, run / RUN_CONFIG_FILE
-    about = records.read(path, {"step": int, "config": dict}, owner)
-    if about["step"] != step_of(checkpoint):
-        raise records.damaged(owner, path, f"`step` must be that of its folder, got {about['step']}")
-    try:
-        difference = first_difference(records.read(config, dict, owner), about["config"])
-    except FileNotFoundError:  # of the weights nothing is missing
-        return
-    if difference is not None:
-        raise ValueError(f"{owner}: checkpoint '{checkpoint}' is of another run than '{config}': it {difference}.")
-
-
-def _best_checkpoint(run: Path, owner: str) -> Path:
-    """The best checkpoint of a run, which is the one that its last checkpoint knows. Raises ValueError if not."""
-    try:
-        pointer = read_pointer(run, owner)
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{owner}: '{run}' must be the folder of a run or of a checkpoint, but has neither {POINTER_FILE} nor "
-            f"{CONFIG_FILE}."
-        ) from error
-    with contextlib.suppress(FileNotFoundError):
-        best = records.read(run / pointer["last"] / TRAIN_FILE, {"best?": str}, owner).get("best")
-        if best not in (None, pointer["best"]):
-            what = f"`best` must be '{best}', as {TRAIN_FILE} of {pointer['last']} says"
-            raise records.damaged(owner, run / POINTER_FILE, what)
-    if not (run / pointer["best"]).is_dir():
-        raise ValueError(f"{owner}: '{run / pointer['best']}', which {POINTER_FILE} names, is missing.")
-    return run / pointer["best"]
 
 
 def read_prompt(model: SequenceModel, tokens: Tensor) -> State:

@@ -33,12 +33,12 @@ from statemix import kernels
 from statemix.analysis import NONE, Automaton
 from statemix.backbone import State
 from statemix.files import write_whole
-from statemix.generate import Decoder, find_checkpoint
+from statemix.generate import Decoder
 from statemix.mixers.base import check_sizes
 from statemix.mixers.linear_recurrence import LinearRecurrence
 from statemix.model import MODEL, SequenceModel
 from statemix.tasks import build_task
-from statemix.training.checkpoint import CONFIG_FILE
+from statemix.training.checkpoint import CONFIG_FILE, find_checkpoint
 from statemix.training.config import TrainConfig
 from statemix.training.regularization import row_entropies
 

@@ -17,6 +17,7 @@ from statemix.runs.read import read_run
 from statemix.specs import Spec, import_named, module_of, options
 from statemix.tasks import TASKS
 from statemix.training.config import TrainConfig
+from statemix.training.listeners import TRACKERS
 from statemix.training.loop import train
 
 WIDTH = 80  # of the short help
@@ -72,18 +73,24 @@ Args:{config_help.split("Raises:")[0]}
     out: folder of the run: checkpoints, metrics.jsonl, result.json, curves.png.
     resume: auto goes on from the last checkpoint in the folder, best from the best one, as where the last is damaged;
         never deletes that run and starts again.
+    tracker: of experiments, {", ".join(TRACKERS)}: it is given each line of metrics once, also where the run resumes;
+        TensorBoard's events are in the folder of the run. Its package must be installed.
+    init_from: folder of another run, or of a model, whose best weights are the first ones; of the same model options.
+    lengthen: the run in the folder, of this config with fewer --steps, has ended and goes on to these; it is said what
+        becomes of the learning rate.
 """
     given = _parse(arguments, base, task, mixer, description)
     if preset is not None:  # its defaults are those of the task that was asked for
         own = given["mixer"] if mixer != base.mixer["name"] else None
         given = _parse(arguments, preset_config(preset, given["task"], own), task, mixer, description)
-    out, resume = given.pop("out"), given.pop("resume")
+    out = given.pop("out")
+    how = {name: given.pop(name) for name in ("resume", "tracker", "init_from", "lengthen")}
     if preset is not None and PROTOCOLS[preset].epochs is not None:  # of the training set that was asked for
         written = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
         steps, eval_every = preset_steps(preset, given["train_sequences"], given["batch_size"])
         given |= {} if "--steps" in written else {"steps": steps}
         given |= {} if "--eval-every" in written else {"eval_every": eval_every}
-    result = train(TrainConfig(**given), out, resume=resume)
+    result = train(TrainConfig(**given), out, **how)
     if os.environ.get("RANK", "0") != "0":  # of many processes that a launcher started, the first one prints
         return
     print_tables([read_run(result.out)])
@@ -104,7 +111,7 @@ Args:{config_help.split("Raises:")[0]}
 
 
 def _parse(arguments: list[str], base: TrainConfig, task: str, mixer: str, description: str) -> dict[str, Any]:
-    """The fields of a config, and out and resume, from arguments and the defaults of another config."""
+    """The fields of a config, and what else `train` takes, from arguments and the defaults of another config."""
     fields: list[tuple[str, Any, Any]] = [
         ("task", *_options("Task", TASKS[task], base.task if base.task["name"] == task else {})),
         ("mixer", *_options("Mixer", MIXERS[mixer], base.mixer if base.mixer["name"] == mixer else {}, ("d_model",))),
@@ -114,6 +121,9 @@ def _parse(arguments: list[str], base: TrainConfig, task: str, mixer: str, descr
             fields.append((field.name, field.type, dataclasses.field(default=getattr(base, field.name))))
     fields.append(("out", str, dataclasses.field(default="runs/default")))
     fields.append(("resume", Literal["auto", "best", "never"], dataclasses.field(default="auto")))
+    fields.append(("tracker", str | None, dataclasses.field(default=None)))
+    fields.append(("init_from", str | None, dataclasses.field(default=None)))
+    fields.append(("lengthen", bool, dataclasses.field(default=False)))
     if "--help-all" in arguments:
         arguments = ["--help"]
     elif not {"-h", "--help"}.isdisjoint(arguments):

@@ -131,7 +131,11 @@ def _digest_of(made: Mapping[str, Any]) -> str:
 def row_of(run: Run) -> Row:
     """The row of a run; the scaled accuracy of a task is 0 for guessing and 1 for no error."""
     chance = build_task(run.config.task).chance
-    row = flatten(run.config) | {"trained_steps": run.summary["steps"], "train_seconds": train_seconds(run)}
+    row = (
+        flatten(run.config)
+        | lineage_of(run)
+        | {"trained_steps": run.summary["steps"], "train_seconds": train_seconds(run)}
+    )
     row |= {key: run.summary[key] for key in SUMMARY} | {"chance": chance}
     tests = {f"test_{length}": scores for length, scores in run.summary["test"].items()}
     tests |= {f"sharpened_{length}": scores for length, scores in run.summary.get("sharpened", {}).items()}
@@ -140,6 +144,12 @@ def row_of(run: Run) -> Row:
         if chance < 1:
             row[f"{prefix}_scaled_accuracy"] = scaled_accuracy(scores["token_accuracy"], chance)
     return row | {"folder": str(run.folder)}
+
+
+def lineage_of(run: Run) -> Row:
+    """What a config does not say: whose weights came first, and after which steps the run was lengthened, or None."""
+    steps = [str(part["step"]) for part in run.summary.get("lengthened", [])]
+    return {"init_from": run.summary.get("init_from", {}).get("folder"), "lengthened": " ".join(steps) or None}
 
 
 def flatten(config: TrainConfig) -> Row:

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 
-from statemix.runs.read import FIELDS, Row, Run, check_label, flatten, read_sweep
+from statemix.runs.read import FIELDS, Row, Run, check_label, flatten, lineage_of, read_sweep
 
 
 def select(rows: Sequence[Row], over: Sequence[str], by: str = "valid_loss") -> list[Row]:
@@ -52,14 +52,15 @@ def select(rows: Sequence[Row], over: Sequence[str], by: str = "valid_loss") -> 
 
 
 def group_over_seeds(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in their seed alone, under a label that tells the groups apart.
+    """Runs that differ in their seed alone, and come from the same run, under a label that tells the groups apart.
 
     The label is the one a sweep's file gave all its runs, but for ", seed 0" and so on at its end. Where there is none,
     or two groups have the same, it is the mixer and every option that is not the same in all groups that have it.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        key = json.dumps({name: value for name, value in flatten(run.config).items() if name != "seed"})
+        whole = flatten(run.config) | lineage_of(run)
+        key = json.dumps({name: value for name, value in whole.items() if name != "seed"})
         groups.setdefault(key, []).append(run)
     options = [json.loads(key) for key in groups]
     values: dict[str, set[str]] = {}

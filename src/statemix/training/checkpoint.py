@@ -10,6 +10,8 @@
     out/result.json       the test scores, once training has ended
     out/manifest.json     then, of config.json, tokenizer.json, metrics.jsonl and result.json
     out/curves.png        loss and accuracy
+    out/tracker.json      what a tracker of experiments has been told of the run, see listeners.py
+    out/tensorboard/      where that is TensorBoard, its events
 
 A checkpoint is written under another name and renamed when it is complete; then checkpoints.json is replaced, in
 one operation of the file system; then what no longer counts is deleted. Weights are safetensors, all else JSON.
@@ -46,7 +48,7 @@ from statemix.files import (
 from statemix.model import CONFIG_FILE as MODEL_FILE
 from statemix.model import WEIGHTS_FILE, TokenModel, read_tensors
 from statemix.text.tokenizer import TOKENIZER_FILE
-from statemix.training.config import TrainConfig
+from statemix.training.config import TrainConfig, first_difference
 from statemix.training.curriculum import STATE as CURRICULUM
 from statemix.training.processes import part_like, whole
 
@@ -55,11 +57,25 @@ POINTER_FILE, METRICS_FILE, CURVES_FILE = "checkpoints.json", "metrics.jsonl", "
 CONFIG_FILE, RESULT_FILE = "config.json", "result.json"
 CLEARING_FILE = f".{POINTER_FILE}.partial"  # checkpoints.json while the run is deleted
 CHECKPOINT_FILES = (TRAIN_FILE, MODEL_FILE, WEIGHTS_FILE, OPTIMIZER_FILE)  # that every checkpoint has
-RUN_FILES = (POINTER_FILE, METRICS_FILE, CURVES_FILE, CONFIG_FILE, RESULT_FILE, TOKENIZER_FILE, MANIFEST_FILE)
+TRACKER_FILE, EVENTS_FOLDER = "tracker.json", "tensorboard"
+RUN_FILES = (
+    POINTER_FILE,
+    METRICS_FILE,
+    CURVES_FILE,
+    CONFIG_FILE,
+    RESULT_FILE,
+    TOKENIZER_FILE,
+    MANIFEST_FILE,
+    TRACKER_FILE,
+)
 OWN = "|".join([*map(re.escape, RUN_FILES), r"step-\d+"])  # the names of what is in a run's folder
 
 # forms of the JSON files, see records.py
 POINTER = {"last": str, "best": str}
+INIT = {"folder": str, "sha256": str}  # whose first weights a run has
+# each time that a run was lengthened: up to which step it was one of `steps` steps, and the learning rates of that step
+# and the next one
+LENGTHENED = [{"step": int, "steps": int, "lr_before": float, "lr_after": float}]
 PROGRESS = {
     "step": int,
     "best_loss": float,
@@ -69,6 +85,8 @@ PROGRESS = {
     "data?": str,
     "tokenizer?": str,
     "curriculum?": CURRICULUM,
+    "init_from?": INIT,
+    "lengthened?": LENGTHENED,
 }
 LINE = {"step": int, "valid_accuracy_by_position?": [float | None], str: float}
 SCORES = {
@@ -97,6 +115,8 @@ RESULT = {
     "blocks?": [int],
     "components?": [int],
     "data?": str,
+    "init_from?": INIT,
+    "lengthened?": LENGTHENED,
 }
 AGAIN = "Use --resume=never to start again."
 
@@ -121,6 +141,11 @@ class RunFolder:
         if (self.path / POINTER_FILE).exists():  # from here on there is nothing to resume, and CLEARING_FILE says why
             (self.path / POINTER_FILE).replace(self.path / CLEARING_FILE)
         self._delete_checkpoints_but(set())
+        if (self.path / TRACKER_FILE).exists():
+            for file in (self.path / EVENTS_FOLDER).glob("events.out.tfevents.*"):
+                file.unlink()
+            with contextlib.suppress(OSError):  # there is none, or it has files of others
+                (self.path / EVENTS_FOLDER).rmdir()
         for name in RUN_FILES:
             (self.path / name).unlink(missing_ok=True)
         delete_partials(self.path, OWN)
@@ -149,6 +174,13 @@ class RunFolder:
         """The folder of the "last" or "best" checkpoint; None if there is none yet."""
         pointer = self._pointer()
         return None if pointer is None else self.path / pointer[which]
+
+    def kept(self) -> str:
+        """What an error has to say of the run so far."""
+        last = self.checkpoint("last")
+        return (
+            f"The last checkpoint is '{last}'; the run resumes from there." if last else "There is no checkpoint yet."
+        )
 
     def _pointer(self) -> dict[str, str] | None:
         """The content of checkpoints.json, if there is one."""
@@ -206,6 +238,10 @@ class RunFolder:
         if checkpoint != self.checkpoint("last"):
             (self.path / RESULT_FILE).unlink(missing_ok=True)
             self.write_json(POINTER_FILE, {"last": checkpoint.name, "best": checkpoint.name})
+
+    def reopen(self) -> None:
+        """Let a run that has ended be one that has not."""
+        (self.path / RESULT_FILE).unlink(missing_ok=True)
 
     def save_checkpoint(
         self,
@@ -314,6 +350,71 @@ def read_pointer(folder: Path, owner: str, remedy: str = "") -> dict[str, str]:
     return pointer
 
 
+def find_checkpoint(folder: str | Path, owner: str = "generate") -> Path:
+    """The folder itself if a model is in it, the best checkpoint if it is a run's; errors are in the name of `owner`.
+
+    Raises:
+        ValueError: it is neither; or what is read of a checkpoint is not as it was written, where there is a manifest
+            to tell: a model that was saved on its own has none.
+    """
+    folder = Path(folder)
+    if (folder / MODEL_FILE).exists():
+        _check_model(folder, owner)
+        return folder
+    checkpoint, lengthened = _best_checkpoint(folder, owner)
+    if _check_model(checkpoint, owner):
+        _check_of_run(checkpoint, folder, lengthened, owner)
+    return checkpoint
+
+
+def _check_model(checkpoint: Path, owner: str) -> bool:
+    """Whether a checkpoint has a manifest. Raises ValueError if what is read of it is not as that says."""
+    if there := (checkpoint / MANIFEST_FILE).exists():
+        check_manifest(checkpoint, (MODEL_FILE, WEIGHTS_FILE, TRAIN_FILE), owner)
+    return there
+
+
+def _check_of_run(checkpoint: Path, run: Path, lengthened: list[dict[str, Any]], owner: str) -> None:
+    """Raise ValueError unless a checkpoint that is whole is the one that the run made at the step in its name."""
+    path, config = checkpoint / TRAIN_FILE, run / CONFIG_FILE
+    about = records.read(path, {"step": int, "config": dict}, owner)
+    if about["step"] != step_of(checkpoint):
+        raise records.damaged(owner, path, f"`step` must be that of its folder, got {about['step']}")
+    try:
+        wanted = records.read(config, dict, owner)
+    except FileNotFoundError:  # of the weights nothing is missing
+        return
+    if lengthened and "steps" in wanted:
+        wanted["steps"] = steps_at(lengthened, about["step"], wanted["steps"])
+    difference = first_difference(wanted, about["config"])
+    if difference is not None:
+        raise ValueError(f"{owner}: checkpoint '{checkpoint}' is of another run than '{config}': it {difference}.")
+
+
+def _best_checkpoint(run: Path, owner: str) -> tuple[Path, list[dict[str, Any]]]:
+    """The best checkpoint of a run, which is the one that its last checkpoint knows, and how the run was lengthened.
+
+    Raises:
+        ValueError: it is another one, or missing.
+    """
+    try:
+        pointer = read_pointer(run, owner)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{owner}: '{run}' must be the folder of a run or of a checkpoint, but has neither {POINTER_FILE} nor "
+            f"{MODEL_FILE}."
+        ) from error
+    last: dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError):
+        last = records.read(run / pointer["last"] / TRAIN_FILE, {"best?": str, "lengthened?": LENGTHENED}, owner)
+        if (best := last.get("best")) not in (None, pointer["best"]):
+            what = f"`best` must be '{best}', as {TRAIN_FILE} of {pointer['last']} says"
+            raise records.damaged(owner, run / POINTER_FILE, what)
+    if not (run / pointer["best"]).is_dir():
+        raise ValueError(f"{owner}: '{run / pointer['best']}', which {POINTER_FILE} names, is missing.")
+    return run / pointer["best"], last.get("lengthened", [])
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
     """Fill the optimizer with the moments of a checkpoint. Raises ValueError if they are cut short or do not fit."""
     path = checkpoint / OPTIMIZER_FILE
@@ -354,6 +455,11 @@ def load_carried(checkpoint: Path, model: TokenModel, rows: int) -> list[Tensor]
     if {name: tuple(part.shape) for name, part in tensors.items()} != wanted:
         raise ValueError(f"train: '{path}' is of another model. Use --resume=never.")
     return [tensors[name].clone() for name in wanted]  # no mapped file, see `load_optimizer`
+
+
+def steps_at(lengthened: Sequence[Mapping[str, Any]], step: int, steps: int) -> int:
+    """How many steps a run was to have when it took a step; `steps`: it is to have now, after it was lengthened."""
+    return next((int(part["steps"]) for part in lengthened if step <= part["step"]), steps)
 
 
 def step_of(checkpoint: Path) -> int:

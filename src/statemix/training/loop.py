@@ -37,6 +37,8 @@ from statemix.training.config import TrainConfig, at_length, first_difference
 from statemix.training.curriculum import Curriculum
 from statemix.training.curves import plot_curves
 from statemix.training.evaluate import accuracies, answer, cross_entropy, evaluate, text_figures
+from statemix.training.lineage import Lineage
+from statemix.training.listeners import Listener, check_listeners, give_all, listening
 from statemix.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from statemix.training.processes import all_rows, make_accelerator, own_rows, prepare, whole, whole_model
 from statemix.training.progress import Bar, Stopwatch
@@ -52,7 +54,8 @@ class Result(NamedTuple):
     summary: version of statemix, parameters, mixer_parameters and state_size (numbers), steps (taken), best_step,
     train_tokens_per_s (median over the log), threads, processes, kernels (whose ran the mixer: "own", or those of a
     package and its version), and what `evaluate` returns for the best checkpoint: valid, and test for each length, of
-    which there is none for a text without a part for the test. Of a text also data, the fingerprint of the tokens.
+    which there is none for a text without a part for the test. Of a text also data, the fingerprint of the tokens; and
+    where there is something to say, init_from, whose weights came first, and lengthened, each time that the run was.
     """
 
     out: Path
@@ -61,7 +64,15 @@ class Result(NamedTuple):
 
 
 def train(
-    config: TrainConfig, out: str | Path = "runs/default", *, resume: str = "auto", progress: bool = True
+    config: TrainConfig,
+    out: str | Path = "runs/default",
+    *,
+    resume: str = "auto",
+    progress: bool = True,
+    on_log: Listener | None = None,
+    tracker: str | None = None,
+    init_from: str | Path | None = None,
+    lengthen: bool = False,
 ) -> Result:
     """Train the model of a config, keep the checkpoint with the lowest validation loss, and test that one once.
 
@@ -74,6 +85,17 @@ def train(
         resume: "auto": go on from the last checkpoint in `out`, if there is one. "best": from the best one, as where
             the last is damaged. "never": delete that run, start again.
         progress: show a progress bar on standard error, or lines where that is not a terminal.
+        on_log: called in the main process with a copy of each line of metrics, of a validation once its checkpoint is
+            written. After a kill the lines since the last checkpoint come again. An exception ends the run, which
+            resumes as after a kill.
+        tracker: "mlflow", "tensorboard", "trackio" or "wandb", whose package must be installed: it is given each line
+            of metrics once, also those from before it was named, and a resumed run goes on with its series.
+            TensorBoard's events are in out/tensorboard.
+        init_from: folder of another run, or of a checkpoint or model, whose (best) weights are the first of this one.
+            Its model must have the same options, and a text the same tokens. A run that resumes is past that.
+        lengthen: let the run in `out`, of this config with fewer steps, which it has taken, go on to those of the
+            config. The learning rate, and all else that goes by the share of the steps taken, is from there on that of
+            a run of so many steps.
 
     Returns:
         The result; that of the finished run if there is nothing left to do.
@@ -81,43 +103,52 @@ def train(
     Raises:
         ValueError: `out` cannot be used, or holds a run with another config, or one whose files are not as they were
             written, or another process is at work in it; or the task has no sequence for validation, or for the test at
-            one of its lengths.
-        RuntimeError: the loss is no longer finite, or the disk is full; earlier checkpoints are intact.
+            one of its lengths; or a tracker is not installed, or what the run is to come from is not there.
+        RuntimeError: the loss is no longer finite, the disk is full, or `on_log` or the tracker raised an exception;
+            earlier checkpoints are intact.
     """
     if resume not in RESUME:
         raise ValueError(f"train: `resume` must be one of {sorted(RESUME)}, got {resume!r}.")
+    check_listeners(on_log, tracker)
+    lineage = Lineage(out, resume, init_from, lengthen)
     folder = RunFolder(out)
     try:
-        run = Training(config, folder)
+        run = Training(config, folder, lineage)
         with locked(folder.path, "train: `out`") if run.is_main else contextlib.nullcontext():
-            return _train(run, resume, progress)
+            return _train(run, resume, progress, on_log, tracker)
     except OSError as error:
-        last = folder.checkpoint("last")
-        kept = (
-            f"The last checkpoint is '{last}'; the run resumes from there." if last else "There is no checkpoint yet."
-        )
-        raise RuntimeError(f"train: cannot write to '{out}': {error}. {kept}") from error
+        raise RuntimeError(f"train: cannot write to '{out}': {error}. {folder.kept()}") from error
 
 
-def _train(run: "Training", resume: str, progress: bool) -> Result:
+def _train(run: "Training", resume: str, progress: bool, on_log: Listener | None, tracker: str | None) -> Result:
     """Begin or resume, take the steps that are left, and test."""
+    if not run.is_main:
+        on_log = tracker = None
     last = None if resume == "never" else run.folder.checkpoint("best" if resume == "best" else "last")
     if last is None:
         run.begin(resume)
     else:
         saved = run.check(last)
-        if resume == "auto" and (run.folder.path / RESULT_FILE).exists():
+        if resume == "auto" and (run.folder.path / RESULT_FILE).exists() and not run.lineage.news:
+            if tracker is not None:
+                give_all(run.folder, run.config, tracker)
             return run.result()
         run.load(last, saved)
     run.prepare(last)
-    with Bar(run.config.steps, run.step, enabled=progress and run.is_main) as bar:
+    with (
+        Bar(run.config.steps, run.step, enabled=progress and run.is_main) as bar,
+        listening(run.folder, run.config, bar.update, on_log, tracker) as tell,
+    ):
+        if run.lineage.news:
+            bar.say(run.lineage.news)
         while not run.has_ended():
             outcome = run.train_step()
             if run.is_logged(run.step):
-                bar.update(run.log(outcome))
+                tell(run.log(outcome))
             if run.is_validated(run.step):
-                bar.update(run.validate())
+                line = run.validate()
                 run.save()
+                tell(line)
     run.test()
     return run.result()
 
@@ -140,10 +171,11 @@ class Training:
     Args:
         config: what to train.
         folder: where the main process keeps it.
+        lineage: where it comes from.
     """
 
-    def __init__(self, config: TrainConfig, folder: RunFolder) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: TrainConfig, folder: RunFolder, lineage: Lineage) -> None:
+        self.config, self.folder, self.lineage = config, folder, lineage
         self.task = build_task(config.task)
         with torch.random.fork_rng():  # the caller's random state is not ours to change
             torch.manual_seed(config.seed)
@@ -163,7 +195,8 @@ class Training:
         self.metrics_size = 0  # bytes of metrics.jsonl up to this step
 
     def begin(self, resume: str) -> None:
-        """Clear the folder of a run that is not wanted, or that had no checkpoint yet."""
+        """Take first weights, and clear the folder of a run that is not wanted, or that had no checkpoint yet."""
+        self.lineage.begin(self.model, self.task, self.folder.path)
         trained = [self.task.with_seq_len(length) for length in self.config.train_lengths] or [self.task]
         if self.curriculum is not None:
             trained = self.curriculum.tasks()
@@ -178,6 +211,7 @@ class Training:
     def check(self, last: Path) -> dict[str, Any]:
         """What a checkpoint says of itself. Raises ValueError unless it and the best are whole, and of this run."""
         saved = self.folder.check(last)
+        self.lineage.go_on(self.config, last, saved)
         self._check_same(last, saved)
         if self.curriculum is not None and "curriculum" not in saved:
             raise records.damaged("train", last / TRAIN_FILE, "`curriculum` is missing", AGAIN)
@@ -187,11 +221,13 @@ class Training:
 
     def _check_same(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         """Raise ValueError unless a checkpoint is of this config and of the same data."""
-        difference = first_difference(json.loads(self.config.to_json()), saved["config"])
+        difference = first_difference(self.lineage.config_at(self.config, saved["step"]), saved["config"])
         if difference is not None:
+            shorter = "made with steps=" in difference and self.config.steps > saved["config"].get("steps", math.inf)
+            longer = "--lengthen if it has ended, " if shorter else ""
             raise ValueError(
-                f"train: checkpoint '{checkpoint}' {difference}. Use --resume=never, another folder, or change the "
-                "config."
+                f"train: checkpoint '{checkpoint}' {difference}. Use {longer}--resume=never, another folder, or change "
+                "the config."
             )
         if saved.get("data") != self.task.fingerprint:
             raise ValueError(
@@ -212,6 +248,11 @@ class Training:
             self.curriculum.restore(saved["curriculum"])
         self.is_accurate = any(self._is_accurate(line) for line in self.folder.metrics() if line["step"] <= self.step)
         self.metrics_size = saved["metrics"]["bytes"]
+        if self.lineage.news and self.has_ended():
+            raise ValueError(
+                f"train: `lengthen` is of a run that more steps would change, but '{last}' had come to its end by "
+                "`patience`, `stop_accuracy` or its curriculum."
+            )
 
     def prepare(self, last: Path | None) -> None:
         """Share the model between the processes, make its optimizer, and let the folder be as at this step."""
@@ -222,6 +263,8 @@ class Training:
         if last is not None:
             load_optimizer(self.optimizer, last)
         if self.is_main:
+            if self.lineage.news:
+                self.folder.reopen()
             self.folder.write(CONFIG_FILE, self.config.to_json().encode())
             if self.task.vocabulary is not None:
                 save_tokenizer(self.task.vocabulary, self.folder.path)
@@ -361,6 +404,7 @@ class Training:
                 progress["tokenizer"] = self.task.vocabulary.fingerprint
             if self.curriculum is not None:
                 progress["curriculum"] = self.curriculum.state()
+            progress |= self.lineage.facts()
             is_best = self.best_step == self.step
             self.folder.save_checkpoint(model, moments, progress, best=is_best, state=carried)
         self.stopwatch.start(self.step)
@@ -402,6 +446,7 @@ class Training:
             "valid": {key.removeprefix("valid_"): value for key, value in valid.items() if key != "step"},
             "test": self._test_scores(model),
         }
+        summary |= self.lineage.facts()
         if self.task.fingerprint is not None:
             summary["data"] = self.task.fingerprint
         if self.curriculum is not None and (silenced := self.curriculum.silenced) is not None:
@@ -451,12 +496,10 @@ class Training:
         if all(math.isfinite(line[name]) for name in names):
             return
         numbers = ", ".join(f"{name} is {line[name]}" for name in names)
-        last = self.folder.checkpoint("last")
-        kept = f"The last checkpoint is '{last}'" if last else "There is no checkpoint yet"
         raise RuntimeError(
             f"train: at step {line['step']} {numbers}, with optimizer.lr={self.config.optimizer.lr} and "
             f"mixer.normalization={self.config.mixer.get('normalization')}. Lower the first, or take a bounded one. "
-            f"{kept}."
+            f"{self.folder.kept()}"
         )
 
 

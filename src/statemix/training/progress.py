@@ -37,6 +37,10 @@ class Bar:
     def __exit__(self, *error: object) -> None:
         self.progress.stop()
 
+    def say(self, text: str) -> None:
+        """Show a line of text."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def update(self, line: dict[str, Any]) -> None:
         """Show a line of metrics.jsonl."""
         if "loss" in line:
