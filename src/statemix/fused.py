@@ -348,8 +348,10 @@ def step_state(x: Tensor, state: Tensor | None, shape: tuple[int, int, int]) -> 
     """
     if torch.is_grad_enabled() or not _is_dense(x) or x.ndim != 2 or x.dtype not in CPU.dtypes or not x.is_cpu:
         return None
+    if transformed():  # before a question about the number of rows, which an export may leave open
+        return None
     rows, width = x.shape
-    if not 0 < rows <= kernels.STEP_ROWS or width != shape[0] or transformed():
+    if not 0 < rows <= kernels.STEP_ROWS or width != shape[0]:
         return None
     if state is None:
         return x.new_zeros(rows, *shape[1:])

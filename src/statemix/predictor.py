@@ -69,7 +69,7 @@ class SequencePredictor(nn.Module):
         if self.pooling == "mean":
             return y.sum(1) / lengths[:, None].to(y.dtype)
         if self.score is None:
-            last = y[torch.arange(len(y), device=y.device), lengths - 1]
+            last = y[torch.arange(y.shape[0], device=y.device), lengths - 1]
             size = self.backbone.config["d_model"]
             return torch.cat([last[:, :size], y[:, 0, size:]], dim=1)
         behind = torch.arange(y.shape[1], device=y.device) >= lengths[:, None]

@@ -44,8 +44,9 @@ def layer(
     if state is None:
         state = x.new_zeros(x.shape[0], order, weights[3].shape[1] // order)
     gates = x.shape[0] * x.shape[1] * weights[0].shape[0] * x.element_size()
-    keep = not recompute if recompute is not None else gates <= KEPT_BYTES
-    keep = keep and torch.is_grad_enabled()
+    if recompute is None:  # an exported program is for all sizes
+        recompute = not torch.compiler.is_exporting() and gates > KEPT_BYTES
+    keep = not recompute and torch.is_grad_enabled()
     y, final_state, _, _ = _layer(x, *weights, state.to(x.dtype), reset, normalization, kind, keep)
     return y, final_state
 

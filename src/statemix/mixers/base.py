@@ -38,6 +38,7 @@ class Mixer(nn.Module):
 
     width_option: ClassVar[str]  # the option that makes it wider
     table_options: ClassVar[Mapping[str, Any]] = {}  # in a table of sizes, of options without a default
+    plain_options: ClassVar[Mapping[str, Any]] = {}  # with which a step is operations of torch alone, for export
     has_gate_rows: ClassVar[bool] = False  # True: it has `row_entropy`, and N blocks that `output` need not see
 
     kernels: tuple[str, ...] = ()  # which have run it, where other packages have some: "own", or a module's name
@@ -173,7 +174,7 @@ def reset_rows(state: Tensor | None, reset: Tensor) -> Tensor | None:
 
     One that does not fit is left as it is, for the step to refuse.
     """
-    if not isinstance(state, Tensor) or state.ndim != 3 or len(state) != len(reset):
+    if not isinstance(state, Tensor) or state.ndim != 3 or state.shape[0] != reset.shape[0]:
         return state
     return state.masked_fill(reset[:, None, None], 0)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,7 @@ class LinearRecurrence(Mixer):
     """
 
     has_gate_rows = True
+    plain_options: ClassVar = {"backend": "reference"}
     one_hot: bool  # True: `forward` takes the largest weight of each row for all of it, see `one_hot_rows`
     kind: str  # of the scan: block, companion or observer
     normalization: str
@@ -101,8 +102,10 @@ class LinearRecurrence(Mixer):
         """See `Mixer.forward`."""
         if x.shape[1] == 1 and reset is None and (stepped := self._fused_step(x[:, 0], state)) is not None:
             return stepped[0][:, None], stepped[1]
-        # below, packing the weights for the fused products takes longer than the products
-        if x.shape[0] * x.shape[1] >= 32 and (fused_results := self._fused_mix(x, state, reset)) is not None:
+        # below, packing the weights for the fused products takes longer than the products; an exported program is for
+        # all sizes
+        long = torch.compiler.is_exporting() or x.shape[0] * x.shape[1] >= 32
+        if long and (fused_results := self._fused_mix(x, state, reset)) is not None:
             return fused_results
         return self._scan(self._gates(x), self.values(x), state, reset, x.dtype)
 

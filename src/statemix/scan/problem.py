@@ -79,7 +79,7 @@ def check_problem(
     if len(shape) != (5 if block else 4) or (block and shape[3] != shape[2] + 1):
         raise ValueError(f"{owner}: `raw_gates` must have shape {layout}, got {shape}.")
     batch, length, order, blocks = shape[0], shape[1], shape[-2] - 1, shape[-1]
-    if min(batch, length, order, blocks) < 1:
+    if any(size < 1 for size in (batch, length, order, blocks)):  # min would compare sizes that an export leaves open
         raise ValueError(f"{owner}: `raw_gates` must have B, T, M and N of at least 1 in {layout}, got {shape}.")
     _check_shape(
         owner,
