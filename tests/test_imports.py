@@ -97,6 +97,7 @@ ONLY_BY = {
     ),
     "statemix.runs.sweep": ("statemix.cli.sweep",),
     "statemix.runs.executors": ("statemix.runs.sweep",),
+    "onnx": ("statemix.export",),
     "ray": ("statemix.runs.executors",),
     "pyarrow": ("statemix.runs.read",),
     "datasets": ("statemix.text.corpus",),
@@ -290,7 +291,7 @@ sys.modules["cuda"] = None  # torch asks for it, too, so that it is enough that 
 asked = set()
 sys.addaudithook(lambda event, what: event == "import" and asked.add(what[0].split(".")[0]))
 import {module}
-asked &= {{"transformers", "matplotlib", "ray", "pyarrow", "datasets", "tokenizers"}}
+asked &= {{"transformers", "matplotlib", "onnx", "ray", "pyarrow", "datasets", "tokenizers"}}
 assert asked == {seen!r}, asked
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

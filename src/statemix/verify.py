@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import statemix
-from statemix import kernels
+from statemix import kernels, records
 from statemix.analysis import NONE, Automaton
 from statemix.backbone import State
 from statemix.files import write_whole
@@ -48,6 +48,14 @@ ZERO_IN_FLOAT64 = 750.0  # and of float64, in which the other engines have it
 ROUNDING = 1e-4  # of raw gates, from one kernel to another, relative to a row's largest; there is much room
 WRONG_STATES = 2_000  # after an error the search goes on as far as this, for the automaton of a small wrong model
 VERDICT_FILE = "verify.json"
+VERDICT = {
+    "states": int,
+    "sharpened": float | None,
+    "wrong": dict | None,
+    "automaton": dict | None,
+}
+WRONG = {"word": [int], "target": int, "said": int}
+AUTOMATON = {"start": int, "transitions": list, "outputs": list}
 
 
 class WrongWord(NamedTuple):
@@ -316,3 +324,29 @@ def write_verdict(verdict: Verdict, out: str | Path) -> Path:
     path = Path(out) / VERDICT_FILE
     write_whole(path, (json.dumps(content) + "\n").encode())
     return path
+
+
+def read_verdict(folder: str | Path) -> Verdict:
+    """What `write_verdict` wrote into a folder.
+
+    Raises:
+        ValueError: there is no verify.json, or it is damaged.
+    """
+    path = Path(folder) / VERDICT_FILE
+    try:
+        content = records.read(path, VERDICT, "read_verdict", "Run `statemix verify` again.")
+        wrong, automaton = content["wrong"], content["automaton"]
+        if wrong is not None:
+            records.check(wrong, WRONG, "wrong")
+            wrong = WrongWord(tuple(wrong["word"]), wrong["target"], wrong["said"])
+        if automaton is not None:
+            records.check(automaton, AUTOMATON, "automaton")
+            transitions, outputs = (np.array(automaton[name]) for name in ("transitions", "outputs"))
+            automaton = Automaton(transitions, outputs, automaton["start"])
+    except FileNotFoundError as error:
+        raise ValueError(f"read_verdict: '{path}' is missing. Run `statemix verify` first.") from error
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise records.damaged("read_verdict", path, error, "Run `statemix verify` again.") from error
+    return Verdict(content["states"], wrong, automaton, content["sharpened"])

@@ -1,6 +1,7 @@
 """DeltaNet, Gated DeltaNet and DeltaProduct: a matrix state that is corrected towards a value at a key."""
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class DeltaProduct(Mixer):
     """
 
     width_option = "head_dim"
+    plain_options: ClassVar = {"backend": "torch"}
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class LRU(Mixer):
     """
 
     width_option = "num_channels"
+    plain_options: ClassVar = {"backend": "reference"}
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """Mamba-2: a short convolution, a selective state space with one decay per head (SSD), a gated norm."""
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ class Mamba2(Mixer):
     """
 
     width_option = "head_dim"
+    plain_options: ClassVar = {"backend": "torch"}
 
     def __init__(
         self,
