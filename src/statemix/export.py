@@ -106,12 +106,15 @@ def export_onnx(model: nn.Module, *, step: bool = False) -> "onnx.ModelProto":
     names = program_names(model, step=True)
     inside = "" if step else "step_"  # a name within a Scan is another than those around it
     try:
-        made = torch.onnx.export(
-            program,
-            input_names=[inside + name for name in names.inputs],
-            output_names=[inside + name for name in names.outputs],
-            verbose=False,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's, of its own calls
+            warnings.simplefilter("ignore", DeprecationWarning)
+            made = torch.onnx.export(
+                program,
+                input_names=[inside + name for name in names.inputs],
+                output_names=[inside + name for name in names.outputs],
+                verbose=False,
+            )
     except Exception as error:  # of any kind: what has no translation is said in many ways
         raise RuntimeError(
             f"export_onnx: torch.onnx cannot translate {_classes(model)}: {_first_line(error)}"
