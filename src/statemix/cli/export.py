@@ -12,9 +12,9 @@ import tyro
 
 from statemix.export import automaton_in_c, export_onnx, export_program, program_names
 from statemix.files import write_whole
-from statemix.generate import find_checkpoint
 from statemix.mixers.linear_recurrence import LinearRecurrence
 from statemix.model import SequenceModel, load_model
+from statemix.training.checkpoint import find_checkpoint
 from statemix.verify import VERDICT_FILE, read_verdict
 
 LARGEST_ONNX = 2**31 - 1  # bytes: no message of protobuf is larger
