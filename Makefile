@@ -3,6 +3,7 @@
 # make exact        learn the words of 32 elements of S5, and prove the answers right at every length (5 minutes)
 # make experiments  train everything the claims need, hours: BUDGET=quick (2 cores) or full (a cluster); it resumes
 # make results      draw the figures and tables of the claims again from results/
+# make docs         build the documentation site into build/site
 # make sanitize     build the kernels with the address and undefined-behaviour sanitizers, and run them all (minutes);
 #                   and those for GPUs in their emulator, each access of a lane watched
 # make attack       damage files, call functions wrongly, kill processes, and see whether anything is wrong in silence
@@ -15,13 +16,13 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := src tests experiments examples
+SOURCES := src tests experiments examples docs/hooks.py
 KERNELS := $(wildcard csrc/*.h csrc/*.cpp csrc/gpu/*.cuh)
 BUDGET ?= quick
 SEED ?= 0
 CLAIMS := state_tracking exact structure normalization memory language regular
 
-.PHONY: quickstart test exact experiments results sanitize attack mutation compat format clean
+.PHONY: quickstart test docs exact experiments results sanitize attack mutation compat format clean
 quickstart: .venv/installed
 	$(BIN)/python experiments/quickstart.py
 
@@ -35,6 +36,9 @@ test: .venv/installed
 exact: .venv/installed
 	$(BIN)/statemix train --preset exact --task permutation --out runs/s5-32
 	$(BIN)/statemix verify runs/s5-32
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # a run that diverges is a result: status 1 goes on
 experiments: .venv/installed

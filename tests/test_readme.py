@@ -1,5 +1,10 @@
-"""What the README and the pages of docs/ show runs as it is written, and the front page is short."""
+"""What the README and the pages of docs/ show runs as it is written, and the front page is short.
 
+A block of Python whose first line is "# NAME.py" is that file, too, for the commands of its page. Shell commands run in
+a shorter form; of those in `only_parsed` the command line alone is looked at.
+"""
+
+import argparse
 import contextlib
 import importlib
 import io
@@ -7,9 +12,11 @@ import re
 import runpy
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tyro
 
 from statemix import SequenceModel
 from statemix.cli import main
@@ -51,14 +58,47 @@ def test_there_are_no_other_blocks():
         )
 
 
+def write_files(page: str) -> None:
+    """Those that blocks of Python are, with runs of two steps and one seed."""
+    for code in blocks(page, "python"):
+        if found := re.match(r"# (\S+\.py)\n", code):
+            path = Path(found[1])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            code = re.sub(r"\bsteps=\d+", "steps=2, batch_size=2, eval_sequences=2", code)
+            path.write_text(re.sub(r"\brange\(3\)", "range(1)", code))
+
+
+# Lightning asks torch and itself what they will not have for ever
+@pytest.mark.filterwarnings("default:.*LeafSpec:FutureWarning", "default::UserWarning:pytorch_lightning")
 @pytest.mark.parametrize("name", [name for name, path in PAGES.items() if blocks(path.read_text(), "python")])
 def test_python_runs_and_prints_what_is_shown(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    page, names, printed = PAGES[name].read_text(), {}, io.StringIO()
-    for code in blocks(page, "python"):
-        with contextlib.redirect_stdout(printed):
-            exec(compile(code, name, "exec"), names)
+    monkeypatch.syspath_prepend(tmp_path)
+    page, names, printed = PAGES[name].read_text(), {"__name__": "page"}, io.StringIO()
+    write_files(page)
+    with forgotten("my_pkg"):
+        for code in blocks(page, "python"):
+            with contextlib.redirect_stdout(printed):
+                exec(compile(code, name, "exec"), names)
     assert printed.getvalue() == "".join(blocks(page, "text"))
+
+
+@contextlib.contextmanager
+def forgotten(package: str) -> Iterator[None]:
+    """At the end no module of the package is known."""
+    try:
+        yield
+    finally:
+        for module in [module for module in sys.modules if module.partition(".")[0] == package]:
+            del sys.modules[module]
+
+
+def only_parsed(program: str, command: list[str]) -> bool:
+    """Whether it trains or measures for minutes to hours, needs a GPU or several, or is run by another test."""
+    if program == "statemix":
+        large = command[0] == "sweep" and "experiments/" in command[1] and command[1] != "experiments/recall.py"
+        return large or command[:2] == ["bench", "gpu"]
+    return True
 
 
 EXPERIMENTS = ROOT / "experiments"
@@ -74,17 +114,14 @@ def test_statemix_commands_run(name, tmp_path, capsys, monkeypatch):
         f"{shown}\nfrom dataclasses import replace\n"
         "configs = [replace(configs[m], steps=2, batch_size=2, eval_sequences=2) for m in ('LRU', 'Mamba-2')]\n"
     )
-    Path("my_pkg").mkdir()
-    Path("my_pkg/layers.py").write_text(
-        "from statemix.mixers import LRU\n\nclass Mine(LRU):\n"
-        "    def __init__(self, d_model: int, decay: float = 0.9, **ignored):\n"
-        "        super().__init__(d_model, 4, r_min=decay)\n"
-    )
+    write_files(PAGES["docs/own-model.md"].read_text())
     monkeypatch.setattr(sys, "path", [*sys.path])  # the commands put the current folder there
-    Path("book.txt").write_text("Once upon a time there was a sequence that never ended. " * 400)
+    Path("book.txt").write_text("Once upon a time there was a sequence that never ended. " * 1_000)
     monkeypatch.setenv("STATEMIX_CACHE", str(tmp_path / "cache"))
-    for program, *command in commands:
-        if program == "statemix" and command[:1] != ["sweep"] and "gpu" not in command:
+    with forgotten("my_pkg"):
+        for program, *command in commands:
+            if only_parsed(program, command):
+                continue
             short = []
             if command[0] == "train" and "--out" in command:
                 short = ["--steps", "2", "--eval-sequences", "8"]
@@ -96,8 +133,55 @@ def test_statemix_commands_run(name, tmp_path, capsys, monkeypatch):
                 short = ["--max-states", "100"]
             wrong = command[0] == "verify"  # after two steps
             assert main(command + short) == wrong, capsys.readouterr().err
-        elif program == "statemix" and command[1] == "experiments/recall.py":
-            assert main(command) == 0, capsys.readouterr().err
+
+
+class Parsed(Exception):
+    """The command line is one."""
+
+
+ONLY_PARSED = [
+    pytest.param(program, arguments, id=f"{name}: {' '.join([program, *arguments])[:60]}")
+    for name, path in PAGES.items()
+    for program, *arguments in shell_commands(path.read_text())
+    if program in ("python", "accelerate") or (program == "statemix" and only_parsed(program, arguments))
+]
+
+
+@pytest.mark.parametrize(("program", "arguments"), ONLY_PARSED)
+def test_the_command_lines_of_the_others_are_right(program, arguments, monkeypatch, capsys):
+    """Each is read by its own parser, and stops there."""
+
+    def reads(parse):
+        def read(*given, **options):
+            parse(*given, **options)
+            raise Parsed
+
+        return read
+
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    if program == "accelerate":
+        launch = pytest.importorskip("accelerate.commands.launch")
+        given = launch.launch_command_parser().parse_args(arguments[1:])
+        assert (given.module, given.training_script) == (True, "statemix")
+        program, arguments = "statemix", given.training_script_args
+    if program == "python" and arguments[0] == "-m":
+        program, arguments = arguments[1], arguments[2:]
+    for owner, name in ((argparse.ArgumentParser, "parse_args"), (tyro, "cli")):
+        monkeypatch.setattr(owner, name, reads(getattr(owner, name)))
+    monkeypatch.chdir(ROOT)
+    if program == "statemix":
+        with pytest.raises(Parsed):
+            main(arguments)
+        return
+    script, *options = arguments
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except Parsed:
+        return
+    except ModuleNotFoundError as error:
+        pytest.skip(f"{error.name} is not installed, which {script} needs")
+    pytest.fail(f"{script} has read no command line")
 
 
 def test_other_commands_exist():

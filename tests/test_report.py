@@ -1,12 +1,15 @@
-"""report.py and report_html.py: what tables say, what pictures show, and a page that needs nothing else."""
+"""report/: what tables say, what pictures show, and a page that needs nothing else."""
 
 import dataclasses
+import html
+import itertools
 import math
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,10 +18,11 @@ from PIL import Image
 from run_helpers import NEEDING_SPACE, disk, disk_is_full, snapshot
 
 from statemix import TrainConfig
-from statemix.report.figures import figures
+from statemix.report.figures import WIDTH, figures
 from statemix.report.html import inline, sections_of, write_report
-from statemix.report.tables import align, estimate, group_rows, results_table
+from statemix.report.tables import align, estimate, group_tables, results_table, run_rows
 from statemix.runs.read import Run
+from statemix.runs.statistics import bounds
 from statemix.training.curves import plot_curves
 
 
@@ -205,40 +209,55 @@ def made_runs(tasks=("permutation",), lengths=(16, 64), seeds=(0, 1, 2)) -> list
 
 def test_an_estimate_is_a_mean_and_its_interval():
     assert estimate([0.9, 0.91, 0.92], ".3f") == "0.910 ± 0.025"  # t 4.303, deviation 0.01, root of 3
+    assert bounds([0.9, 0.91, 0.92]) == pytest.approx((0.91 - 0.02484, 0.91 + 0.02484), abs=1e-5)
     assert estimate([0.5], ".3f") == "0.500"
     assert estimate([], ".3f") == ""
+    assert estimate([1.0, 1.0, 1.0], ".3f") == "1.000"
 
 
-def test_rows_of_groups():
+def test_two_seeds_have_a_range_and_no_interval():
+    """Student's t of one degree of freedom is 12.7: 7,329 of 6,508 and 8,150 would be 7,329 ± 10,433."""
+    assert estimate([8150.0, 6508.0], ",.0f") == "7,329 (6,508-8,150)"
+    assert bounds([0.5, 0.25]) == (0.25, 0.5)
+    assert bounds([0.5]) == (0.5, 0.5)
+    [groups] = sections_of(made_runs(seeds=(0, 1))).values()
+    drawn = figures(groups)
+    [bars] = drawn["accuracy"].axes
+    [whisker] = bars.collections[0].get_segments()
+    assert whisker[:, 0] == pytest.approx([0.9, 0.91])
+    [lengths] = drawn["lengths"].axes
+    assert lengths.collections[0].get_segments()[1][:, 1] == pytest.approx([0.9 / 4, 0.91 / 4])
+
+
+def test_tables_of_groups():
     [groups] = sections_of(made_runs()).values()
-    head, mixed, diagonal, lstm = group_rows(groups)
-    assert head == [
-        "",
-        "seeds",
-        "parameters",
-        "state",
-        "valid token",
-        "test 16 token",
-        "test 16 sequence",
-        "test 16 macro",
-        "test 64 token",
-        "test 64 sequence",
-        "test 64 macro",
-        "steps",
-        "tokens/s",
-    ]
-    assert mixed[:6] == ["bd_lru, num_blocks=16, block_size=3", "3", "12,345", "48", "0.910 ± 0.025", "0.910 ± 0.025"]
-    assert mixed[6:9] == ["0.455 ± 0.012", "0.303 ± 0.008", "0.228 ± 0.006"]
-    assert diagonal[0] == "bd_lru, num_blocks=48, block_size=1"
-    assert " ".join(lstm) == "lstm 1 12,345 48 0.800 0.800 0.400 0.267 0.200 0.100 0.067 600 50,000"
-    assert len(align([head, lstm], markdown=True).splitlines()) == 3
+    sizes, validation, short, long = group_tables(groups)
+    labels = ["bd_lru, num_blocks=16, block_size=3", "bd_lru, num_blocks=48, block_size=1", "lstm"]
+    assert sizes[0] == ["", "seeds", "parameters", "state", "steps", "tokens/s"]
+    assert sizes[1] == [labels[0], "3", "12,345", "48", "600", "50,001 ± 2"]
+    assert sizes[3] == ["lstm", "1", "12,345", "48", "600", "50,000"]
+    for rows, head in ((validation, "validation"), (short, "test, length 16"), (long, "test, length 64")):
+        assert rows[0] == [head, "token", "sequence", "macro"]
+        assert [row[0] for row in rows[1:]] == labels
+    assert validation[1][1:] == short[1][1:] == ["0.910 ± 0.025", "0.455 ± 0.012", "0.303 ± 0.008"]
+    assert long[1][1] == "0.228 ± 0.006"
+    assert long[3][1:] == ["0.200", "0.100", "0.067"]
+    assert len(align(sizes, markdown=True).splitlines()) == 5
 
 
-def test_a_length_that_only_some_runs_were_tested_at_has_empty_cells():
+def test_a_row_for_each_run():
+    [groups] = sections_of(made_runs()).values()
+    rows = run_rows(groups)
+    assert rows[0] == ["runs", "seed", "steps", "validation token", "test 16 token", "tokens/s"]
+    assert rows[2] == ["bd_lru, num_blocks=16, block_size=3", "1", "600", "0.910", "0.910", "50,001"]
+    assert len(rows) == 1 + 3 + 3 + 1
+
+
+def test_a_length_that_only_some_runs_were_tested_at_has_their_rows():
     runs = [*made_runs(lengths=(16, 64), seeds=(0,)), *made_runs(lengths=(16, 32), seeds=(0,))[:1]]
-    rows = group_rows(sections_of(runs)["permutation"])
-    column = rows[0].index("test 32 token")
-    assert [row[column] for row in rows[1:]] == ["", "", "", "0.450"]
+    tables = group_tables(sections_of(runs)["permutation"])
+    assert [rows[0][0] for rows in tables[2:]] == ["test, length 16", "test, length 32", "test, length 64"]
+    assert [row[1] for row in tables[3][1:]] == ["0.450"]
 
 
 def test_runs_on_a_text_show_bits_per_byte_and_others_beside_them_none():
@@ -247,25 +266,27 @@ def test_runs_on_a_text_show_bits_per_byte_and_others_beside_them_none():
     for bits, run in zip((2.0, 2.5), groups[text], strict=True):
         run.summary["valid"]["bits_per_byte"] = bits
         run.summary["test"]["16"]["bits_per_byte"] = bits + 1
-    head, first, second, *_ = group_rows(groups)
-    valid, test = head.index("valid bits per byte"), head.index("test 16 bits per byte")
-    assert (first[valid], first[test]) == (estimate([2.0, 2.5], ".3f"), estimate([3.0, 3.5], ".3f"))
-    assert (second[valid], second[test]) == ("", "")
+    _, validation, test = group_tables(groups)
+    assert validation[0][-1] == test[0][-1] == "bits per byte"
+    assert (validation[1][-1], test[1][-1]) == (estimate([2.0, 2.5], ".3f"), estimate([3.0, 3.5], ".3f"))
+    assert (validation[2][-1], test[2][-1]) == ("", "")
 
 
 class Page(HTMLParser):
-    """Tags that are open at the end or close another, what would be loaded from elsewhere, ids, and the text."""
+    """Tags that are open at the end or close another, what would be loaded from elsewhere, links, ids, the text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.open, self.wrong, self.loaded, self.ids, self.text = [], [], [], [], ""
+        self.open, self.wrong, self.loaded, self.links, self.ids, self.text = [], [], [], [], [], ""
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         if tag not in ("meta", "br"):
             self.open.append(tag)
         for name, value in attributes:
-            if name in ("src", "href", "xlink:href", "data", "action") and not (value or "").startswith("#"):
+            if tag == "a":
+                self.links.append(value)
+            elif name in ("src", "href", "xlink:href", "data", "action") and not (value or "").startswith("#"):
                 self.loaded.append((tag, name, value))
             if name == "id":
                 self.ids.append(value)
@@ -305,16 +326,32 @@ def test_the_page_is_whole_and_loads_nothing(report):
     assert "prefers-color-scheme: dark" in text
     assert not re.search(r"https?://(?!www\.w3\.org/)", text)  # the names of SVG's own vocabularies
     assert "Left out: <runs/a>." in page.text
-    for row in group_rows(sections_of(made_runs(("permutation",)))["permutation"]):
-        assert all(cell in page.text for cell in row)
+    groups = sections_of(made_runs(("permutation",)))["permutation"]
+    for rows in [*group_tables(groups), run_rows(groups)]:
+        assert all(cell in page.text for row in rows for cell in row)
+    assert page.links == []  # of these runs there are no folders
     assert text.count("<svg") == 8  # bars, loss, accuracy and lengths of each task
     assert "#3a3b3c" not in text  # drawn in the colour of the text, in the dark too
+
+
+def test_each_run_has_links_to_its_files(tmp_path):
+    run = made_runs(seeds=(0,), lengths=(16,))[0]._replace(folder=tmp_path / "of 100 %" / "run#1")
+    run.folder.mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl", "result.json"):  # and no log: it was no run of a sweep
+        (run.folder / name).touch()
+    page, *_ = write_report([run], tmp_path / "reports" / "one")
+    links = Page(page.read_text()).links
+    assert links[1:] == [f"../../of%20100%20%25/run%231/{name}.json" for name in ("config", "result")] + [
+        "../../of%20100%20%25/run%231/metrics.jsonl"
+    ]
+    assert all((page.parent / unquote(link)).exists() for link in links)
+    assert f"| 0 | 600 | 0.900 | 0.900 | 50,000 | {run.folder} |" in (page.parent / "report.md").read_text()
 
 
 def test_the_report_has_its_tables_and_pictures_as_files(report):
     markdown = (report / "report.md").read_text()
     assert markdown.startswith("Left out: <runs/a>.\n## permutation\n\n|  | seeds |")
-    assert markdown.count("| lstm | 1 |") == 2
+    assert markdown.count("| lstm | 1 | 12,345 |") == 2
     assert len((report / "runs.csv").read_text().splitlines()) == 1 + 14
     names = {f"{task}-{name}" for task in ("permutation", "cycle-navigation") for name in FIGURES}
     assert {path.stem for path in report.glob("*.png")} == {path.stem for path in report.glob("*.svg")} == names
@@ -322,7 +359,7 @@ def test_the_report_has_its_tables_and_pictures_as_files(report):
         assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
     for path in report.glob("*.png"):
         with Image.open(path) as picture:
-            assert picture.size[0] == 800
+            assert picture.size[0] == WIDTH * 160
     assert colored(report / "permutation-accuracy.png", FIRST) > 1000
 
 
@@ -356,6 +393,16 @@ def test_figures_show_means_intervals_and_guessing():
     assert list(mean_line.get_ydata()) == pytest.approx([0.91, 0.91 / 4])
 
 
+def test_the_lengths_of_a_picture_do_not_run_into_each_other():
+    [groups] = sections_of(made_runs(lengths=tuple(2**n for n in range(4, 13)))).values()
+    figure = figures(groups)["lengths"]
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+    assert figure.axes[0].get_xticklabels()[-1].get_text() == "4,096"
+    assert len(boxes) >= 4
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
 def test_runs_of_one_length_have_no_picture_of_lengths_and_many_groups_fit():
     runs = made_runs(lengths=(16,), seeds=(0,))
     many = [
@@ -386,27 +433,35 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the page in")
-@pytest.mark.parametrize(("width", "dark"), [(1200, False), (500, False), (500, True)])
-def test_a_browser_shows_the_page_without_scrolling_sideways(report, tmp_path, width, dark):
-    """A copy of the page writes how wide it is into its title; it is opened from disk, and a picture is taken."""
-    measure = "<script>onload = () => document.title = [document.documentElement.scrollWidth, innerWidth]</script>"
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (390, True)])
+def test_a_browser_shows_the_page_without_scrolling_sideways(tmp_path, width, dark):
+    """Nor is a table cut: it is in a frame of that width, which tells how wide its parts are, and a picture is taken.
+
+    A window of Chromium cannot be as narrow as a telephone.
+    """
+    lengths = (16, 32, 64, 128, 256, 512, 1024)
+    report, *_ = write_report(made_runs(("permutation", "cycle-navigation"), lengths, (0, 1)), tmp_path)
+    frame = f"""<body style="margin: 0"><iframe srcdoc="{html.escape(report.read_text())}"
+        style="width: {width}px; height: 1400px; border: 0"></iframe><script>
+        const measure = part => part.scrollWidth - part.clientWidth
+        onload = () => {{ const inside = document.querySelector("iframe").contentDocument
+        const cut = [...inside.querySelectorAll(".scroll"), inside.documentElement].map(measure)
+        document.title = [inside.defaultView.innerWidth, cut.length, Math.max(...cut)] }}</script>"""
     page = tmp_path / "page.html"
-    page.write_text((report / "report.html").read_text().replace("</body>", f"{measure}</body>"))
+    page.write_text(frame)
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
     command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1400"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={max(width, 500)},1400"]
     command += ["--blink-settings=preferredColorScheme=0"] if dark else []
     dumped = browse([*command, "--dump-dom", page.as_uri()])
-    [(scrolled, inner)] = re.findall(r"<title>(\d+),(\d+)</title>", dumped)
-    assert int(inner) == width
-    assert int(scrolled) <= width
+    [measured] = re.findall(r"<title>(\d+,\d+,-?\d+)</title>", dumped)
+    tables = 2 * (1 + 1 + len(lengths) + 1)  # sizes, validation, tests, runs
+    assert measured == f"{width},{tables + 1},0"
     browse([*command, f"--screenshot={tmp_path / 'page.png'}", page.as_uri()])
-    pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)
-    assert pixels.shape == (1400, width, 3)
+    pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)[:, :width]
     paper, ink = ((13, 17, 23), (230, 237, 243)) if dark else ((255, 255, 255), (31, 35, 40))
     assert tuple(pixels[0, 0]) == paper
-    assert (abs(pixels - ink).sum(-1) < 30).sum() > 200  # text, in tables and in drawings
-    assert (abs(pixels - FIRST).sum(-1) < 30).sum() > 500  # the first bar
+    assert (abs(pixels - ink).sum(-1) < 30).sum() > 200  # text
 
 
 def browse(command) -> str:

@@ -285,6 +285,7 @@ def test_groups_have_the_names_that_a_sweep_gave_them(finished, tmp_path):
         return list(group_over_seeds(runs))
 
     assert labels("mixing, seed 0", "mixing, seed 1", "gates", "gates") == ["mixing", "gates"]
+    assert labels("mixing/seed=0", "mixing/seed=1", "gates_seed_0", "gates_seed_1") == ["mixing", "gates"]
     assert labels("mixing, seed 0", "other, seed 1", "gates", "gates") == ["bd_lru", "gates"]  # two names
     assert labels("one", "one", "one", "one") == ["bd_lru", "lstm"]  # whose it is cannot be told
     assert labels("0", "0", "2", "2") == ["bd_lru", "lstm"]  # numbers of a list

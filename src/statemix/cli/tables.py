@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 from statemix.report.html import sections_of
-from statemix.report.tables import align, group_rows
+from statemix.report.tables import align, group_tables
 from statemix.runs.read import Run
 
 
 def print_tables(runs: Sequence[Run]) -> None:
-    """Print a table per task of what came of the runs; runs that differ in their seed are one row."""
+    """Print tables per task of what came of the runs; runs that differ in their seed are one row."""
     for task, groups in sections_of(runs).items():
-        print(f"{task}\n{align(group_rows(groups), markdown=False)}\n")
+        print(task)
+        for rows in group_tables(groups):
+            print(f"{align(rows, markdown=False)}\n")

@@ -1,20 +1,21 @@
 """Pictures that compare groups of runs: accuracy with its interval, over steps, and over the tested length."""
 
 import itertools
+import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from statemix.report.tables import Groups
 from statemix.runs.read import longest
-from statemix.runs.statistics import interval
+from statemix.runs.statistics import bounds
 from statemix.style import COLORS, INK, SMALL, canvas, label_ends, series
 from statemix.tasks import build_task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 5.0, 3.4  # inches: its text can still be read on a screen of that width
+WIDTH, HEIGHT = 4.2, 3.2  # inches: its text can still be read on a telephone, 3.7 inches of CSS wide
 LABEL = 20  # characters of a line of a label beside the axes
 
 
@@ -29,19 +30,20 @@ def figures(groups: Groups) -> dict[str, "Figure"]:
 
 
 def bars(groups: Groups) -> "Figure":
-    """Token accuracy on the test at the first of its lengths, a bar per group, with its 95 % interval."""
+    """Token accuracy on the test at the first of its lengths, a bar per group, with its `bounds`."""
     firsts = {next(iter(run.summary["test"])) for runs in groups.values() for run in runs}
     at = f" at length {firsts.pop()}" if len(firsts) == 1 else ""
     with canvas(WIDTH, 0.9 + 0.5 * len(groups)) as figure:
         axes = figure.subplots()
         for number, (label, runs) in enumerate(groups.items()):
             scores = [next(iter(run.summary["test"].values()))["token_accuracy"] for run in runs]
-            mean, half_width, _ = interval(scores)
+            mean = sum(scores) / len(scores)
             axes.barh(number, mean, color=COLORS[0], height=0.4)
-            shown = textwrap.fill(label, 76)
+            shown = textwrap.fill(label, 64)
             axes.annotate(shown, (0, number - 0.24), va="bottom", fontsize=SMALL, parse_math=False)
-            if half_width is not None:
-                axes.errorbar(mean, number, xerr=half_width, color=INK, capsize=3, linewidth=1)
+            if len(scores) > 1:
+                low, high = bounds(scores)
+                axes.errorbar(mean, number, xerr=[[mean - low], [high - mean]], color=INK, capsize=3, linewidth=1)
             axes.annotate(f"{mean:.3f}", (0.01, number), va="center", color="white", fontweight="bold", fontsize=SMALL)
         axes.set_yticks([])
         axes.set(xlim=(0, 1), ylim=(len(groups) - 0.6, -0.75), xlabel="token accuracy")
@@ -81,19 +83,19 @@ def curves(groups: Groups, name: str) -> "Figure":
 
 
 def lengths(groups: Groups) -> "Figure":
-    """Token accuracy on the test over its length, mean of the seeds with its 95 % interval; a line at the trained."""
+    """Token accuracy on the test over its length, mean of the seeds with its `bounds`; a line at the trained."""
     lines = {}
     with canvas(WIDTH, _height(groups)) as figure:
         axes = figure.subplots()
         for number, (label, runs) in enumerate(groups.items()):
             tested = sorted({length for run in runs for length in run.summary["test"]}, key=longest)
             scores = [
-                interval([run.summary["test"][n]["token_accuracy"] for run in runs if n in run.summary["test"]])
-                for n in tested
+                [run.summary["test"][n]["token_accuracy"] for run in runs if n in run.summary["test"]] for n in tested
             ]
-            where, means = list(map(longest, tested)), [score.mean for score in scores]
+            where, means = list(map(longest, tested)), [sum(numbers) / len(numbers) for numbers in scores]
             (lines[label],) = axes.plot(where, means, **series(number))
-            errors = [score.half_width or 0.0 for score in scores]
+            ends = [bounds(numbers) for numbers in scores]
+            errors = [[abs(mean - end[side]) for mean, end in zip(means, ends, strict=True)] for side in (0, 1)]
             axes.errorbar(where, means, errors, fmt="none", capsize=3, ecolor=lines[label].get_color())
         trained = {run.config.task["seq_len"] for runs in groups.values() for run in runs}
         for length in trained:
@@ -101,7 +103,8 @@ def lengths(groups: Groups) -> "Figure":
         axes.set(xlabel="length (tokens); dashed: trained", ylabel="token accuracy", ylim=(0, 1.02), xscale="log")
         axes.set_title("test token accuracy over length")
         marks = sorted({longest(n) for runs in groups.values() for run in runs for n in run.summary["test"]} | trained)
-        axes.set_xticks(marks, [f"{mark:,}" for mark in marks])
+        shown = _apart(marks)
+        axes.set_xticks(shown, [f"{mark:,}" for mark in shown])
         axes.minorticks_off()
         _mark_chance(axes.axhline, groups)
         label_ends(axes, lines, LABEL)
@@ -111,6 +114,15 @@ def lengths(groups: Groups) -> "Figure":
 def _height(groups: Groups) -> float:
     """How many inches a picture needs for the label of every group."""
     return max(HEIGHT, 0.7 + 0.17 * sum(len(textwrap.wrap(label, LABEL)) for label in groups))
+
+
+def _apart(marks: Sequence[int]) -> list[int]:
+    """Those of ascending marks whose numbers do not run into each other on a log scale, the last among them."""
+    kept = [marks[-1]]
+    for mark in reversed(marks[:-1]):
+        if math.log(kept[-1] / mark) >= math.log(marks[-1] / marks[0]) / 6:
+            kept.append(mark)
+    return kept[::-1]
 
 
 def _mark_chance(line: Callable[..., object], groups: Groups) -> None:

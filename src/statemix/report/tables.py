@@ -43,46 +43,67 @@ def _spread(numbers: Sequence[float], form: str) -> str:
     return mean if len(numbers) == 1 else f"{mean} ({min(numbers):{form}}-{max(numbers):{form}})"
 
 
-def group_rows(groups: Groups) -> list[list[str]]:
-    """A head and a row per group: sizes, the validation, the three accuracies at every tested length, the time.
+def group_tables(groups: Groups) -> list[list[list[str]]]:
+    """Tables with a row per group: of sizes and time, of the validation, and of the test at each length.
 
-    If a run is on a text there are bits per byte, too.
-
-    Several seeds are shown as mean +- half of the 95 % interval of Student's t.
+    Each begins with its head, whose first cell says what the table is of. So none is wider for more lengths. If a run
+    is on a text there are bits per byte, too. How several seeds are shown: `estimate`.
     """
-    lengths = sorted(
-        {length for runs in groups.values() for run in runs for length in run.summary["test"]}, key=longest
-    )
-    has_text = any("bits_per_byte" in run.summary["valid"] for runs in groups.values() for run in runs)
-    valids = {"token": "token_accuracy"} | (BITS if has_text else {})
-    scored = ACCURACIES | (BITS if has_text else {})
-    tests = [(length, name) for length in lengths for name in scored]
-    head = ["", "seeds", "parameters", "state", *(f"valid {name}" for name in valids)]
-    rows = [[*head, *(f"test {length} {name}" for length, name in tests), "steps", "tokens/s"]]
+    sizes = [["", "seeds", "parameters", "state", "steps", "tokens/s"]]
     for label, runs in groups.items():
         summaries = [run.summary for run in runs]
         cells = [label, str(len(runs)), f"{summaries[0]['parameters']:,}", f"{summaries[0]['state_size']:,}"]
-        for key in valids.values():
-            cells.append(_estimate_of(key, [summary["valid"] for summary in summaries]))
-        for length, name in tests:
-            scores = [summary["test"][length] for summary in summaries if length in summary["test"]]
-            cells.append(_estimate_of(scored[name], scores))
-        cells.append(estimate([summary["steps"] for summary in summaries], ",.0f"))
-        rows.append([*cells, estimate([summary["train_tokens_per_s"] for summary in summaries], ",.0f")])
+        sizes.append(
+            [*cells, *(estimate([s[key] for s in summaries], ",.0f") for key in ("steps", "train_tokens_per_s"))]
+        )
+    has_text = any("bits_per_byte" in run.summary["valid"] for runs in groups.values() for run in runs)
+    scored = ACCURACIES | (BITS if has_text else {})
+    tables = [sizes]
+    for where in ["validation", *_tested(groups)]:
+        head = where if where == "validation" else f"test, length {where}"
+        rows = [[head, *scored]]
+        for label, runs in groups.items():
+            scores = [score for run in runs if (score := _scores(run, where)) is not None]
+            if scores:
+                rows.append(
+                    [label, *(estimate([s[key] for s in scores if key in s], ".3f") for key in scored.values())]
+                )
+        tables.append(rows)
+    return tables
+
+
+def run_rows(groups: Groups) -> list[list[str]]:
+    """A head and a row per run: its seed, steps, token accuracy on the validation and the first test, and time."""
+    first = _tested(groups)[:1]
+    rows = [["runs", "seed", "steps", "validation token", *(f"test {length} token" for length in first), "tokens/s"]]
+    for label, runs in groups.items():
+        for run in runs:
+            scores = [_scores(run, where) for where in ("validation", *first)]
+            accuracies = ["" if score is None else f"{score['token_accuracy']:.3f}" for score in scores]
+            cells = [label, str(run.config.seed), f"{run.summary['steps']:,}", *accuracies]
+            rows.append([*cells, f"{run.summary['train_tokens_per_s']:,.0f}"])
     return rows
 
 
-def _estimate_of(key: str, scores: Sequence[Mapping[str, Any]]) -> str:
-    """The estimate of a figure over those runs that have it."""
-    return estimate([score[key] for score in scores if key in score], ".3f")
+def _tested(groups: Groups) -> list[str]:
+    """The lengths of the tests, ascending."""
+    return sorted({length for runs in groups.values() for run in runs for length in run.summary["test"]}, key=longest)
+
+
+def _scores(run: Run, where: str) -> Mapping[str, Any] | None:
+    """The scores of a run on the validation or on the test of a length; None if it has no such test."""
+    return run.summary["valid"] if where == "validation" else run.summary["test"].get(where)
 
 
 def estimate(numbers: Sequence[float], form: str) -> str:
-    """Write a mean +- half of its 95 % interval, one number as it is, and nothing where there is none."""
-    if not numbers:
-        return ""
+    """Write a mean +- half of its 95 % interval.
+
+    Of two numbers: mean (least-most). Of one, or where all are the same: the number. Of none: nothing.
+    """
+    if len(numbers) < 3 or len(set(numbers)) == 1:
+        return _spread(numbers[:1] if len(set(numbers)) == 1 else numbers, form)
     mean, half_width, _ = interval(numbers)
-    return format(mean, form) if half_width is None else f"{mean:{form}} ± {half_width:{form}}"
+    return f"{mean:{form}} ± {half_width:{form}}"
 
 
 def align(rows: Sequence[Sequence[str]], *, markdown: bool) -> str:

@@ -15,11 +15,10 @@ from typing import Any, Protocol, Self
 
 import torch
 
+from statemix.runs.read import LOG_FILE
 from statemix.specs import import_named
 from statemix.training.config import TrainConfig
 from statemix.training.loop import train
-
-LOG_FILE = "log.txt"  # in the folder of the run: what it printed
 
 # what a run imports sooner or later: each is forked from a process that has it
 PRELOADED = ("statemix.training.loop", "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg")

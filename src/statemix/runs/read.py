@@ -23,6 +23,8 @@ from statemix.tasks import build_task, scaled_accuracy
 from statemix.training.checkpoint import CONFIG_FILE, LINE, METRICS_FILE, POINTER_FILE, RESULT, RESULT_FILE, read_result
 from statemix.training.config import TrainConfig
 
+LOG_FILE = "log.txt"  # in the folder of a run of a sweep: what it printed
+RUN_FILES = {"config": CONFIG_FILE, "result": RESULT_FILE, "metrics": METRICS_FILE, "log": LOG_FILE}
 SWEEP_FILE = "sweep.json"  # in the folder of a sweep, above those of its runs
 SWEEP = {"version": str, "labels": {str: str}, "sha256": str}  # its form, see records.py; the digest is of the rest
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 
 from statemix.runs.read import FIELDS, Row, Run, check_label, flatten, lineage_of, read_sweep
@@ -54,8 +55,9 @@ def select(rows: Sequence[Row], over: Sequence[str], by: str = "valid_loss") -> 
 def group_over_seeds(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs that differ in their seed alone, and come from the same run, under a label that tells the groups apart.
 
-    The label is the one a sweep's file gave all its runs, but for ", seed 0" and so on at its end. Where there is none,
-    or two groups have the same, it is the mixer and every option that is not the same in all groups that have it.
+    The label is the one a sweep's file gave all its runs, but for ", seed 0", "/seed=0" and so on at its end. Where
+    there is none, or two groups have the same, it is the mixer and every option that is not the same in all groups that
+    have it.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -92,6 +94,6 @@ def given_label(group: Sequence[Run]) -> str | None:
         except (FileNotFoundError, KeyError):  # it is no run of a sweep
             return None
         check_label(name)
-        names.add(name.removesuffix(f", seed {run.config.seed}"))
+        names.add(re.sub(rf"[\s,;/_-]*(?<![^\W_])seed[\s=_-]?{run.config.seed}$", "", name) or name)
     name = names.pop()
     return None if names or name.isdecimal() else name  # a list of configs has numbers only

@@ -23,6 +23,18 @@ def interval(numbers: Sequence[float]) -> Interval:
     return Interval(mean, t_quantile(n - 1) * deviation / math.sqrt(n), n)
 
 
+def bounds(numbers: Sequence[float]) -> tuple[float, float]:
+    """The ends of the 95 % interval of the mean; of one or two numbers the least and the most.
+
+    With two numbers t is 12.7: so wide an interval says nothing, and leaves the range of what is measured.
+    """
+    if len(numbers) < 3:
+        return min(numbers), max(numbers)
+    mean, half_width, _ = interval(numbers)
+    assert half_width is not None
+    return mean - half_width, mean + half_width
+
+
 def t_quantile(freedom: int) -> float:
     """t with P(|T| <= t) = 0.95 for Student's distribution with so many degrees of freedom, by bisection."""
     low, high = 0.0, 13.0  # 12.706 at 1

@@ -29,8 +29,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import statemix
 from statemix import records
 from statemix.files import delete_partials, locked, make_folder, write_whole
-from statemix.runs.executors import EXECUTORS, LOG_FILE, Executor, Job
+from statemix.runs.executors import EXECUTORS, Executor, Job
 from statemix.runs.read import (
+    LOG_FILE,
     SWEEP_FILE,
     Row,
     check_label,

@@ -115,7 +115,7 @@ def companion_scan(
         h_1..h_T, (B, T, N), in the dtype of `values`. The state after step t is h_t, ..., h_{t-M+1}: `lagged_states`.
 
     Raises:
-        As `block_scan`.
+        TypeError, ValueError, RuntimeError: as `block_scan`.
 
     Source: Dubinin et al. 2026 (arXiv 2602.12021), eq. of H-LRU.
     """
@@ -153,7 +153,7 @@ def observer_scan(
         The whole block after each step, (B, T, M, N), in the dtype of `values`.
 
     Raises:
-        As `block_scan`.
+        TypeError, ValueError, RuntimeError: as `block_scan`.
 
     Source: the form in which public code of Dubinin et al. 2026 (arXiv 2602.12021) trains its language models.
     """
@@ -190,7 +190,7 @@ def scan_to_state(
         What that scan returns, and the state after the last step, (B, M, N): for the companion its last M values.
 
     Raises:
-        As `block_scan`.
+        TypeError, ValueError, RuntimeError: as `block_scan`.
     """
     problem = check_problem(kind, raw_gates, values, initial_state, reset, normalization)
     module, device = choose_backend(problem, backend), values.device.type
