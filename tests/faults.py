@@ -165,8 +165,8 @@ FAULTS = (
     Fault(
         name="a layer keeps what is too large to be kept",
         file="src/statemix/kernels/layers.py",
-        old="gates <= KEPT_BYTES",
-        new="gates > KEPT_BYTES",
+        old="gates > KEPT_BYTES",
+        new="gates <= KEPT_BYTES",
         tests="tests/test_layer.py",
         select="kept_bytes",
     ),

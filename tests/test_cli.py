@@ -265,9 +265,10 @@ def test_train_prints_the_result_and_the_folder(capsys):
     summary = json.loads(Path("run/result.json").read_text())
     for length in ("5", "9"):
         scores = summary["test"][length]
-        for name in ("token", "sequence", "macro"):
-            assert f"test {length} {name}" in text
-            assert f" {scores[f'{name}_accuracy']:.3f} " in text
+        head, row = text[text.index(f"test, length {length}") :].splitlines()[:2]
+        assert head.split() == ["test,", "length", length, "token", "sequence", "macro"]
+        shown = [f"{scores[f'{name}_accuracy']:.3f}" for name in ("token", "sequence", "macro")]
+        assert row.split() == ["bd_lru", *shown]
     assert "bd_lru" in text
     assert f"and the best weights in step-{summary['best_step']}." in text
     assert "The run is in run: " in text
