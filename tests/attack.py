@@ -45,7 +45,9 @@ SECONDS = 120
 BATCH = 50  # tries of one process
 RIGHT = ("as before", "refused")
 WRONG = ("crashed", "hung", "silently different", "traceback", "unclear")
-NO_MEMORY = r"can't allocate memory|Storage size calculation overflowed|out of memory|not enough memory"
+NO_MEMORY = (
+    r"can't allocate memory|Cannot allocate memory|Storage size calculation overflowed|out of memory|not enough memory"
+)
 
 
 class End(NamedTuple):

@@ -10,6 +10,7 @@ from statemix import BDLRU, HLRU, LSTM, SequenceModel
 from statemix.gates import NORMALIZATIONS
 from statemix.mixers import MIXERS, build_mixer, complete_mixer
 from statemix.scan import BACKENDS
+from statemix.sizing import solve
 from statemix.specs import Registry, complete, options
 from statemix.tasks import TASKS, build_task, complete_task
 
@@ -201,3 +202,13 @@ def test_bad_choices(mixer, option, value):
     text = f"{mixer.__name__}: `{option}` must be one of {CHOICES[option]}, got {value!r}."
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         mixer(4, 4, 4, **{option: value})
+
+
+@pytest.mark.parametrize("name", [{}, [3], {"bd_lru"}, 3, None, b"bd_lru"], ids=str)
+@pytest.mark.parametrize(
+    "ask", [MIXERS.__getitem__, lambda name: build_mixer({"name": name}, 4), lambda name: solve(name, 4, budget=9)]
+)
+def test_a_name_that_is_no_text_is_an_unknown_one(name, ask):
+    text = f"mixer: `name` must be one of {sorted(MIXERS)}, got {name!r}."
+    with pytest.raises(ValueError, match="^" + re.escape(text) + "$"):
+        ask(name)

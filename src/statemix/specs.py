@@ -35,6 +35,10 @@ class Registry(dict[str, type[T]]):
         super().__init__(classes)
         self.kind, self.base = kind, base
 
+    def __getitem__(self, name: object) -> type[T]:
+        """As of every dict; a name that is no text, and perhaps cannot be looked up, is refused as an unknown one."""
+        return super().__getitem__(name) if isinstance(name, str) else self.__missing__(name)
+
     def __missing__(self, name: object) -> type[T]:
         """The class at a path. Raises ValueError if there is none, NotImportedError if its module is not imported."""
         if not isinstance(name, str) or ":" not in name:
@@ -112,7 +116,7 @@ def complete(classes: Registry[Any], spec: Spec, given: tuple[str, ...] = ()) ->
     if not isinstance(spec, Mapping):
         raise TypeError(f"{kind}: a spec must be a mapping with a `name` of {sorted(classes)}, got {spec!r}.")
     name = spec.get("name")
-    cls = classes[name] if isinstance(name, str) else classes.__missing__(name)
+    cls = classes[name]
     known = {p.name: p.default for p in options(cls, given)}
     for key in spec:
         if key != "name" and key not in known:
