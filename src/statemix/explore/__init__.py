@@ -72,6 +72,7 @@ def explore_page(run: str | Path, *, sharpen: float | None = None) -> str:
     sample = task.sample("valid", 256)
     packed = {
         "title": task.name,
+        "task": repr(task),
         "about": _about(model, factor, checkpoint),
         "colors": COLORS,
         "names": task.token_names,

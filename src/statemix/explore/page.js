@@ -602,6 +602,7 @@
 
   function begin() {
     $("about").textContent = data.about;
+    $("task").textContent = `The task: ${data.task}.`;
     $("notes").textContent = data.notes.join(" ");
     $("walk").hidden = !drawn;
     if (data.names.length <= MOST_KEYS) {
