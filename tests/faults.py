@@ -725,4 +725,29 @@ FAULTS = (
         tests="tests/test_automata.py",
         select="least_one or alike",
     ),
+    # ---- explore
+    Fault(
+        name="the page takes the observer form for the companion form",
+        file="src/statemix/explore/model.js",
+        old='kind === "observer" ? j * order',
+        new='kind === "companion" ? j * order',
+        tests="tests/test_explore.py",
+        select="the_script_computes",
+    ),
+    Fault(
+        name="the page says what an automaton says in the state before",
+        file="src/statemix/explore/page.js",
+        old="automaton.outputs[before][token]",
+        new="automaton.outputs[states.at(-3) ?? before][token]",
+        tests="tests/test_explore.py",
+        select="a_browser",
+    ),
+    Fault(
+        name="the page shows another model than was verified",
+        file="src/statemix/explore/__init__.py",
+        old="sharpen = verdict.sharpened",
+        new="sharpen = None",
+        tests="tests/test_explore.py",
+        select="the_automaton_is",
+    ),
 )

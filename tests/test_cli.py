@@ -18,6 +18,7 @@ from run_helpers import NEEDING_SPACE, TRAIN, differing, disk, disk_is_full
 import statemix
 from statemix import TrainConfig, cli
 from statemix.cli import info
+from statemix.cli.explore import Explore
 from statemix.cli.export import Export
 from statemix.cli.generate import Generate
 from statemix.cli.report import Report
@@ -131,7 +132,7 @@ def undocumented(cls: type, given: tuple[str, ...] = ()) -> list[str]:
     return [p.name for p in options(cls, given) if not re.search(rf"^    {p.name}: \S", told, re.MULTILINE)]
 
 
-FORMS = [Sweep, Generate, Report, Verify, Export, info.Info, TrainConfig, CurriculumConfig, *TASKS.values()]
+FORMS = [Sweep, Generate, Report, Verify, Export, Explore, info.Info, TrainConfig, CurriculumConfig, *TASKS.values()]
 
 
 @pytest.mark.parametrize("cls", [*FORMS, ModelConfig, OptimizerConfig], ids=lambda cls: cls.__name__)
@@ -175,7 +176,7 @@ def test_usage(capsys):
 
 
 WRONG_CALLS = [
-    ("tran", r"COMMAND must be one of \['bench', 'export', .*'verify'\], got 'tran'\. Did you mean 'train'\?"),
+    ("tran", r"COMMAND must be one of \['bench', 'explore', .*'verify'\], got 'tran'\. Did you mean 'train'\?"),
     ("quit", r"COMMAND must be one of \[.*'verify'\], got 'quit'\. ?$"),
     ("--steps 5", r"COMMAND must be one of \[.*'train', 'verify'\], got '--steps'"),
     ("info now", r"Unrecognized options: now"),

@@ -120,7 +120,8 @@ def test_every_file_of_the_package_is_shipped():
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("this is no checkout of git")
     command = ["git", "check-ignore", "--no-index", "--stdin"]
-    files = "\n".join(str(path) for path in PACKAGE.rglob("*") if path.suffix in (".py", ".csv", ".typed"))
+    kinds = (".py", ".csv", ".typed", ".css", ".html", ".js")
+    files = "\n".join(str(path) for path in PACKAGE.rglob("*") if path.suffix in kinds)
     ignored = subprocess.run(command, input=files, capture_output=True, text=True, cwd=ROOT)
     assert ignored.stdout == ""
     assert ignored.returncode == 1  # of git: nothing is ignored

@@ -103,6 +103,27 @@ def test_targets_are_the_oracles_and_within_the_vocabulary(name, split):
 
 
 @each_task
+def test_every_token_has_a_name_of_its_own(name):
+    for options in ({}, {"start": True}) if "start" in TASKS[name].__dataclass_fields__ else ({},):
+        task = build_task({"name": name, **options})
+        assert len(set(task.token_names)) == len(task.token_names) == task.vocab_size
+
+
+NAMES = [
+    ({"name": "permutation", "group": "S3", "start": True}, "012 021 102 120 201 210 start"),
+    ({"name": "permutation", "group": "A3xZ2", "min_len": 1}, "012,0 012,1 120,0 120,1 201,0 201,1 pad"),
+    ({"name": "parity", "start": True}, "0 1 pad start"),
+    ({"name": "modular-arithmetic", "modulus": 3}, "0 1 2 + - * ( ) = pad"),
+    ({"name": "modular-arithmetic-simple", "modulus": 2}, "0 1 + - * pad"),
+]
+
+
+@pytest.mark.parametrize(("spec", "names"), NAMES, ids=str)
+def test_what_the_tokens_are_called(spec, names):
+    assert " ".join(build_task(spec).token_names) == names
+
+
+@each_task
 def test_chance_is_one_in_the_number_of_targets(name):
     task = build_task({"name": name})
     targets = task.sample("train", 2000).targets

@@ -36,8 +36,8 @@ from statemix.files import write_whole
 from statemix.generate import Decoder
 from statemix.mixers.base import check_sizes
 from statemix.mixers.linear_recurrence import LinearRecurrence
-from statemix.model import MODEL, SequenceModel
-from statemix.tasks import build_task
+from statemix.model import MODEL, SequenceModel, load_model
+from statemix.tasks import Task, build_task
 from statemix.training.checkpoint import CONFIG_FILE, find_checkpoint
 from statemix.training.config import TrainConfig
 from statemix.training.regularization import row_entropies
@@ -262,6 +262,39 @@ def _unpack(rows: Sequence[bytes], model: SequenceModel) -> State:
     return tuple(part.unflatten(1, mixer.state_shape) for part, mixer in zip(parts, model.mixers, strict=True))
 
 
+class TrainedModel(NamedTuple):
+    """The model of a run and its task; the factor of its raw gates, None if they are as saved; and whence it is."""
+
+    model: SequenceModel
+    task: Task
+    sharpened: float | None
+    checkpoint: Path
+
+
+def load_run(run: str | Path, owner: str, sharpen: float | None = None) -> TrainedModel:
+    """The model of a run, sharpened as asked for. Arguments as of `verify`; errors are in the name of `owner`.
+
+    Raises:
+        ValueError: the folder has no run or no model, or a mixer cannot be sharpened.
+    """
+    folder = Path(run)
+    checkpoint = find_checkpoint(folder, owner)
+    of_run = next((path for path in (folder, folder.parent) if (path / CONFIG_FILE).exists()), None)
+    if of_run is None:
+        raise ValueError(f"{owner}: '{folder}' must be the folder of a run or within one, but has no {CONFIG_FILE}.")
+    config = TrainConfig.load(of_run / CONFIG_FILE)
+    task, factor = build_task(config.task), config.sharpen if sharpen is None else sharpen
+    model = load_model(checkpoint)
+    if not isinstance(model, SequenceModel):
+        raise ValueError(f"{owner}: '{checkpoint}' must have a SequenceModel, got {type(model).__name__}.")
+    if factor is not None:
+        for mixer in model.mixers:
+            if not isinstance(mixer, LinearRecurrence):
+                raise ValueError(f"{owner}: `sharpen` must be None: {type(mixer).__name__} has no rows of gates.")
+            mixer.sharpen(factor)
+    return TrainedModel(model, task, factor, checkpoint)
+
+
 def verify(run: str | Path, *, sharpen: float | None = None, max_states: int = MAX_STATES) -> Verdict:
     """Whether the model of a run is right at every word of its task, of any length: see `explore`.
 
@@ -276,20 +309,8 @@ def verify(run: str | Path, *, sharpen: float | None = None, max_states: int = M
             or nothing can be said because rows of gates are not one-hot.
         TypeError, RuntimeError: as of `explore`.
     """
-    folder = Path(run)
-    checkpoint = find_checkpoint(folder, "verify")
-    owner = next((path for path in (folder, folder.parent) if (path / CONFIG_FILE).exists()), None)
-    if owner is None:
-        raise ValueError(f"verify: '{folder}' must be the folder of a run or within one, but has no {CONFIG_FILE}.")
-    config = TrainConfig.load(owner / CONFIG_FILE)
-    task, factor = build_task(config.task), config.sharpen if sharpen is None else sharpen
+    model, task, factor, _ = load_run(run, "verify", sharpen)
     automaton = task.automaton()
-    model = SequenceModel.load(checkpoint)
-    if factor is not None:
-        for mixer in model.mixers:
-            if not isinstance(mixer, LinearRecurrence):
-                raise ValueError(f"verify: `sharpen` must be None: {type(mixer).__name__} has no rows of gates.")
-            mixer.sharpen(factor)
     verdict = dataclasses.replace(explore(model, automaton, max_states=max_states), sharpened=factor)
     if verdict.outcome == "undecided" and (blur := _blur(model, task.sample("valid", 32).tokens)) > 0:
         raise ValueError(

@@ -11,7 +11,7 @@ import statemix
 from statemix.cli.arguments import take
 from statemix.specs import import_named
 
-COMMANDS = ("train", "sweep", "generate", "report", "verify", "export", "bench", "info")
+COMMANDS = ("train", "sweep", "generate", "report", "verify", "explore", "export", "bench", "info")
 USAGE = """usage: statemix COMMAND [options]
 
 commands:
@@ -20,6 +20,7 @@ commands:
   generate  text that goes on from a prompt, from a run of the task text
   report    tables, pictures and one HTML page of runs
   verify    whether a run's model is right at every length: all states that it can reach are visited
+  explore   a page on which one types a word and sees the blocks of a trained model move
   export    a run's model as ONNX or for torch.export.load, or its verified automaton as C
   bench     time and memory of scans, layers and training steps against baselines, in one run
   info      versions, backends and the instruction set in use, and why a backend is missing; --sizes: of all mixers

@@ -94,6 +94,11 @@ class Task(ABC):
         return None
 
     @property
+    def token_names(self) -> tuple[str, ...]:
+        """What the tokens of the vocabulary are called, where they are no text: their numbers, if nothing else."""
+        return tuple(map(str, range(self.vocab_size)))
+
+    @property
     def fingerprint(self) -> str | None:
         """Of the data, if they are read: a run goes on with the same data alone. None: the options determine them."""
         return None

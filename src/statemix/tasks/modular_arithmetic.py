@@ -65,6 +65,11 @@ class ModularArithmetic(VariableLength):
         return self.modulus + 6
 
     @property
+    def symbol_names(self) -> tuple[str, ...]:
+        """The digits, then + - * ( ) =."""
+        return (*map(str, range(self.modulus)), *SYMBOLS[: self.symbols - self.modulus])
+
+    @property
     def chance(self) -> float:
         """One in m."""
         return 1 / self.modulus
@@ -171,6 +176,11 @@ class ModularArithmeticSimple(VariableLength):
     def symbols(self) -> int:
         """Digits and three operators."""
         return self.modulus + 3
+
+    @property
+    def symbol_names(self) -> tuple[str, ...]:
+        """The digits, then + - *."""
+        return (*map(str, range(self.modulus)), *SYMBOLS[: self.symbols - self.modulus])
 
     @property
     def chance(self) -> float:

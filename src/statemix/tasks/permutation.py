@@ -72,6 +72,15 @@ class PermutationComposition(VariableLength):
         return len(group_table(self.group))
 
     @property
+    def symbol_names(self) -> tuple[str, ...]:
+        """Where a permutation takes 0, 1, ..., digit by digit; numbers of Z<n>; both with a comma in a product."""
+        factors = [
+            range(n) if kind == "Z" else ["".join(map(str, x)) for x in _permutations(kind, n).tolist()]
+            for kind, n in _factors(self.group)
+        ]
+        return tuple(",".join(map(str, names)) for names in itertools.product(*factors))
+
+    @property
     def chance(self) -> float:
         """One in the number of elements of the group."""
         return 1 / len(group_table(self.group))

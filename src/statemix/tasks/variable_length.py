@@ -63,6 +63,16 @@ class VariableLength(Task):
         return self.symbols + (self.min_len is not None) + self.start
 
     @property
+    def symbol_names(self) -> tuple[str, ...]:
+        """What the symbols are called: their numbers, if nothing else."""
+        return tuple(map(str, range(self.symbols)))
+
+    @property
+    def token_names(self) -> tuple[str, ...]:
+        """Those of the symbols, then "pad" and "start" where there are these."""
+        return self.symbol_names + ("pad",) * (self.min_len is not None) + ("start",) * self.start
+
+    @property
     def pad(self) -> int | None:
         """The token after the symbols."""
         return None if self.min_len is None else self.symbols
