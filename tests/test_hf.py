@@ -329,7 +329,8 @@ def test_the_base_model_is_the_layers_alone(generator, tmp_path, mixer):
     with torch.no_grad():
         expected = whole.model.run_layers(tokens, None, None)[0]
         first = same(tokens[:, :5])
-        second = same(tokens[:, 5:], **{hf.CACHE_NAME: first[hf.CACHE_NAME]})
+        cache = {hf.CACHE_NAME: first[hf.CACHE_NAME]}
+        second = same(tokens[:, 5:], **cache)
         parts = [first.last_hidden_state, second.last_hidden_state]
         assert torch.equal(same(tokens).last_hidden_state, expected)
         assert torch.allclose(torch.cat(parts, dim=1), expected, atol=1e-6)

@@ -105,7 +105,7 @@ class Fake:
             validation=SimpleNamespace(MAX_PARAM_VAL_LENGTH=999, MAX_PARAMS_TAGS_PER_BATCH=99)
         )
         monkeypatch.setitem(sys.modules, name, package)
-        self.key = {"mlflow": "run_id", "trackio": "name", "wandb": "id"}[name]
+        self.key = {"mlflow": "run_id", "wandb": "id"}[name]
 
     def begin(self, **options):
         series = options[self.key] or f"series {len(self.begun)}"
@@ -130,7 +130,7 @@ def without_speed(told: list[tuple[int, dict]]) -> list[tuple[int, dict]]:
     return [(step, {key: value for key, value in line.items() if key != "tokens_per_s"}) for step, line in told]
 
 
-each_tracker = pytest.mark.parametrize("tracker", ["mlflow", "trackio", "wandb"])
+each_tracker = pytest.mark.parametrize("tracker", ["mlflow", "wandb"])
 
 
 @each_tracker
@@ -195,7 +195,7 @@ def test_a_tracker_that_fails_ends_the_run_and_loses_nothing(finished, monkeypat
 
 
 def test_what_is_no_tracker_here_is_told_before_anything_is_done(monkeypatch, tmp_path):
-    names = r"\['mlflow', 'tensorboard', 'trackio', 'wandb'\]"
+    names = r"\['mlflow', 'tensorboard', 'wandb'\]"
     with pytest.raises(ValueError, match=rf"^train: `tracker` must be one of {names}, got 'wand'\.$"):
         run(tmp_path / "run", config(), tracker="wand")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

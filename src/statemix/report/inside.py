@@ -26,13 +26,13 @@ from statemix.analysis import (
     relabel,
     representation,
 )
-from statemix.report.figures import WIDTH
 from statemix.style import BLUE, COLORS, INK, PURPLE, SMALL, VERMILION, canvas, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+WIDTH = 5.0  # inches: there is more in them than in those of figures.py
 FAITHFUL, QUOTIENT, OTHER = BLUE, VERMILION, INK  # blocks that act as the group, as a quotient of it, as neither
 MARKERS, HATCHES = {FAITHFUL: "o", QUOTIENT: "s", OTHER: "."}, {FAITHFUL: "", QUOTIENT: "////", OTHER: ""}
 POSITIVE, NEGATIVE = INK, PURPLE  # weights

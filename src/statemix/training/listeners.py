@@ -47,10 +47,6 @@ TRACKERS = {
         lambda out, series, step: {"run_name": EVENTS_FOLDER, "logging_dir": str(out), "purge_step": step + 1},
         lambda writer: EVENTS_FOLDER,
     ),
-    "trackio": Kind(
-        lambda out, series, step: {"run_name": PROJECT, "name": series, "resume": "allow"},
-        lambda run: run.name,
-    ),
     "wandb": Kind(
         lambda out, series, step: {"run_name": PROJECT, "name": out.name, "id": series, "resume": "allow"},
         lambda run: run.id,

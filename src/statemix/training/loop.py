@@ -88,7 +88,7 @@ def train(
         on_log: called in the main process with a copy of each line of metrics, of a validation once its checkpoint is
             written. After a kill the lines since the last checkpoint come again. An exception ends the run, which
             resumes as after a kill.
-        tracker: "mlflow", "tensorboard", "trackio" or "wandb", whose package must be installed: it is given each line
+        tracker: "mlflow", "tensorboard" or "wandb", whose package must be installed: it is given each line
             of metrics once, also those from before it was named, and a resumed run goes on with its series.
             TensorBoard's events are in out/tensorboard.
         init_from: folder of another run, or of a checkpoint or model, whose (best) weights are the first of this one.
