@@ -37,7 +37,7 @@ def results():
 
 @pytest.mark.parametrize("budget", ["quick", "full"])
 def test_every_sweep_is_of_valid_configs_and_has_seeds(results, budget):
-    for name in results["CLAIMS"]:
+    for name in (*results["CLAIMS"], "automata", "rivals"):
         configs = runpy.run_path(str(EXPERIMENTS / f"{name}.py"), run_name=name)["configs"](budget)
         assert all(isinstance(config, TrainConfig) for config in configs.values())
         seeds = {config.seed for config in configs.values()}
