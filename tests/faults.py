@@ -688,8 +688,8 @@ FAULTS = (
     Fault(
         name="rows are not one-hot after pruning",
         file="src/statemix/training/curriculum.py",
-        old="return self.silenced is not None\n\n    @property\n    def is_pruned",
-        new="return False\n\n    @property\n    def is_pruned",
+        old="return self.silenced is not None\n\n    @property\n    def is_time_to_prune",
+        new="return False\n\n    @property\n    def is_time_to_prune",
         tests="tests/test_training_curriculum.py",
         select="one_hot",
     ),

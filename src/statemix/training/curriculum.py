@@ -87,7 +87,7 @@ class Curriculum:
         return self.silenced is not None
 
     @property
-    def is_pruned(self) -> bool:
+    def is_time_to_prune(self) -> bool:
         """Whether it is time to prune: once, then in rounds, and at the end."""
         if self.options.prune is None or self.options.quiet is None or not self.quiet:
             return False

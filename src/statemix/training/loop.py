@@ -314,7 +314,7 @@ class Training:
         if learner is not None:
             learner.observe(all_rows(accelerator, predictions), batch.targets.to(predictions.device))
             silence(self.model, learner.silenced or [])
-            if learner.is_pruned:
+            if learner.is_time_to_prune:
                 with one_hot_gates(self.model, enabled=learner.is_one_hot):
                     learner.prune(self.model, self.step)
         return Outcome(loss, predictions, own.targets, grad_norm)
