@@ -1,6 +1,6 @@
 """Exact state tracking: every task of the preset "exact" is trained until a model is verified for all lengths.
 
-    python experiments/suite.py --out runs/suite                       all tasks, seeds 0 to 4: hours on one core
+    python experiments/suite.py --out runs/suite                       all tasks, seeds 0 to 4
     python experiments/suite.py --tasks parity,s5-32 --seeds 0-2       some of them
     python experiments/suite.py --table runs/suite                     the table and results/suite.csv of what there is
 

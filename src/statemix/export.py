@@ -60,8 +60,8 @@ def export_program(model: nn.Module, *, step: bool = False) -> ExportedProgram:
     """The program of model(x, state), or of model.step(x, state), for any number of rows and up to `MAX_LENGTH` steps.
 
     It is made without gradients, in eval mode, of a copy of the weights. On a CPU the layers of BD-LRU and H-LRU are
-    operators of the compiled kernels, as in the model: who loads the program imports statemix first. With
-    `backend="associative"` it is made of torch's operations alone.
+    operators of the compiled kernels, as in the model: who loads the program imports statemix first. A step with
+    `backend="associative"` is made of torch's operations alone; of a sequence that backend is refused.
 
     Args:
         model: a SequenceModel of tokens, or a Backbone or one mixer, of x.
