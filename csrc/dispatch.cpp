@@ -3,6 +3,11 @@
 #include "snapshot.h"
 #include "threads.h"
 
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
@@ -13,6 +18,23 @@ std::atomic<bool> forked{false};
 #if defined(__unix__) || defined(__APPLE__)
 [[maybe_unused]] static const int kAtFork = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
+
+// They are started where OpenMP does not have them yet, which keeps those of the last call from this thread and no others.
+int64_t startable(int64_t wanted) {
+  thread_local int64_t kept = 1;
+  if (wanted <= kept) return kept = wanted;
+  std::vector<std::thread> started;
+  std::mutex gate;
+  gate.lock();  // all at the same time
+  try {
+    started.reserve(wanted - kept);
+    while (int64_t(started.size()) < wanted - kept) started.emplace_back([&gate] { gate.lock(), gate.unlock(); });
+  } catch (const std::exception&) {  // no thread or no memory: the arithmetic is the same on fewer threads
+  }
+  gate.unlock();
+  for (std::thread& thread : started) thread.join();
+  return kept += int64_t(started.size());
+}
 
 #define STATEMIX_DECLARE(name) extern const Kernels kernels_##name;
 STATEMIX_DECLARE(baseline)

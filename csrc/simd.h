@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #define STATEMIX_VECTOR_BYTES 32
 #elif defined(__SSE2__)
-#include <immintrin.h>
+#include <emmintrin.h>
 #define STATEMIX_VECTOR_BYTES 16
 #else
 #define STATEMIX_VECTOR_BYTES 16

@@ -2,10 +2,6 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
-#include <exception>
-#include <mutex>
-#include <thread>
-#include <vector>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -19,25 +15,10 @@ namespace statemix {
 // Set in a child of fork (dispatch.cpp): the other threads of the pool do not exist there, and waiting for them never ends.
 extern std::atomic<bool> forked;
 
-namespace {
+// How many threads of `wanted` this process can have now (dispatch.cpp). OpenMP would end it at the first that cannot be started.
+int64_t startable(int64_t wanted);
 
-// How many threads of `wanted` this process can have now. OpenMP would end it at the first that cannot be started, so they are
-// started here before: where OpenMP does not have them yet, which keeps those of the last call from this thread and no others.
-inline int64_t startable(int64_t wanted) {
-  thread_local int64_t kept = 1;
-  if (wanted <= kept) return kept = wanted;
-  std::vector<std::thread> started;
-  std::mutex gate;
-  gate.lock();  // all at the same time
-  try {
-    started.reserve(wanted - kept);
-    while (int64_t(started.size()) < wanted - kept) started.emplace_back([&gate] { gate.lock(), gate.unlock(); });
-  } catch (const std::exception&) {  // no thread or no memory: the arithmetic is the same on fewer threads
-  }
-  gate.unlock();
-  for (std::thread& thread : started) thread.join();
-  return kept += int64_t(started.size());
-}
+namespace {
 
 // Runs body(thread, threads) on at most that many threads.
 template <class Body>
