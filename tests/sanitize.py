@@ -6,6 +6,7 @@
 import dataclasses
 import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -38,14 +39,14 @@ WIDTHS = (1, 5, 16, 40)
 ARRANGEMENTS = tuple((LAYOUTS | SHIFTED).values())
 
 
-def main() -> None:
-    library._loaded = library.Library(Path(sys.argv[1]))
+def run(orders: Sequence[int] = ORDERS, blocks: Sequence[int] = BLOCKS) -> None:
+    """Scans and layers of these sizes, steps, logits and SwiGLUs by the library that is loaded."""
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)  # with it, torch.empty is filled with NaN
     generator = torch.Generator().manual_seed(0)
     # every option turns at its own pace, so that each meets each of the others
-    for (kind, order, blocks), length, batch, normalization, with_state, with_reset, arrange, width in zip(
-        itertools.product(SCANS, ORDERS, BLOCKS),
+    for (kind, order, count), length, batch, normalization, with_state, with_reset, arrange, width in zip(
+        itertools.product(SCANS, orders, blocks),
         itertools.cycle(LENGTHS),
         itertools.cycle(BATCHES),
         itertools.cycle(NORMALIZATIONS),
@@ -58,7 +59,7 @@ def main() -> None:
         is_costly = (length == 300 and order > 4) or (length == 65 and order < 8)
         options = {
             "order": order,
-            "blocks": blocks,
+            "blocks": count,
             "length": 9 if is_costly else length,
             "batch": batch,
             "normalization": "softmax" if normalization == "none" and length > 9 else normalization,
@@ -136,6 +137,11 @@ def run_gated() -> None:
         made = kernels.gated(x.requires_grad_())
         (made_gradient,) = torch.autograd.grad(made, x, cotangent)
         assert_near({"y": made.detach(), "x": made_gradient}, {"y": y, "x": gradient})
+
+
+def main() -> None:
+    library._loaded = library.Library(Path(sys.argv[1]))
+    run()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,3 +126,17 @@ def test_every_file_of_the_package_is_shipped():
     ignored = subprocess.run(command, input=files, capture_output=True, text=True, cwd=ROOT)
     assert ignored.stdout == ""
     assert ignored.returncode == 1  # of git: nothing is ignored
+
+
+def test_the_sdist_has_what_builds_it_and_no_results(tmp_path):
+    pytest.importorskip("scikit_build_core", reason="scikit-build-core is not installed: pip install statemix[dev]")
+    code = "import sys; from scikit_build_core.build import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    (sdist,) = tmp_path.iterdir()
+    assert sdist.stat().st_size < 1e6
+    with tarfile.open(sdist) as file:
+        names = {member.name.partition("/")[2] for member in file if member.isfile()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    modules = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
+    assert sources | modules | {"CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml"} <= names
+    assert {name for name in names if re.match(r"results/|runs/|build/|dist/|.*\.(so|csv|png|npz)$", name)} == set()
