@@ -24,12 +24,15 @@ from statemix.benchmark import commands
 from statemix.kernels import library
 
 COMPILERS = ("c++", "cc", "clang", "clang++", "cl", "cmake", "g++", "gcc")
-# of `statemix bench`: those that run in the kernels of a CPU
-BENCHMARKS = {
-    "layer": (commands.LayerBenchmark(), ("bdlru", "hlru")),
-    "scan": (commands.ScanBenchmark(), ("cpu",)),
-    "decode": (commands.DecodeBenchmark(), ("bdlru", "hlru", "Decoder of 4 layers")),
-}
+
+
+def benchmarks(sizes: str, dtype: str) -> list[tuple[commands.Benchmark, tuple[str, ...]]]:
+    """Of `statemix bench`: those of this dtype, and what runs in the kernels of a CPU there."""
+    scans = commands.ScanBenchmark(sizes=sizes, dtype=dtype), ("cpu",)
+    if dtype == "float64":
+        return [scans]
+    layers = commands.LayerBenchmark(sizes=sizes), ("bdlru", "hlru")
+    return [layers, scans, (commands.DecodeBenchmark(sizes=sizes), ("bdlru", "hlru", "Decoder of 4 layers"))]
 
 
 def use() -> None:
@@ -63,7 +66,7 @@ def _maps() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def turns(old: Path, new: Path, instruction_set: str | None, rounds: int) -> None:
+def turns(old: Path, new: Path, options: argparse.Namespace) -> None:
     """Print the time of the second library over that of the first, called in turns on one thread.
 
     The time is that of the thread on a processor, which a busy machine changes least. Median and quartiles of the ratio
@@ -72,10 +75,10 @@ def turns(old: Path, new: Path, instruction_set: str | None, rounds: int) -> Non
     torch.set_num_threads(1)
     libraries = library.Library(old), library.Library(new)
     for each in libraries:
-        each.instruction_set = instruction_set or each.instruction_set
-    print(f"{new} over {old}, {libraries[0].instruction_set}, torch {torch.__version__}, {rounds} rounds")
+        each.instruction_set = options.instruction_set or each.instruction_set
+    print(f"{new} over {old}, {libraries[0].instruction_set}, torch {torch.__version__}, {options.rounds} rounds")
     ratios_of_all = []
-    for what, (benchmark, names) in BENCHMARKS.items():
+    for benchmark, names in benchmarks(options.sizes, options.dtype):
         for group in benchmark.groups():
             for contender in group.contenders:
                 if contender.name not in names:
@@ -83,7 +86,7 @@ def turns(old: Path, new: Path, instruction_set: str | None, rounds: int) -> Non
                 library._loaded = libraries[0]
                 work = contender.make(group.shape)
                 ratios = []
-                for turn in range(rounds + 2):
+                for turn in range(options.rounds + 2):
                     seconds = []
                     for each in libraries[:: 1 if turn % 2 else -1]:
                         library._loaded = each
@@ -96,8 +99,7 @@ def turns(old: Path, new: Path, instruction_set: str | None, rounds: int) -> Non
                     ratios.append(second / first)
                 low, median, high = np.quantile(ratios[2:], (0.25, 0.5, 0.75))  # two to warm up
                 ratios_of_all.append(median)
-                part = f", {group.shape.part}" if what == "scan" else ""
-                row = f"{what + part:26} {contender.name:20} {group.shape.size:>6}"
+                row = f"{group.panel:32} {contender.name:20} {group.shape.size:>6}"
                 print(f"{row}  {median:.2f} ({low:.2f} to {high:.2f})", flush=True)
     print(f"all: median {np.median(ratios_of_all):.3f}, {min(ratios_of_all):.2f} to {max(ratios_of_all):.2f}")
 
@@ -131,10 +133,12 @@ def main() -> None:
     parser.add_argument("--torch", default="torch", help="the requirement that torch is installed by")
     parser.add_argument("--turns", nargs=2, type=Path, metavar=("OLD", "NEW"))
     parser.add_argument("--instruction-set")
+    parser.add_argument("--sizes", default=commands.ScanBenchmark().sizes, help="of --turns, M x N")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float64"), help="of --turns; float64: scans")
     parser.add_argument("--rounds", type=int, default=11)
     options = parser.parse_args()
     if options.turns:
-        turns(*options.turns, options.instruction_set, options.rounds)
+        turns(*options.turns, options)
     elif options.wheel:
         install(options.wheel, options.torch, options.rounds)
     else:
