@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--budget", choices=BUDGETS, default="quick")
     parser.add_argument("--out", type=Path, default=Path("results"))
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     ppo, budget = runpy.run_path(str(EXAMPLE), run_name="popgym_ppo"), BUDGETS[arguments.budget]
     name = f"agents_{arguments.budget}"

@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, default=Path("results"))
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     model, tokenizer = load_text_model(arguments.run)
     prompts = [torch.from_numpy(tokenizer.encode(PROMPT))]

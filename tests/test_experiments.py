@@ -109,6 +109,24 @@ def test_an_automaton_is_verified_once(tmp_path):
     assert automata["wilson"](0, 20) == (0, pytest.approx(0.161, abs=1e-3))
 
 
+@pytest.mark.parametrize(
+    ("name", "first_work", "arguments"),
+    [("agents", "runpy", []), ("generation", "load_text_model", ["a run"])],
+)
+def test_a_folder_for_the_table_is_there_before_any_work(tmp_path, monkeypatch, name, first_work, arguments):
+    main, out = runpy.run_path(str(EXPERIMENTS / f"{name}.py"), run_name=name)["main"], tmp_path / "new" / "folder"
+
+    def begin(*_, **__):
+        raise RuntimeError(f"folder: {out.is_dir()}")
+
+    monkeypatch.setitem(
+        main.__globals__, first_work, SimpleNamespace(run_path=begin) if first_work == "runpy" else begin
+    )
+    monkeypatch.setattr(sys, "argv", [name, *arguments, "--out", str(out)])
+    with pytest.raises(RuntimeError, match="folder: True"):
+        main()
+
+
 def test_the_suite_tries_until_a_model_is_verified(tmp_path, monkeypatch):
     """With models that are made and not trained: the first errs, the second is right at every length."""
     suite, made = runpy.run_path(str(EXPERIMENTS / "suite.py"), run_name="suite"), []

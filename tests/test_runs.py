@@ -174,8 +174,8 @@ def test_a_spreadsheet_takes_no_text_for_a_formula(tmp_path, text):
 
 
 def test_a_table_as_csv(tmp_path):
-    files = write_table(ROWS, tmp_path, "table")
-    assert files[0] == tmp_path / "table.csv"
+    files = write_table(ROWS, tmp_path / "new" / "folder", "table")
+    assert files[0] == tmp_path / "new" / "folder" / "table.csv"
     with files[0].open(newline="") as file:
         read = list(csv.DictReader(file))
     assert list(read[0]) == ["label", "seed", "valid_loss", "mixer.width", "option", "error"]

@@ -189,13 +189,15 @@ def check_label(label: str) -> None:
 def write_table(rows: Sequence[Row], out: str | Path, name: str) -> list[Path]:
     """Write rows as NAME.csv and, where pyarrow is installed, as NAME.parquet. Returns the files.
 
-    A text that a spreadsheet would take for a formula has an apostrophe before it in the CSV.
+    The folder is made if it is not there. A text that a spreadsheet would take for a formula has an apostrophe before
+    it in the CSV.
     """
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, restval="")
     writer.writeheader()
     writer.writerows({column: _cell(value) for column, value in row.items()} for row in rows)
+    Path(out).mkdir(parents=True, exist_ok=True)
     files = [Path(out) / f"{name}.csv"]
     write_whole(files[0], text.getvalue().encode())
     try:
