@@ -245,7 +245,7 @@ FAULTS = (
     ),
     Fault(
         name="a classifier reads the last position, be it padding",
-        file="src/statemix/hf.py",
+        file="src/statemix/hf/models.py",
         old="last = (real * torch.arange(1, steps + 1, device=real.device)).argmax(1)",
         new="pass",
         tests="tests/test_hf.py",

@@ -1,4 +1,4 @@
-"""hf.py: transformers' own generation, pipeline and Trainer against ours; padded rows against each alone."""
+"""hf: transformers' own generation, pipeline and Trainer against ours; padded rows against each alone."""
 
 import json
 import os

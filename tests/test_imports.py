@@ -88,7 +88,7 @@ PLAIN = ("statemix.gates", "statemix.specs", "statemix.tasks", "statemix.analysi
 PLAIN_SCANS = (SCAN, f"{SCAN}.problem", f"{SCAN}.reference", f"{SCAN}.associative", f"{SCAN}.cpu")
 # What only the named modules may import, and they only what is named.
 ONLY_BY = {
-    "tokenizers": ("statemix.text.tokenizer", "statemix.hf"),
+    "tokenizers": ("statemix.text.tokenizer", "statemix.hf.tokenizer"),
     "cuda": (f"{SCAN}.gpu.compile",),
     "statemix.cli": (
         "statemix.__main__",

@@ -1,14 +1,7 @@
-"""SequenceModel as models of Hugging Face's transformers, the extra `hf`: importing this registers them.
+"""A SequenceModel, its layers, and a classifier on them as models of transformers.
 
-    import statemix.hf
-    model = statemix.hf.StatemixForCausalLM.from_statemix("runs/shakespeare")
-    model.save_pretrained("folder")                  # AutoModelForCausalLM.from_pretrained("folder") reads it
-    model.generate(...), pipeline("text-generation", model, tokenizer=...), Trainer(model, ...)
-    AutoModelForSequenceClassification.from_pretrained("folder", num_labels=3), AutoModel.from_pretrained("folder")
-
-The cache of `generate` is the recurrent state: of constant size, reordered for beams. Padding, wherever it stands,
-leaves the state as it is, so that a row of a batch gives what it gives alone. transformers hands the cache over as
-`past_key_values`, and from 5.24 on as `cache`: both names are served, and a keyword that is not known is refused.
+`save_pretrained` copies this file beside the weights, for where statemix.hf is not imported: so it is all that
+transformers needs, and what it imports of statemix it does by whole names.
 """
 
 from pathlib import Path
@@ -16,38 +9,20 @@ from typing import Any, ClassVar, NamedTuple, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 
-from statemix.backbone import State
 from statemix.gates import check_floats
+from statemix.hf.reading import StateCache, read_past_padding
 from statemix.model import SequenceModel
-from statemix.text.tokenizer import BPE, Characters, Tokenizer
 from statemix.training.checkpoint import find_checkpoint
 
-try:
-    import tokenizers
-    from transformers import (
-        AddedToken,
-        AutoConfig,
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        GenerationMixin,
-        PreTrainedConfig,
-        PreTrainedModel,
-        PreTrainedTokenizerFast,
-    )
-    from transformers.modeling_outputs import (
-        BaseModelOutputWithPast,
-        CausalLMOutputWithPast,
-        SequenceClassifierOutputWithPast,
-    )
-except ImportError as error:
-    raise ImportError("statemix.hf: it needs transformers 5 or newer: pip install 'statemix[hf]'.") from error
-
-
-# What PEFT's LoraConfig adapts unless it names others: the maps into each mixer and out of it, the one that makes gates
-# among them, and those of each SwiGLU. target_modules="all-linear" also adapts the few small maps of other names.
-LORA_TARGETS = ["gate_and_input", "inputs", "output", "projection", "values"]
+# What `output.past_key_values` is called in the release that is installed.
+CACHE_NAME = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__annotations__)
 
 
 class StatemixConfig(PreTrainedConfig):
@@ -76,37 +51,6 @@ class StatemixConfig(PreTrainedConfig):
         self.mlp_size, self.init_std, self.dropout, self.use_cache = mlp_size, init_std, dropout, use_cache
         self.pad_token_id = pad_token_id
         super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
-
-
-class StateCache:
-    """The state after all tokens so far, as the cache that transformers' `generate` carries along.
-
-    Args:
-        state: of the model, one (B, M, N) per layer. None: nothing has been read.
-    """
-
-    is_compileable = False
-    is_croppable = False
-    is_linear = (False,)  # it knows its length, so `generate` leaves out of a longer text what has been read
-
-    def __init__(self, state: State | None = None) -> None:
-        self.state, self.length = state, 0
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens read, with padding."""
-        return self.length
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row b go on as row beam_idx[b]."""
-        if self.state is not None:
-            self.state = tuple(part.index_select(0, beam_idx.to(part.device)) for part in self.state)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Raise RuntimeError: what was read cannot be taken back from a state, as assisted generation would have it."""
-        raise RuntimeError(
-            f"StateCache: a recurrent state cannot be cropped, got crop({tokens_to_remove}). Generate without an "
-            "assistant model and without prompt lookup."
-        )
 
 
 class Reading(NamedTuple):
@@ -264,7 +208,9 @@ class StatemixPreTrainedModel(PreTrainedModel):
         self._check_others(others, cache)
         self.model.recompute = self.gradient_checkpointing and self.training
         short = only_real and not use_cache
-        streams, state = self._read_past_padding(inputs, real, cache.state, short, output_hidden_states)
+        streams, state = read_past_padding(
+            self.model, inputs, real, cache.state, only_real=short, every=output_hidden_states
+        )
         if use_cache:
             cache.state, cache.length = state, cache.length + inputs.shape[1]
         return Reading(streams[-1], streams if output_hidden_states else None, mask, cache if use_cache else None)
@@ -329,46 +275,6 @@ class StatemixPreTrainedModel(PreTrainedModel):
         if len(shape) != 2 or shape[0] != wanted[0] or shape[1] < wanted[1]:
             self._refuse(ValueError, f"`attention_mask` must have shape (B, T) = {wanted}, got {shape}.")
         return mask.bool()
-
-    def _read_past_padding(
-        self, inputs: Tensor, mask: Tensor | None, state: State | None, only_real: bool, every: bool
-    ) -> tuple[tuple[Tensor, ...], State]:
-        """`_run` past padding, whose position has what stands before it."""
-        if mask is None or mask.all():
-            return self._run(inputs, state, None, every)
-        if inputs.ndim == 3:
-            inputs = inputs.masked_fill(~mask[..., None], 0)  # be it NaN
-        begins = mask & ~nn.functional.pad(mask, (1, -1))
-        if state is None and (begins.sum(1) == 1).all() and (only_real or mask[:, -1].all()):
-            # in one stretch: what is before it is forgotten at its first token, what is behind it is not asked for
-            return self._run(inputs, None, begins, every)
-        rows = []
-        for row, real in enumerate(mask):
-            own = self.model.initial_state(1) if state is None else tuple(part[row : row + 1] for part in state)
-            zeros = self.model.embedding.weight.new_zeros(1, 1, self.config.d_model)
-            streams = (zeros,) * (self.config.num_layers + 1 if every else 1)
-            if real.any():
-                streams, own = self._run(inputs[row : row + 1, real], own, None, every)
-            places = (real.cumsum(0) - 1).clamp(min=0)
-            rows.append(([x[:, places] for x in streams], own))
-        of_rows, states = zip(*rows, strict=True)
-        together = tuple(torch.cat(parts) for parts in zip(*of_rows, strict=True))
-        return together, tuple(torch.cat(parts) for parts in zip(*states, strict=True))
-
-    def _run(
-        self, inputs: Tensor, state: State | None, reset: Tensor | None, every: bool
-    ) -> tuple[tuple[Tensor, ...], State]:
-        """The residual stream behind the last norm, after those that the layers read if every one is asked for."""
-        streams: list[Tensor] = []
-        layers = self.model.layers if every else ()
-        hooks = [layer.register_forward_pre_hook(lambda _, given: streams.append(given[0])) for layer in layers]
-        try:
-            run = self.model.run_layers if inputs.ndim == 2 else self.model.run_stack
-            x, state = run(inputs, state, reset)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return (*streams, x), state
 
 
 class StatemixModel(StatemixPreTrainedModel):
@@ -566,60 +472,3 @@ def _sequence_model(config: StatemixConfig) -> SequenceModel:
         init_std=config.init_std,
         dropout=config.dropout,
     )
-
-
-PAD_BYTE, PAD_TOKEN = 255, "<|pad|>"
-
-
-def hf_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """The same tokens as a tokenizer of transformers.
-
-    That of bytes has `<|pad|>` for padding: the byte 255, which is in no UTF-8 text. Only where a text has these
-    letters themselves, transformers takes them for it. The others have no token to spare: with an attention mask any
-    will do, such as `pad_token_id=0` for `generate`.
-    """
-    special = {}
-    if isinstance(tokenizer, BPE):
-        inner = tokenizers.Tokenizer.from_str(tokenizer.json)
-    elif isinstance(tokenizer, Characters):
-        places = {character: place for place, character in enumerate(tokenizer.alphabet)}
-        inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(places))
-        inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
-        inner.decoder = tokenizers.decoders.Fuse()
-    else:
-        # a byte goes by its own character if that is printable, or else by the next from U+0100
-        alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        others = (character for character in alphabet if ord(character) > 255)
-        places = {chr(byte) if chr(byte) in alphabet else next(others): byte for byte in range(256)}
-        places = {PAD_TOKEN if byte == PAD_BYTE else name: byte for name, byte in places.items()}
-        special["pad_token"] = AddedToken(PAD_TOKEN, special=True, normalized=False)
-        inner = tokenizers.Tokenizer(tokenizers.models.BPE(places, []))
-        inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        inner.decoder = tokenizers.decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-        **special,
-    )
-
-
-# What `output.past_key_values` is called in the release that is installed.
-CACHE_NAME = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__annotations__)
-
-if __name__ == "statemix.hf":  # and not a copy of this file that a saved folder brought along
-    AutoConfig.register(StatemixConfig.model_type, StatemixConfig)
-    StatemixConfig.register_for_auto_class()
-    for auto, model in (
-        (AutoModel, StatemixModel),
-        (AutoModelForCausalLM, StatemixForCausalLM),
-        (AutoModelForSequenceClassification, StatemixForSequenceClassification),
-    ):
-        auto.register(StatemixConfig, model)
-        model.register_for_auto_class(auto.__name__)
-    try:
-        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    except ImportError:
-        pass
-    else:
-        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[StatemixConfig.model_type] = LORA_TARGETS
