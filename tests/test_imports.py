@@ -50,8 +50,16 @@ ALLOWED = {
         "statemix.specs",
     ),
     "statemix.mixers.base": ("statemix.gates",),
-    "statemix.backbone": ("statemix.mixers", "statemix.gates", KERNELS, "statemix.fused", "statemix.specs"),
-    "statemix.predictor": ("statemix.backbone", "statemix.mixers"),
+    "statemix.lengths": (),
+    "statemix.backbone": (
+        "statemix.mixers",
+        "statemix.gates",
+        "statemix.lengths",
+        KERNELS,
+        "statemix.fused",
+        "statemix.specs",
+    ),
+    "statemix.predictor": ("statemix.backbone", "statemix.lengths", "statemix.mixers"),
     "statemix.model": (
         "statemix.backbone",
         "statemix.mixers",

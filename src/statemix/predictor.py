@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from statemix.backbone import Backbone, Ends
+from statemix.backbone import Backbone
+from statemix.lengths import Ends
 from statemix.mixers.base import check_choice, check_sizes
 
 POOLINGS = ("attention", "last", "mean")

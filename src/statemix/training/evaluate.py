@@ -10,6 +10,7 @@ from statemix.backbone import State
 from statemix.model import SequenceModel
 from statemix.tasks import IGNORE_INDEX, Batch, Score
 from statemix.tasks.base import Task
+from statemix.training.config import TrainConfig, at_length
 
 
 @torch.no_grad()
@@ -55,6 +56,28 @@ def evaluate(
     scores = {"loss": loss} | accuracies(score) | {"mad_accuracy": score.mad_accuracy}
     scores |= text_figures(task, loss, torch.cat(all_targets))
     return scores | {"accuracy_by_position": score.accuracy_by_position}
+
+
+def scores_on(
+    split: str, config: TrainConfig, task: Task, model: torch.nn.Module, device: torch.device
+) -> dict[str, Any]:
+    """The scores of a run's model on a split, with no more tokens at once than in a training step."""
+    sequences, at_once = config.eval_sequences, config.sequences_at_once(task)
+    return evaluate(model, task, split, sequences, at_once, device, carry=config.carry)
+
+
+def final_tasks(config: TrainConfig, task: Task) -> dict[str, Task]:
+    """The task at every length of the final test; none if there is nothing to test on."""
+    if "test" not in task.splits:
+        return {}
+    lengths = config.test_lengths or (task.seq_len,)
+    return {str(length): at_length(task, length) for length in lengths}
+
+
+def final_scores(config: TrainConfig, task: Task, model: torch.nn.Module, device: torch.device) -> dict[str, Any]:
+    """The scores of the final test at each length."""
+    tasks = final_tasks(config, task)
+    return {length: scores_on("test", config, task, model, device) for length, task in tasks.items()}
 
 
 def answer(model: torch.nn.Module, batch: Batch, state: State | None) -> tuple[Tensor, State]:

@@ -33,10 +33,18 @@ from statemix.training.checkpoint import (
     read_result,
     step_of,
 )
-from statemix.training.config import TrainConfig, at_length, first_difference
+from statemix.training.config import TrainConfig, first_difference
 from statemix.training.curriculum import Curriculum
 from statemix.training.curves import plot_curves
-from statemix.training.evaluate import accuracies, answer, cross_entropy, evaluate, text_figures
+from statemix.training.evaluate import (
+    accuracies,
+    answer,
+    cross_entropy,
+    final_scores,
+    final_tasks,
+    scores_on,
+    text_figures,
+)
 from statemix.training.lineage import Lineage
 from statemix.training.listeners import Listener, check_listeners, give_all, listening
 from statemix.training.optimizer import learning_rate, make_optimizer, set_learning_rate
@@ -200,7 +208,8 @@ class Training:
         trained = [self.task.with_seq_len(length) for length in self.config.train_lengths] or [self.task]
         if self.curriculum is not None:
             trained = self.curriculum.tasks()
-        for split, tasks in (("train", trained), ("valid", [self.task]), ("test", self._test_tasks().values())):
+        final = final_tasks(self.config, self.task).values()
+        for split, tasks in (("train", trained), ("valid", [self.task]), ("test", final)):
             for task in tasks:
                 task.draw(split, 1, seed=0, index=0)  # what cannot be drawn is better found now than after training
         if self.is_main:
@@ -367,23 +376,14 @@ class Training:
 
     def validate(self) -> dict[str, Any]:
         """Score the model on the validation split, see whether it is the best so far, and write and return the line."""
-        config, device = self.config, self.accelerator.device
-        with row_entropies(self.model, enabled=config.row_entropy > 0) as entropies:
-            valid = evaluate(
-                self.wrapped,
-                self.task,
-                "valid",
-                config.eval_sequences,
-                config.sequences_at_once(self.task),
-                device,
-                carry=config.carry,
-            )
+        with row_entropies(self.model, enabled=self.config.row_entropy > 0) as entropies:
+            valid = scores_on("valid", self.config, self.task, self.wrapped, self.accelerator.device)
         if entropies:  # the mean over layers and batches
             valid["row_entropy"] = float(sum(entropies)) / len(entropies)
         [valid] = broadcast_object_list([valid])  # so that all processes stop at the same step
         line = {"step": self.step} | {f"valid_{key}": value for key, value in valid.items()}
         self._check_finite(line, "valid_loss")
-        penalised = valid["loss"] + config.row_entropy * valid.get("row_entropy", 0.0)
+        penalised = valid["loss"] + self.config.row_entropy * valid.get("row_entropy", 0.0)
         if penalised < self.best_loss or self._is_learned():
             self.best_loss, self.best_step = penalised, self.step
         self.is_accurate = self._is_accurate(line)
@@ -444,7 +444,7 @@ class Training:
             "processes": self.accelerator.num_processes,
             "kernels": {self.config.mixer["name"]: describe_kernels([*self.model.mixers, *model.mixers])},
             "valid": {key.removeprefix("valid_"): value for key, value in valid.items() if key != "step"},
-            "test": self._test_scores(model),
+            "test": final_scores(self.config, self.task, model, self.accelerator.device),
         }
         summary |= self.lineage.facts()
         if self.task.fingerprint is not None:
@@ -456,31 +456,8 @@ class Training:
         if self.config.sharpen is not None:
             for mixer in model.mixers:
                 mixer.sharpen(self.config.sharpen)
-            summary["sharpened"] = self._test_scores(model)
+            summary["sharpened"] = final_scores(self.config, self.task, model, self.accelerator.device)
         return summary
-
-    def _test_tasks(self) -> dict[str, Task]:
-        """The task at every length of the final test; none if there is nothing to test on."""
-        if "test" not in self.task.splits:
-            return {}
-        lengths = self.config.test_lengths or (self.task.seq_len,)
-        return {str(length): at_length(self.task, length) for length in lengths}
-
-    def _test_scores(self, model: torch.nn.Module) -> dict[str, Any]:
-        """The scores at each length, with no more tokens at once than in a training step."""
-        config, device = self.config, self.accelerator.device
-        return {
-            length: evaluate(
-                model,
-                task,
-                "test",
-                config.eval_sequences,
-                config.sequences_at_once(task),
-                device,
-                carry=config.carry,
-            )
-            for length, task in self._test_tasks().items()
-        }
 
     def _is_accurate(self, line: dict[str, Any]) -> bool:
         """Whether a line of metrics is a validation at the accuracy that ends training."""
