@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,12 +18,19 @@ from statemix.tasks.base import in_split
 from statemix.training.config import CurriculumConfig, ModelConfig, OptimizerConfig
 from statemix.training.curriculum import Curriculum
 from statemix.training.evaluate import evaluate
-from statemix.training.pruning import blocks_left, prune, silence, without_silent_blocks
-from statemix.training.regularization import Strengths, regularized, strengths
+from statemix.training.pruning import (
+    least_needed,
+    one_hot_copy,
+    prune,
+    silence,
+    without_silent_blocks,
+)
+from statemix.training.regularization import Strengths, one_hot_gates, regularized, strengths
 
 X = IGNORE_INDEX
 WORDS = {"name": "permutation", "group": "S3", "seq_len": 9, "min_len": 2, "start": True, "scored": "last"}
 PAD, START = 6, 7
+WIDE = {"name": "bd_lru", "num_blocks": 6, "block_size": 3}
 
 
 def curriculum(seed=0, task=WORDS, batch_size=4, **options) -> Curriculum:
@@ -195,7 +204,7 @@ def test_a_state_goes_through_json():
         batch = learner.batch(step)
         wrong = [words_of(batch)[0][0]] if step > 40 else []
         learner.observe(answered(batch, wrong), batch.targets)
-    other.restore(json.loads(json.dumps(learner.state())))
+    other.restore(json.loads(json.dumps(learner.state())), {})
     assert (other.longest, other.quiet, other.accuracy) == (learner.longest, learner.quiet, learner.accuracy)
     assert len(other.wrong) > 3
     assert list(other.wrong.items()) == list(learner.wrong.items())
@@ -228,33 +237,130 @@ class Blockwise:
         return self.model.mixers
 
 
-@pytest.mark.parametrize(("more_states", "kept"), [(0, {5, 2}), (1, {4, 2})])
-def test_pruning_takes_away_all_that_is_not_needed_of_many_states_first(more_states, kept):
-    batch = Batch(torch.tensor([[1, 2, 1]]), torch.tensor([[0, X, X]]))
+BATCH = Batch(torch.tensor([[1, 2, 1]]), torch.tensor([[0, X, X]]))
+
+
+@pytest.mark.parametrize(("more_states", "silenced"), [(0, [0, 3]), (1, [1, 3])])
+def test_pruning_takes_away_all_that_is_not_needed_of_many_states_first(more_states, silenced):
     model = Blockwise(more_states)
-    silenced = prune(model, [batch, batch])
-    for mixer, columns in zip(model.mixers, silenced, strict=True):
-        assert set(range(8)) - set(columns) == kept
-        assert blocks_left(mixer, columns) == 2
-        assert (mixer.output.weight == 0).any(0).nonzero().flatten().tolist() == columns
-    assert model(batch.tokens)[0].argmax(-1)[0, 0] == 0
-    assert prune(model, [batch]) == [[], []]
+    assert prune(model, [BATCH, BATCH]) == [silenced, silenced]
+    for mixer in model.mixers:
+        heard = (mixer.output.weight != 0).view(-1, 2, 4)
+        assert [bool(heard[:, :, n].any()) for n in range(4)] == [n not in silenced for n in range(4)]
+        assert heard[:, :, [n for n in range(4) if n not in silenced]].all()
+    assert model(BATCH.tokens)[0].argmax(-1)[0, 0] == 0
+    assert prune(model, [BATCH]) == [[], []]  # what was silenced is not named again
     for mixer in model.mixers:
         mixer.output.weight.data[:] = 1  # as where the optimizer moves it on
-    silence(model, silenced)
-    assert prune(model, [batch]) == [[], []]
-
-
-def test_what_was_silenced_is_not_named_again():
-    batch = Batch(torch.tensor([[1, 2, 1]]), torch.tensor([[0, X, X]]))
-    model = Blockwise(0)
-    silence(model, [[3, 4], [7]])  # a part of block 3 each, and of block 0
-    assert prune(model, [batch]) == [[0, 1, 6, 7], [0, 1, 3, 4, 6]]
+    silence(model, [silenced, silenced])
+    assert prune(model, [BATCH]) == [[], []]
 
 
 def test_nothing_is_pruned_of_a_model_that_errs():
-    batch = Batch(torch.tensor([[1, 2, 1]]), torch.tensor([[0, X, X]]))
-    assert prune(Blockwise(0), [batch, batch._replace(targets=torch.tensor([[0, 1, X]]))]) == [[], []]
+    assert prune(Blockwise(0), [BATCH, BATCH._replace(targets=torch.tensor([[0, 1, X]]))]) == [[], []]
+
+
+class Graded(Blockwise):
+    """As many wrong answers as the blocks that are missing weigh, one for each batch: 0, 2, 1 and 3, in layer 0."""
+
+    def __call__(self, tokens):
+        super().__call__(tokens)
+        seen = (self.model.mixers[0].output.weight != 0).any(0).view(2, 4).any(0)
+        wrong = int((torch.tensor([0, 2, 1, 3]) * ~seen).sum())
+        answers = torch.zeros_like(tokens)
+        answers[:, :wrong] = 1
+        return torch.nn.functional.one_hot(answers, 3).float(), ()
+
+
+@pytest.mark.parametrize(
+    ("silenced", "staying", "named"),
+    [
+        ([], [], (0, 0)),
+        ([], [(0, 0)], (1, 0)),  # no answer depends on that layer
+        ([0], [(1, n) for n in range(4)], (0, 2)),
+        ([0], [(1, n) for n in range(4)] + [(0, 2)], (0, 1)),
+        ([0, 2, 1], [(1, n) for n in range(4)], None),  # the last of its layer
+        ([], [(layer, n) for layer in range(2) for n in range(4)], None),
+    ],
+)
+def test_the_block_that_is_needed_least_is_named(silenced, staying, named):
+    model = Graded(0)
+    silence(model, [silenced, []])
+    before = [mixer.output.weight.clone() for mixer in model.mixers]
+    batch = Batch(torch.ones(1, 6, dtype=torch.int64), torch.zeros(1, 6, dtype=torch.int64))
+    assert least_needed(model, [batch, batch], staying) == named
+    assert all(torch.equal(mixer.output.weight, was) for mixer, was in zip(model.mixers, before, strict=True))
+
+
+@pytest.mark.parametrize("normalization", ["softmax", "tanh"])
+def test_a_one_hot_copy_answers_as_one_hot_rows_do(normalization):
+    torch.manual_seed(0)
+    model = SequenceModel(3, 8, 2, {"name": "bd_lru", "num_blocks": 4, "block_size": 3, "normalization": normalization})
+    tokens, before = torch.randint(3, (2, 20)), model.state_dict()
+    with one_hot_gates(model, enabled=True):
+        wanted = model(tokens)[0]
+    torch.testing.assert_close(one_hot_copy(model)(tokens)[0], wanted, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(model(tokens)[0], wanted, atol=1e-2)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+# ---- one block at a time
+
+THIN = CurriculumConfig(first=9, row=20, quiet=30, prune=2, prune_after=4, prune_settle=3)
+
+
+def thinning(monkeypatch, queue):
+    """A curriculum and a model of two layers, where what is needed least is read from a queue."""
+    config = small_config(task=WORDS, mixer=WIDE, model=ModelConfig(d_model=8, num_layers=2), batch_size=4)
+    config = dataclasses.replace(config, curriculum=THIN)
+    learner = Curriculum(config, build_task(config.task))
+    model = SequenceModel(learner.task.vocab_size, 8, 2, WIDE)
+
+    def named(model, batches, staying):
+        return next(
+            (block for block in queue if block not in staying and block[1] not in learner.silenced[block[0]]), None
+        )
+
+    monkeypatch.setattr("statemix.training.curriculum.least_needed", named)
+    monkeypatch.setattr("statemix.training.curriculum.prune", lambda *_: [[0], []])
+    return learner, model
+
+
+def test_blocks_are_taken_away_one_at_a_time_and_come_back_where_the_run_does_not_settle(monkeypatch):
+    learner, model = thinning(monkeypatch, [(1, 4), (0, 2)])
+    learner.quiet = 3
+    learner.prune(model, 10)
+    assert learner.silenced is None
+    learner.quiet = 4
+    learner.prune(model, 11)  # all at once
+    assert (learner.silenced, learner.quiet, learner.trial) == ([[0], []], 0, None)
+    learner.quiet = 3
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    learner.prune(model, 20)
+    assert learner.silenced == [[0], [4]]
+    assert not model.mixers[1].output.weight[:, [4, 10, 16]].any()
+    assert (learner.trial[:2], learner.quiet, learner.has_ended) == ((1, 4), 0, False)
+    learner.quiet = 2
+    learner.prune(model, 37)  # a step before six times prune_settle
+    assert learner.trial is not None
+    learner.restore(json.loads(json.dumps(learner.state())), learner.before)  # as a run that resumes here
+    for mixer in model.mixers:
+        mixer.values.weight.data.add_(1)  # in vain
+    learner.prune(model, 38)
+    assert (learner.trial, learner.staying, learner.silenced) == (None, {(1, 4)}, [[0], []])
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    learner.prune(model, 60)  # it must settle again before the next
+    assert learner.trial is None
+    learner.quiet = 3
+    learner.prune(model, 61)
+    assert learner.trial[:2] == (0, 2)
+    learner.quiet = 3
+    learner.prune(model, 64)  # it did without it, and no block is left to try
+    assert (learner.trial, learner.is_thin) == (None, True)
+    assert learner.silenced == [[0, 2], []]
+    for learner.quiet in (29, 30):
+        learner.prune(model, 90)
+        assert learner.has_ended == (learner.quiet == 30)
 
 
 SMALLER = [
@@ -300,8 +406,6 @@ def test_no_blocks_to_leave_out():
 
 
 # ---- runs
-
-WIDE = {"name": "bd_lru", "num_blocks": 6, "block_size": 3}
 
 
 def packed_config(**changes) -> TrainConfig:
@@ -368,7 +472,10 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(finished, tmp_path, sto
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory):
     config = packed_config(
-        curriculum=dataclasses.replace(packed_config().curriculum, prune=3, prune_after=8), mixer=WIDE
+        curriculum=dataclasses.replace(
+            packed_config().curriculum, prune=3, prune_after=8, prune_settle=5, prune_lr=0.5
+        ),
+        mixer=WIDE,
     )
     return config, run(tmp_path_factory.mktemp("pruned") / "run", config)
 
@@ -378,16 +485,13 @@ def test_a_run_is_pruned_at_its_end_and_goes_on(pruned):
     lines = [line for line in result.metrics if "longest" in line]
     pruned_lines = [line for line in lines if "silenced" in line]
     assert len(lines) > len(pruned_lines) >= 12 // 5
-    counts = [line["silenced"] for line in pruned_lines]
-    assert counts == sorted(counts)
-    silenced = counts[-1]
+    silenced = pruned_lines[-1]["silenced"]
     assert silenced > 0
-    assert result.summary["components"] == [18 - silenced]
     assert (lines[-1]["quiet"], lines[-1]["step"]) == (12, result.summary["best_step"])
     model = SequenceModel.load(result.out / f"step-{result.summary['best_step']}")
-    read = (model.mixers[0].output.weight != 0).any(0).view(3, 6)
-    assert int((~read).sum()) == silenced
-    assert result.summary["blocks"] == [int(read.any(0).sum())]
+    heard = (model.mixers[0].output.weight != 0).view(8, 3, 6).any(0)
+    assert torch.equal(heard.any(0), heard.all(0))
+    assert result.summary["blocks"] == [int(heard.any(0).sum())] == [6 - silenced]
 
 
 def test_rows_are_one_hot_from_the_first_pruning_on(pruned, tmp_path, monkeypatch):
@@ -402,7 +506,10 @@ def test_rows_are_one_hot_from_the_first_pruning_on(pruned, tmp_path, monkeypatc
     monkeypatch.setattr("statemix.training.loop.regularized", note)
     run(tmp_path / "run", config)
     first = next(i for i, strong in enumerate(seen) if strong.one_hot)
-    assert all(strong == (0, config.row_entropy, True) for strong in seen[first:])
+    assert all(strong == (0, config.row_entropy, True, 0.5) for strong in seen[first:])
+    assert not any(strong.learning_rate != 1 for strong in seen[:first])
+    rates = [line["lr"] for line in result.metrics if "lr" in line]
+    assert set(rates) == {0.02, 0.01}
     assert not any(strong.one_hot for strong in seen[:first])
     assert len(seen) - first >= 12
     lines = [line["step"] for line in result.metrics if "silenced" in line]
@@ -420,6 +527,56 @@ def test_a_pruned_run_that_was_stopped_ends_as_one_that_was_not(pruned, tmp_path
             run(out, config, stop_before=stop_before)
         again = run(out, config)
         assert [without_time(line) for line in again.metrics] == [without_time(line) for line in result.metrics]
+
+
+def run_one_by_one(out, config, **stop):
+    """A run that takes no blocks away all at once."""
+    with mock.patch("statemix.training.curriculum.prune", return_value=[[]]):
+        return run(out, config, **stop)
+
+
+@pytest.fixture(scope="module")
+def on_trial(pruned, tmp_path_factory):
+    """A run that was killed while a block was away: its config, its folder, and what it would have come to."""
+    config, tmp_path = pruned[0], tmp_path_factory.mktemp("trial")
+    result = run_one_by_one(tmp_path / "whole", config)
+    assert result.summary["blocks"] == [1]
+    for stop_before in range(51, result.summary["steps"], 10):
+        out = tmp_path / str(stop_before)
+        with pytest.raises(Stopped):
+            run_one_by_one(out, config, stop_before=stop_before)
+        if (out / f"step-{stop_before - 1}" / "trial.safetensors").exists():
+            return config, out, result
+    raise AssertionError("no checkpoint was on trial")
+
+
+def test_a_run_that_was_stopped_on_trial_ends_as_one_that_was_not(on_trial, tmp_path):
+    config, stopped, result = on_trial
+    out = shutil.copytree(stopped, tmp_path / "run")
+    again = run_one_by_one(out, config)
+    assert [without_time(line) for line in again.metrics] == [without_time(line) for line in result.metrics]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-9]),
+            "is damaged: its sha256 is not the one in manifest.json",
+        ),
+        (lambda path: path.unlink(), "is missing, which manifest.json has."),
+        (lambda path: shutil.copy(path.parent / "optimizer.safetensors", path), "is of another model"),
+    ],
+)
+def test_damaged_weights_before_a_trial_are_named(on_trial, tmp_path, spoil, message):
+    config, stopped, _ = on_trial
+    out = shutil.copytree(stopped, tmp_path / "run")
+    [path] = out.glob("step-*/trial.safetensors")
+    spoil(path)
+    if "another" in message:
+        seal(path.parent)
+    with pytest.raises(ValueError, match=re.escape(f"'{path}' {message}")):
+        run(out, config)
 
 
 def without_time(line):

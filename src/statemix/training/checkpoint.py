@@ -4,8 +4,9 @@
     out/tokenizer.json    of a text: what its tokens stand for
     out/metrics.jsonl     one JSON object a line: training steps and validations
     out/checkpoints.json  {"last": "step-600", "best": "step-400"}: which checkpoints count
-    out/step-600/         model.json, model.safetensors, optimizer.safetensors, train.json, and of a run that carries
-                          its state, state.safetensors
+    out/step-600/         model.json, model.safetensors, optimizer.safetensors, train.json; of a run that carries its
+                          state, state.safetensors; while a block is away on trial, trial.safetensors, the weights
+                          before that
     out/step-600/manifest.json  the sha256 of each of these
     out/result.json       the test scores, once training has ended
     out/manifest.json     then, of config.json, tokenizer.json, metrics.jsonl and result.json
@@ -56,6 +57,7 @@ OPTIMIZER_FILE, STATE_FILE, TRAIN_FILE = "optimizer.safetensors", "state.safeten
 POINTER_FILE, METRICS_FILE, CURVES_FILE = "checkpoints.json", "metrics.jsonl", "curves.png"
 CONFIG_FILE, RESULT_FILE = "config.json", "result.json"
 CLEARING_FILE = f".{POINTER_FILE}.partial"  # checkpoints.json while the run is deleted
+TRIAL_FILE = "trial.safetensors"  # of a checkpoint
 CHECKPOINT_FILES = (TRAIN_FILE, MODEL_FILE, WEIGHTS_FILE, OPTIMIZER_FILE)  # that every checkpoint has
 TRACKER_FILE, EVENTS_FOLDER = "tracker.json", "tensorboard"
 RUN_FILES = (
@@ -113,7 +115,6 @@ RESULT = {
     "kernels?": {str: str},
     "sharpened?": {str: SCORES},
     "blocks?": [int],
-    "components?": [int],
     "data?": str,
     "init_from?": INIT,
     "lengthened?": LENGTHENED,
@@ -249,7 +250,7 @@ class RunFolder:
         moments: Mapping[str, Tensor],
         progress: Mapping[str, Any],
         best: bool,
-        state: Sequence[Tensor] | None = None,
+        others: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
         """Write a checkpoint as the last, and maybe best; the "step" of its progress names the folder.
 
@@ -258,7 +259,7 @@ class RunFolder:
             moments: of the optimizer, as `optimizer_tensors` gives them.
             progress: PROGRESS, without what this adds: "best" and "metrics".
             best: whether it validates better than those before.
-            state: carried by the training rows to the next step, a tensor (B, M, N) per layer. None: nothing is.
+            others: what else the next step depends on, by the file that holds it.
         """
         name = f"step-{progress['step']}"
         pointer = self._pointer() or {"best": name}
@@ -267,8 +268,8 @@ class RunFolder:
         partial.mkdir()
         model.save(partial)
         (partial / OPTIMIZER_FILE).write_bytes(save(dict(moments)))
-        if state is not None:
-            (partial / STATE_FILE).write_bytes(save({str(i): part.contiguous() for i, part in enumerate(state)}))
+        for file_name, tensors in others.items():
+            (partial / file_name).write_bytes(save({key: part.contiguous() for key, part in tensors.items()}))
         metrics = self.path / METRICS_FILE
         sync(metrics)
         so_far = {"bytes": metrics.stat().st_size, "sha256": digest_of(metrics)}
@@ -449,12 +450,21 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def load_carried(checkpoint: Path, model: TokenModel, rows: int) -> list[Tensor]:
     """The state that the training rows of a checkpoint carry on. Raises ValueError if it is cut short or unfit."""
-    path = checkpoint / STATE_FILE
-    tensors = read_tensors(path, "train")
     wanted = {str(i): (rows, *mixer.state_shape) for i, mixer in enumerate(model.mixers)}
+    return list(_load(checkpoint / STATE_FILE, wanted).values())
+
+
+def load_before(checkpoint: Path, model: TokenModel) -> dict[str, Tensor]:
+    """The weights before the trial of a checkpoint. Raises ValueError if they are cut short or unfit."""
+    return _load(checkpoint / TRIAL_FILE, {name: tuple(part.shape) for name, part in model.state_dict().items()})
+
+
+def _load(path: Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Tensors of these names and shapes, in their order."""
+    tensors = read_tensors(path, "train")
     if {name: tuple(part.shape) for name, part in tensors.items()} != wanted:
         raise ValueError(f"train: '{path}' is of another model. Use --resume=never.")
-    return [tensors[name].clone() for name in wanted]  # no mapped file, see `load_optimizer`
+    return {name: tensors[name].clone() for name in wanted}  # no mapped file, see `load_optimizer`
 
 
 def steps_at(lengthened: Sequence[Mapping[str, Any]], step: int, steps: int) -> int:

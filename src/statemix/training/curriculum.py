@@ -3,6 +3,7 @@
 What a step trains on is a function of the config, the step and the state of the curriculum, which a checkpoint holds.
 """
 
+import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -15,10 +16,11 @@ from statemix.model import TokenModel
 from statemix.tasks import IGNORE_INDEX, Batch
 from statemix.tasks.base import Task, seed_words
 from statemix.training.config import TrainConfig
-from statemix.training.pruning import Silenced, prune
+from statemix.training.pruning import Silenced, least_needed, one_hot_copy, prune, silence
 
 MEMORY = 0.9  # of the running accuracy, for one batch
-ROUNDS = 5  # of pruning, on the way to the end
+LIMIT = 6  # times `prune_settle`: the steps in which a run must settle without a block
+TRIED = 8  # batches on which blocks are compared
 PRUNING = 1000  # times the steps of a run: the index of the first batch for it, which no training has
 
 # the form of a curriculum's state in a checkpoint, see records.py
@@ -28,6 +30,9 @@ STATE = {
     "quiet": int,
     "wrong": [{"tokens": [int], "targets": [int], "rights": int}],
     "silenced?": [[int]],
+    "trial?": {"layer": int, "block": int, "step": int},
+    "staying?": [[int]],
+    "is_thin?": bool,
 }
 
 
@@ -36,6 +41,14 @@ class Word(NamedTuple):
 
     tokens: tuple[int, ...]
     targets: tuple[int, ...]
+
+
+class Trial(NamedTuple):
+    """A block that was taken away, and at which step that was."""
+
+    layer: int
+    block: int
+    step: int
 
 
 class Curriculum:
@@ -49,7 +62,11 @@ class Curriculum:
         longest: length of the longest words now, in tokens.
         quiet: batches in a row, at the last length, without an error.
         wrong: words that were wrong -> how often they were right since; the oldest first.
-        silenced: components that were taken away, by layer. None: pruning has not come yet.
+        silenced: blocks that were taken away, by layer. None: pruning has not come yet.
+        trial: the block that was taken away last, and comes back if the run does not settle without it.
+        before: the weights before that, by their names; the optimizer's moments go on as they are.
+        staying: blocks that did, (layer, block).
+        is_thin: whether every block that is left was tried.
     """
 
     def __init__(self, config: TrainConfig, task: Task) -> None:
@@ -59,6 +76,10 @@ class Curriculum:
         self.accuracy, self.quiet = 0.0, 0
         self.wrong: dict[Word, int] = {}
         self.silenced: Silenced | None = None
+        self.trial: Trial | None = None
+        self.before: dict[str, Tensor] = {}
+        self.staying: set[tuple[int, int]] = set()
+        self.is_thin = False
         self._batch: list[Word | None] = []  # the words of the last batch; None: one that was cut
         self._numbers = np.empty((0, 0), dtype=np.int64)  # which of them each of its tokens belongs to
 
@@ -79,21 +100,12 @@ class Curriculum:
     @property
     def has_ended(self) -> bool:
         """Whether they were, and if there is pruning, after it."""
-        return self.is_quiet and (self.options.prune is None or self.silenced is not None)
+        return self.is_quiet and (self.options.prune is None or self.is_thin)
 
     @property
     def is_one_hot(self) -> bool:
         """Whether rows of gates are: from the first pruning on."""
         return self.silenced is not None
-
-    @property
-    def is_time_to_prune(self) -> bool:
-        """Whether it is time to prune: once, then in rounds, and at the end."""
-        if self.options.prune is None or self.options.quiet is None or not self.quiet:
-            return False
-        if self.silenced is None:
-            return self.quiet >= self.options.prune_after
-        return self.is_quiet or self.quiet % (self.options.quiet // ROUNDS + 1) == 0
 
     def tasks(self) -> list[Task]:
         """The task at every range of lengths from here on."""
@@ -145,20 +157,52 @@ class Curriculum:
             self.longest, self.accuracy = self.task.seq_len, 0.0
 
     def prune(self, model: TokenModel, step: int) -> None:
-        """Silence what the model can do without, on batches of this step's own; if there is any, batches count anew.
+        """Take away what the model can do without, if it is time to; batches count anew from there.
 
-        Every other batch is of the words for validation: short words that were never trained on are few.
+        First all blocks without which new batches have no error, then one at a time: the run must settle without it.
         """
-        assert self.options.prune is not None
-        device, first = next(model.parameters()).device, PRUNING * self.config.steps + step * self.options.prune
+        if self.options.prune is None or self.is_thin:
+            return
+        if self.silenced is None:
+            if self.quiet >= self.options.prune_after:
+                self._take(model, prune(model, self._batches(model, step, self.options.prune)))
+        elif self.quiet >= self.options.prune_settle:
+            self._try_without(model, step)
+        elif self.trial is not None and step - self.trial.step >= LIMIT * self.options.prune_settle:
+            self._put_back(model, self.trial)
+
+    def _batches(self, model: TokenModel, step: int, count: int) -> list[Batch]:
+        """New batches; every other one is of the words for validation: short ones never trained on are few."""
+        device, first = next(model.parameters()).device, PRUNING * self.config.steps + step * count
         splits = itertools.cycle(("train", "valid"))
-        batches = [self.batch(first + i, split) for i, split in zip(range(self.options.prune), splits, strict=False)]
-        here = [Batch._make(None if part is None else part.to(device) for part in batch) for batch in batches]
+        made = [self.batch(first + i, split) for i, split in zip(range(count), splits, strict=False)]
+        return [Batch._make(None if part is None else part.to(device) for part in batch) for batch in made]
+
+    def _take(self, model: TokenModel, found: Silenced) -> None:
+        """Take blocks away."""
         before = self.silenced or [[] for _ in model.mixers]
-        found = prune(model, here)
-        if any(found) or self.silenced is None:
-            self.quiet = 0
-        self.silenced = [sorted(old + new) for old, new in zip(before, found, strict=True)]
+        self.silenced = [sorted({*old, *new}) for old, new in zip(before, found, strict=True)]
+        silence(model, self.silenced)
+        self.quiet = 0
+
+    def _try_without(self, model: TokenModel, step: int) -> None:
+        """Take away the block that is needed least, on trial, as the one before was found not to be needed."""
+        self.trial, self.before = None, {}
+        found = least_needed(one_hot_copy(model), self._batches(model, step, TRIED), self.staying)
+        if found is None:
+            self.is_thin = True
+            return
+        layer, block = found
+        self.trial, self.before = Trial(layer, block, step), copy.deepcopy(model.state_dict())
+        self._take(model, [[block] if number == layer else [] for number in range(len(model.mixers))])
+
+    def _put_back(self, model: TokenModel, trial: Trial) -> None:
+        """Let the model be as it was before a block was taken away, which stays."""
+        assert self.silenced is not None
+        model.load_state_dict(self.before)
+        self.silenced[trial.layer].remove(trial.block)
+        self.staying.add((trial.layer, trial.block))
+        self.trial, self.before = None, {}
 
     def figures(self) -> dict[str, float]:
         """What a line of metrics says of it."""
@@ -169,13 +213,20 @@ class Curriculum:
         """All that the next steps depend on: STATE."""
         wrong = [{"tokens": word.tokens, "targets": word.targets, "rights": n} for word, n in self.wrong.items()]
         state = {"longest": self.longest, "accuracy": self.accuracy, "quiet": self.quiet, "wrong": wrong}
-        return state if self.silenced is None else state | {"silenced": self.silenced}
+        if self.silenced is None:
+            return state
+        state |= {"silenced": self.silenced, "staying": sorted(self.staying), "is_thin": self.is_thin}
+        if self.trial is None:
+            return state
+        return state | {"trial": self.trial._asdict()}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+    def restore(self, state: dict[str, Any], before: dict[str, Tensor]) -> None:
+        """Go on from a state, and what `before` was."""
         self.longest, self.accuracy, self.quiet = state["longest"], state["accuracy"], state["quiet"]
         self.wrong = {Word(tuple(w["tokens"]), tuple(w["targets"])): w["rights"] for w in state["wrong"]}
-        self.silenced = state.get("silenced")
+        self.silenced, self.is_thin = state.get("silenced"), state.get("is_thin", False)
+        self.staying = {(layer, block) for layer, block in state.get("staying", ())}
+        self.trial, self.before = Trial(**state["trial"]) if "trial" in state else None, before
 
     def _task(self, longest: int) -> Task:
         return self.task.with_lengths(self._shortest, longest)

@@ -25,8 +25,11 @@ from statemix.training.checkpoint import (
     CONFIG_FILE,
     CURVES_FILE,
     RESULT_FILE,
+    STATE_FILE,
     TRAIN_FILE,
+    TRIAL_FILE,
     RunFolder,
+    load_before,
     load_carried,
     load_optimizer,
     optimizer_tensors,
@@ -50,8 +53,8 @@ from statemix.training.listeners import Listener, check_listeners, give_all, lis
 from statemix.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from statemix.training.processes import all_rows, make_accelerator, own_rows, prepare, whole, whole_model
 from statemix.training.progress import Bar, Stopwatch
-from statemix.training.pruning import blocks_left, silence
-from statemix.training.regularization import one_hot_gates, penalty, regularized, row_entropies, strengths
+from statemix.training.pruning import silence
+from statemix.training.regularization import penalty, regularized, row_entropies, strengths
 
 RESUME = ("auto", "best", "never")
 
@@ -254,7 +257,8 @@ class Training:
             self.carried = tuple(own_rows(self.accelerator, layer) for layer in rows)
         self.step, self.best_loss, self.best_step = saved["step"], saved["best_loss"], step_of(best)
         if self.curriculum is not None:
-            self.curriculum.restore(saved["curriculum"])
+            before = load_before(last, self.model) if "trial" in saved["curriculum"] else {}
+            self.curriculum.restore(saved["curriculum"], before)
         self.is_accurate = any(self._is_accurate(line) for line in self.folder.metrics() if line["step"] <= self.step)
         self.metrics_size = saved["metrics"]["bytes"]
         if self.lineage.news and self.has_ended():
@@ -311,8 +315,9 @@ class Training:
         batch = training_batch(config, self.task, self.step) if learner is None else learner.batch(self.step)
         scored = max(1, int((batch.targets != IGNORE_INDEX).sum()))  # 0 if each of few short windows ends its document
         own = Batch._make(None if rows is None else own_rows(accelerator, rows) for rows in batch)
-        set_learning_rate(self.optimizer, learning_rate(config.optimizer, self.step, config.steps))
         strong = strengths(config, self.step, learner)
+        rate = learning_rate(config.optimizer, self.step, config.steps)
+        set_learning_rate(self.optimizer, strong.learning_rate * rate)
         with regularized(self.model, config, strong, self.step, accelerator.process_index) as entropies:
             loss, predictions = self._add_gradients(own, scored, entropies, strong.entropy)
         clip = math.inf if config.optimizer.clip is None else config.optimizer.clip
@@ -322,10 +327,8 @@ class Training:
         self.step += 1
         if learner is not None:
             learner.observe(all_rows(accelerator, predictions), batch.targets.to(predictions.device))
-            silence(self.model, learner.silenced or [])
-            if learner.is_time_to_prune:
-                with one_hot_gates(self.model, enabled=learner.is_one_hot):
-                    learner.prune(self.model, self.step)
+            silence(self.model, learner.silenced or [[] for _ in self.model.mixers])
+            learner.prune(self.model, self.step)
         return Outcome(loss, predictions, own.targets, grad_norm)
 
     def _add_gradients(
@@ -406,7 +409,12 @@ class Training:
                 progress["curriculum"] = self.curriculum.state()
             progress |= self.lineage.facts()
             is_best = self.best_step == self.step
-            self.folder.save_checkpoint(model, moments, progress, best=is_best, state=carried)
+            others = {}
+            if carried is not None:
+                others[STATE_FILE] = {str(layer): part for layer, part in enumerate(carried)}
+            if self.curriculum is not None and self.curriculum.before:
+                others[TRIAL_FILE] = self.curriculum.before
+            self.folder.save_checkpoint(model, moments, progress, best=is_best, others=others)
         self.stopwatch.start(self.step)
 
     def test(self) -> None:
@@ -450,9 +458,8 @@ class Training:
         if self.task.fingerprint is not None:
             summary["data"] = self.task.fingerprint
         if self.curriculum is not None and (silenced := self.curriculum.silenced) is not None:
-            layers = list(zip(model.mixers, silenced, strict=True))
-            summary["blocks"] = [blocks_left(mixer, columns) for mixer, columns in layers]
-            summary["components"] = [mixer.output.weight.shape[1] - len(columns) for mixer, columns in layers]
+            layers = zip(model.mixers, silenced, strict=True)
+            summary["blocks"] = [mixer.state_shape[1] - len(blocks) for mixer, blocks in layers]
         if self.config.sharpen is not None:
             for mixer in model.mixers:
                 mixer.sharpen(self.config.sharpen)

@@ -1,68 +1,116 @@
-"""What a model can do without: blocks, and components of blocks, found on new batches, silenced, and left out."""
+"""Blocks that a model can do without: found on new batches, silenced, and left out."""
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from statemix.mixers import Mixer
+from statemix.mixers.linear_recurrence import LinearRecurrence
 from statemix.model import SequenceModel, TokenModel
 from statemix.tasks import IGNORE_INDEX, Batch
 from statemix.training.evaluate import answer
 
-Silenced = list[list[int]]  # by layer, columns of the read-out's weight (D, M N): component m of block n is m N + n
+ONE_HOT = 1e4  # times the raw gates
+Silenced = list[list[int]]  # by layer, numbers of blocks
+
+
+def columns_of(mixer: Mixer, block: int) -> slice:
+    """Those of the read-out's weight (D, M N) that a block has: component m of block n is m N + n."""
+    return slice(block, None, mixer.state_shape[1])
 
 
 @torch.no_grad()
 def silence(model: TokenModel, silenced: Silenced) -> None:
-    """Let the read-out of each layer see nothing of these components; all of them where there are none."""
-    for mixer, columns in zip(model.mixers, silenced, strict=False):
-        if columns:
-            mixer.output.weight[:, columns] = 0
+    """Let the read-out of each layer see nothing of these blocks."""
+    for mixer, blocks in zip(model.mixers, silenced, strict=True):
+        for block in blocks:
+            mixer.output.weight[:, columns_of(mixer, block)] = 0
 
 
 @torch.no_grad()
 def prune(model: TokenModel, batches: Sequence[Batch]) -> Silenced:
-    """Silence components without all of which the model answers the batches without an error, as it does now.
+    """Silence blocks without all of which the model answers the batches without an error, as it does now.
 
-    Blocks are tried one after another, then components of those that are left, first layer first. Those with the most
-    different states come first: what is left has few.
+    They are tried one after another, first layer first, those with the most different states before others: what is
+    left has few.
 
     Returns:
         What was silenced, by layer, besides what already was; nothing of a model that errs.
     """
     silenced: Silenced = [[] for _ in model.mixers]
-    if not _is_exact(model, batches):
+    batches = list(batches)
+    if _errors(model, batches, 0):
         return silenced
-    for layer, states in enumerate(_states(model, batches[0])):
-        seen = model.mixers[layer].output.weight
-        for candidates in _candidates(states):
-            columns = [column for column in candidates if seen[:, column].any()]
-            if not columns:  # silenced before, or with their block
-                continue
-            before = seen[:, columns].clone()
-            seen[:, columns] = 0
-            if _is_exact(model, batches):
-                silenced[layer] += columns
+    for layer, blocks in enumerate(_heard_blocks(model, batches[0])):
+        for block in blocks:
+            seen = model.mixers[layer].output.weight[:, columns_of(model.mixers[layer], block)]
+            before = seen.clone()
+            seen[:] = 0
+            if _errors(model, batches, 0):
+                seen[:] = before
             else:
-                seen[:, columns] = before
-    return [sorted(columns) for columns in silenced]
+                silenced[layer].append(block)
+    return [sorted(blocks) for blocks in silenced]
 
 
-def blocks_left(mixer: Mixer, silenced: Sequence[int]) -> int:
-    """How many blocks have a component that is not silenced."""
-    blocks = mixer.state_shape[1]
-    return len({column % blocks for column in set(range(mixer.output.weight.shape[1])) - set(silenced)})
+@torch.no_grad()
+def least_needed(
+    model: TokenModel, batches: Sequence[Batch], staying: Collection[tuple[int, int]]
+) -> tuple[int, int] | None:
+    """The block without which the fewest answers to the batches are wrong; of equals that of the most different states.
+
+    Args:
+        model: as it answers now.
+        batches: what it is asked.
+        staying: blocks that are not to be named.
+
+    Returns:
+        Its layer and number. None: there are no others, or each layer has only one.
+    """
+    best, fewest = None, None
+    for layer, blocks in enumerate(_heard_blocks(model, batches[0])):
+        for block in blocks if len(blocks) > 1 else []:
+            if (layer, block) in staying or fewest == 0:
+                continue
+            seen = model.mixers[layer].output.weight[:, columns_of(model.mixers[layer], block)]
+            before = seen.clone()
+            seen[:] = 0
+            wrong = _errors(model, list(batches), fewest)
+            seen[:] = before
+            if fewest is None or wrong < fewest:
+                best, fewest = (layer, block), wrong
+    return best
 
 
-def _states(model: TokenModel, batch: Batch) -> list[Tensor]:
-    """What each read-out reads at the tokens of a batch, (tokens, M, N)."""
-    found: list[Tensor] = []
+def one_hot_copy(model: TokenModel) -> TokenModel:
+    """A copy whose rows of gates are one-hot: where it can be by sharpening, which the kernels serve."""
+    made = copy.deepcopy(model)
+    for mixer in made.mixers:
+        assert isinstance(mixer, LinearRecurrence)
+        if mixer.normalization == "softmax":
+            mixer.sharpen(ONE_HOT)
+        else:
+            mixer.one_hot = True
+    return made
 
-    def keep(blocks: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: found.append(inputs[0].flatten(0, 1).unflatten(1, (-1, blocks)))
 
-    hooks = [mixer.output.register_forward_pre_hook(keep(mixer.state_shape[1])) for mixer in model.mixers]
+def _heard_blocks(model: TokenModel, batch: Batch) -> list[list[int]]:
+    """By layer the blocks that its read-out has weights for, those of the most different states in a batch first."""
+    found: list[list[int]] = []
+
+    def rank(mixer: Mixer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        blocks = mixer.state_shape[1]
+        heard = [n for n in range(blocks) if bool(mixer.output.weight[:, columns_of(mixer, n)].any())]
+
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            states = inputs[0].flatten(0, 1).unflatten(1, (-1, blocks))
+            found.append(sorted(heard, key=lambda n: -_count(states[:, :, n])))
+
+        return hook
+
+    hooks = [mixer.output.register_forward_pre_hook(rank(mixer)) for mixer in model.mixers]
     try:
         answer(model, batch, None)
     finally:
@@ -71,27 +119,21 @@ def _states(model: TokenModel, batch: Batch) -> list[Tensor]:
     return found
 
 
-def _candidates(states: Tensor) -> list[list[int]]:
-    """Columns of a read-out of states (tokens, M, N) to try together: those of each block, then each alone."""
-    order, blocks = states.shape[1:]
-    columns = torch.arange(order * blocks).view(order, blocks)
-    by_block = sorted(range(blocks), key=lambda block: -_count(states[:, :, block]))
-    alone = sorted(range(order * blocks), key=lambda column: -_count(states.flatten(1)[:, column, None]))
-    return [columns[:, block].tolist() for block in by_block] + [[column] for column in alone]
-
-
 def _count(states: Tensor) -> int:
     """How many of the states (tokens, M) differ, to a hundredth of the largest number."""
     return len((states * (100 / states.abs().max().clamp(min=1e-30))).round().unique(dim=0))
 
 
-def _is_exact(model: TokenModel, batches: Sequence[Batch]) -> bool:
-    """Whether the model answers all batches without an error; it stops at the first."""
-    for batch in batches:
+def _errors(model: TokenModel, batches: list[Batch], enough: int | None) -> int:
+    """How many answers to the batches are wrong; counting stops above `enough`, and that batch is put first."""
+    wrong = 0
+    for number, batch in enumerate(batches):
         predictions: Tensor = answer(model, batch, None)[0].argmax(-1)
-        if not bool(((predictions == batch.targets) | (batch.targets == IGNORE_INDEX)).all()):
-            return False
-    return True
+        wrong += int(((predictions != batch.targets) & (batch.targets != IGNORE_INDEX)).sum())
+        if enough is not None and wrong > enough:
+            batches.insert(0, batches.pop(number))
+            break
+    return wrong
 
 
 @torch.no_grad()

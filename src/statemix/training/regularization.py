@@ -29,11 +29,14 @@ def hidden_share(config: TrainConfig, step: int) -> float:
 
 
 class Strengths(NamedTuple):
-    """Of a training step: the share of hidden blocks, the weight of the rows' entropy, and whether rows are one-hot."""
+    """Of a training step: the share of hidden blocks, the weight of the rows' entropy, whether rows are one-hot, and
+    what the learning rate is multiplied by.
+    """
 
     hidden: float
     entropy: float
     one_hot: bool = False
+    learning_rate: float = 1.0
 
 
 def strengths(config: TrainConfig, step: int, curriculum: Curriculum | None) -> Strengths:
@@ -41,7 +44,7 @@ def strengths(config: TrainConfig, step: int, curriculum: Curriculum | None) -> 
     if curriculum is None:
         return Strengths(hidden_share(config, step), entropy_weight(config, step))
     if curriculum.is_one_hot:
-        return Strengths(0.0, config.row_entropy, one_hot=True)
+        return Strengths(0.0, config.row_entropy, one_hot=True, learning_rate=config.curriculum.prune_lr)
     return Strengths(0.0 if curriculum.at_last else config.block_dropout, config.row_entropy)
 
 
