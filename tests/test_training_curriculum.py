@@ -19,12 +19,16 @@ from statemix.training.config import CurriculumConfig, ModelConfig, OptimizerCon
 from statemix.training.curriculum import Curriculum
 from statemix.training.evaluate import evaluate
 from statemix.training.pruning import (
+    Part,
+    blocks_left,
     least_needed,
     one_hot_copy,
     prune,
+    restore,
     silence,
     without_silent_blocks,
 )
+from statemix.training.pruning import snapshot as weights_and_moments
 from statemix.training.regularization import Strengths, one_hot_gates, regularized, strengths
 
 X = IGNORE_INDEX
@@ -204,7 +208,7 @@ def test_a_state_goes_through_json():
         batch = learner.batch(step)
         wrong = [words_of(batch)[0][0]] if step > 40 else []
         learner.observe(answered(batch, wrong), batch.targets)
-    other.restore(json.loads(json.dumps(learner.state())), {})
+    other.restore(json.loads(json.dumps(learner.state())))
     assert (other.longest, other.quiet, other.accuracy) == (learner.longest, learner.quiet, learner.accuracy)
     assert len(other.wrong) > 3
     assert list(other.wrong.items()) == list(learner.wrong.items())
@@ -241,18 +245,18 @@ BATCH = Batch(torch.tensor([[1, 2, 1]]), torch.tensor([[0, X, X]]))
 
 
 @pytest.mark.parametrize(("more_states", "silenced"), [(0, [0, 3]), (1, [1, 3])])
-def test_pruning_takes_away_all_that_is_not_needed_of_many_states_first(more_states, silenced):
+def test_pruning_takes_away_all_blocks_that_are_not_needed_of_many_states_first(more_states, silenced):
     model = Blockwise(more_states)
-    assert prune(model, [BATCH, BATCH]) == [silenced, silenced]
+    columns = sorted(n + part for n in silenced for part in (0, 4))
+    assert prune(model, [BATCH, BATCH]) == [columns, columns]
     for mixer in model.mixers:
-        heard = (mixer.output.weight != 0).view(-1, 2, 4)
-        assert [bool(heard[:, :, n].any()) for n in range(4)] == [n not in silenced for n in range(4)]
-        assert heard[:, :, [n for n in range(4) if n not in silenced]].all()
+        assert (mixer.output.weight == 0).all(0).nonzero().flatten().tolist() == columns
+        assert blocks_left(mixer, columns) == 2
     assert model(BATCH.tokens)[0].argmax(-1)[0, 0] == 0
     assert prune(model, [BATCH]) == [[], []]  # what was silenced is not named again
     for mixer in model.mixers:
         mixer.output.weight.data[:] = 1  # as where the optimizer moves it on
-    silence(model, [silenced, silenced])
+    silence(model, [columns, columns])
     assert prune(model, [BATCH]) == [[], []]
 
 
@@ -272,24 +276,51 @@ class Graded(Blockwise):
         return torch.nn.functional.one_hot(answers, 3).float(), ()
 
 
+OTHERS = [Part(1, [n, n + 4]) for n in range(4)]  # no answer depends on layer 1
+
+
 @pytest.mark.parametrize(
-    ("silenced", "staying", "named"),
+    ("silenced", "staying", "whole_blocks", "named"),
     [
-        ([], [], (0, 0)),
-        ([], [(0, 0)], (1, 0)),  # no answer depends on that layer
-        ([0], [(1, n) for n in range(4)], (0, 2)),
-        ([0], [(1, n) for n in range(4)] + [(0, 2)], (0, 1)),
-        ([0, 2, 1], [(1, n) for n in range(4)], None),  # the last of its layer
-        ([], [(layer, n) for layer in range(2) for n in range(4)], None),
+        ([], [], True, Part(0, [0, 4])),
+        ([], [Part(0, [0, 4])], True, Part(1, [0, 4])),
+        ([0, 4], OTHERS, True, Part(0, [2, 6])),
+        ([0, 4], [*OTHERS, Part(0, [2, 6])], True, Part(0, [1, 5])),
+        ([0, 4, 2, 6, 1, 5], OTHERS, True, None),  # the last of its layer
+        ([], [*OTHERS, *(Part(0, [n, n + 4]) for n in range(4))], True, None),
+        ([4], [], True, Part(0, [0])),  # what is left of it
+        ([0, 4], [Part(1, [n]) for n in range(8)], False, Part(0, [1])),  # without one of two the block is heard
+        ([0, 4, 1], [Part(1, [n]) for n in range(8)], False, Part(0, [2])),
+        ([0, 4, 1, 2, 3], [Part(1, [n]) for n in range(8)], False, Part(0, [6])),
+        ([0, 1, 2, 3, 4, 5, 6], [Part(1, [n]) for n in range(8)], False, None),
     ],
 )
-def test_the_block_that_is_needed_least_is_named(silenced, staying, named):
+def test_what_is_needed_least_is_named(silenced, staying, whole_blocks, named):
     model = Graded(0)
     silence(model, [silenced, []])
     before = [mixer.output.weight.clone() for mixer in model.mixers]
     batch = Batch(torch.ones(1, 6, dtype=torch.int64), torch.zeros(1, 6, dtype=torch.int64))
-    assert least_needed(model, [batch, batch], staying) == named
+    assert least_needed(model, [batch, batch], staying, whole_blocks=whole_blocks) == named
     assert all(torch.equal(mixer.output.weight, was) for mixer, was in zip(model.mixers, before, strict=True))
+
+
+def test_a_snapshot_is_of_weights_and_moments():
+    torch.manual_seed(0)
+    model = SequenceModel(3, 8, 2, WIDE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.tensor([[0, 1, 2]]))[0].square().sum().backward()
+        optimizer.step()
+        return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+    step()
+    before = weights_and_moments(model, optimizer)
+    wanted = [step() for _ in range(3)]
+    restore(model, optimizer, before)
+    for was in wanted:
+        assert all(torch.equal(weight, was[name]) for name, weight in step().items())
 
 
 @pytest.mark.parametrize("normalization", ["softmax", "tanh"])
@@ -304,63 +335,95 @@ def test_a_one_hot_copy_answers_as_one_hot_rows_do(normalization):
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
-# ---- one block at a time
+# ---- one at a time
 
 THIN = CurriculumConfig(first=9, row=20, quiet=30, prune=2, prune_after=4, prune_settle=3)
 
 
-def thinning(monkeypatch, queue):
-    """A curriculum and a model of two layers, where what is needed least is read from a queue."""
+def thinning(monkeypatch, blocks, components=()):
+    """A curriculum, a model of two layers and its optimizer; what is needed least is read from two queues."""
     config = small_config(task=WORDS, mixer=WIDE, model=ModelConfig(d_model=8, num_layers=2), batch_size=4)
     config = dataclasses.replace(config, curriculum=THIN)
     learner = Curriculum(config, build_task(config.task))
     model = SequenceModel(learner.task.vocab_size, 8, 2, WIDE)
 
-    def named(model, batches, staying):
-        return next(
-            (block for block in queue if block not in staying and block[1] not in learner.silenced[block[0]]), None
-        )
+    def named(model, batches, staying, *, whole_blocks):
+        queue = blocks if whole_blocks else components
+        left = (part for part in queue if not set(part.columns) <= set(learner.silenced[part.layer]))
+        return next((part for part in left if part not in staying), None)
 
     monkeypatch.setattr("statemix.training.curriculum.least_needed", named)
-    monkeypatch.setattr("statemix.training.curriculum.prune", lambda *_: [[0], []])
-    return learner, model
+    monkeypatch.setattr("statemix.training.curriculum.prune", lambda *_: [[0, 6, 12], []])
+    return learner, model, torch.optim.AdamW(model.parameters())
 
 
-def test_blocks_are_taken_away_one_at_a_time_and_come_back_where_the_run_does_not_settle(monkeypatch):
-    learner, model = thinning(monkeypatch, [(1, 4), (0, 2)])
+def test_parts_are_taken_away_one_at_a_time_and_come_back_where_the_run_does_not_settle(monkeypatch):
+    queues = [Part(1, [4, 10, 16]), Part(0, [2, 8, 14])], [Part(0, [7])]
+    learner, model, optimizer = thinning(monkeypatch, *queues)
     learner.quiet = 3
-    learner.prune(model, 10)
+    learner.prune(model, optimizer, 10)
     assert learner.silenced is None
     learner.quiet = 4
-    learner.prune(model, 11)  # all at once
-    assert (learner.silenced, learner.quiet, learner.trial) == ([[0], []], 0, None)
+    learner.prune(model, optimizer, 11)  # all at once
+    assert (learner.silenced, learner.quiet, learner.trial) == ([[0, 6, 12], []], 0, None)
     learner.quiet = 3
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    learner.prune(model, 20)
-    assert learner.silenced == [[0], [4]]
+    learner.prune(model, optimizer, 20)
+    assert learner.silenced == [[0, 6, 12], [4, 10, 16]]
     assert not model.mixers[1].output.weight[:, [4, 10, 16]].any()
-    assert (learner.trial[:2], learner.quiet, learner.has_ended) == ((1, 4), 0, False)
+    assert (learner.trial, learner.quiet, learner.has_ended) == ((queues[0][0], 20), 0, False)
     learner.quiet = 2
-    learner.prune(model, 37)  # a step before six times prune_settle
+    learner.prune(model, optimizer, 37)  # a step before six times prune_settle
     assert learner.trial is not None
-    learner.restore(json.loads(json.dumps(learner.state())), learner.before)  # as a run that resumes here
+    kept = learner.before
+    learner.restore(json.loads(json.dumps(learner.state())))  # as a run that resumes here
+    learner.before = kept
     for mixer in model.mixers:
         mixer.values.weight.data.add_(1)  # in vain
-    learner.prune(model, 38)
-    assert (learner.trial, learner.staying, learner.silenced) == (None, {(1, 4)}, [[0], []])
+    learner.prune(model, optimizer, 38)
+    assert (learner.trial, learner.staying, learner.silenced) == (None, queues[0][:1], [[0, 6, 12], []])
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-    learner.prune(model, 60)  # it must settle again before the next
+    learner.prune(model, optimizer, 60)  # it must settle again before the next
     assert learner.trial is None
     learner.quiet = 3
-    learner.prune(model, 61)
-    assert learner.trial[:2] == (0, 2)
+    learner.prune(model, optimizer, 61)
+    assert learner.trial.part == queues[0][1]
     learner.quiet = 3
-    learner.prune(model, 64)  # it did without it, and no block is left to try
-    assert (learner.trial, learner.is_thin) == (None, True)
-    assert learner.silenced == [[0, 2], []]
+    learner.prune(model, optimizer, 64)  # it did without it, and no block is left to try
+    assert (learner.stage, learner.staying, learner.trial.part) == ("components", [], queues[1][0])
+    learner.restore(json.loads(json.dumps(learner.state())))
+    learner.quiet = 3
+    learner.prune(model, optimizer, 67)
+    assert (learner.stage, learner.trial, learner.before) == ("thin", None, {})
+    assert learner.silenced == [[0, 2, 6, 7, 8, 12, 14], []]
     for learner.quiet in (29, 30):
-        learner.prune(model, 90)
+        learner.prune(model, optimizer, 90)
         assert learner.has_ended == (learner.quiet == 30)
+
+
+# ---- short words
+
+
+def test_short_words_of_all_splits_are_trained_on():
+    """Of 36 words of two permutations, and six of one; and no longer word of another split."""
+    learner = curriculum(task=WORDS | {"min_len": 1}, first=9, shared=2, batch_size=8)
+    seen = {
+        tuple(tokens) for step in range(150) for tokens, targets in words_of(learner.batch(step)) if max(targets) > X
+    }
+    short = {(START, *word) for size in (1, 2) for word in itertools.product(range(6), repeat=size)}
+    assert short <= seen
+    own = [word for word in seen if len(word) > 3]
+    assert len(own) > 1000
+    tokens = np.array([[*word, *[PAD] * (10 - len(word))] for word in own])
+    assert in_split(tokens, "train", PAD).all()
+
+
+@pytest.mark.parametrize(("first", "split"), [(1, "train"), (9, "valid")])
+def test_short_words_of_other_splits_come_in_training_once_words_are_as_long(first, split):
+    alone = curriculum(task=WORDS | {"min_len": 1}, first=first)
+    shared = curriculum(task=WORDS | {"min_len": 1}, first=first, shared=2)
+    for mine, theirs in zip(alone.batch(3, split), shared.batch(3, split), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 SMALLER = [
@@ -490,8 +553,8 @@ def test_a_run_is_pruned_at_its_end_and_goes_on(pruned):
     assert (lines[-1]["quiet"], lines[-1]["step"]) == (12, result.summary["best_step"])
     model = SequenceModel.load(result.out / f"step-{result.summary['best_step']}")
     heard = (model.mixers[0].output.weight != 0).view(8, 3, 6).any(0)
-    assert torch.equal(heard.any(0), heard.all(0))
-    assert result.summary["blocks"] == [int(heard.any(0).sum())] == [6 - silenced]
+    assert result.summary["blocks"] == [int(heard.any(0).sum())]
+    assert result.summary["components"] == [int(heard.sum())] == [18 - silenced]
 
 
 def test_rows_are_one_hot_from_the_first_pruning_on(pruned, tmp_path, monkeypatch):

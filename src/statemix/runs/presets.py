@@ -114,7 +114,7 @@ RUNS = {name: dataclasses.replace(LANGUAGE, mixer=dict(mixer)) for name, mixer i
 EXACT = TrainConfig(
     task=settings("exact", "permutation")[0].task,
     optimizer=OptimizerConfig(lr=6e-3, final_lr=3e-4, warmup=0.0, weight_decay=0.0, schedule="linear"),
-    curriculum=CurriculumConfig(first=1, quiet=500, prune=24),
+    curriculum=CurriculumConfig(first=1, quiet=500, shared=3, prune=24),
     batch_size=8,
     eval_every=500,
     eval_sequences=1024,

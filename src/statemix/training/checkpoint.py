@@ -5,8 +5,8 @@
     out/metrics.jsonl     one JSON object a line: training steps and validations
     out/checkpoints.json  {"last": "step-600", "best": "step-400"}: which checkpoints count
     out/step-600/         model.json, model.safetensors, optimizer.safetensors, train.json; of a run that carries its
-                          state, state.safetensors; while a block is away on trial, trial.safetensors, the weights
-                          before that
+                          state, state.safetensors; while a part of it is away on trial, trial.safetensors, what
+                          it was before that
     out/step-600/manifest.json  the sha256 of each of these
     out/result.json       the test scores, once training has ended
     out/manifest.json     then, of config.json, tokenizer.json, metrics.jsonl and result.json
@@ -52,6 +52,7 @@ from statemix.text.tokenizer import TOKENIZER_FILE
 from statemix.training.config import TrainConfig, first_difference
 from statemix.training.curriculum import STATE as CURRICULUM
 from statemix.training.processes import part_like, whole
+from statemix.training.pruning import snapshot
 
 OPTIMIZER_FILE, STATE_FILE, TRAIN_FILE = "optimizer.safetensors", "state.safetensors", "train.json"  # of a checkpoint
 POINTER_FILE, METRICS_FILE, CURVES_FILE = "checkpoints.json", "metrics.jsonl", "curves.png"
@@ -115,6 +116,7 @@ RESULT = {
     "kernels?": {str: str},
     "sharpened?": {str: SCORES},
     "blocks?": [int],
+    "components?": [int],
     "data?": str,
     "init_from?": INIT,
     "lengthened?": LENGTHENED,
@@ -454,9 +456,10 @@ def load_carried(checkpoint: Path, model: TokenModel, rows: int) -> list[Tensor]
     return list(_load(checkpoint / STATE_FILE, wanted).values())
 
 
-def load_before(checkpoint: Path, model: TokenModel) -> dict[str, Tensor]:
-    """The weights before the trial of a checkpoint. Raises ValueError if they are cut short or unfit."""
-    return _load(checkpoint / TRIAL_FILE, {name: tuple(part.shape) for name, part in model.state_dict().items()})
+def load_before(checkpoint: Path, model: TokenModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The snapshot before the trial of a checkpoint. Raises ValueError if it is cut short or unfit."""
+    wanted = {name: tuple(part.shape) for name, part in snapshot(model, optimizer).items()}
+    return _load(checkpoint / TRIAL_FILE, wanted)
 
 
 def _load(path: Path, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -108,14 +108,17 @@ class CurriculumConfig:
         kept: the number of wrong words that are kept for that, at least 1; the oldest give way.
         rights: a wrong word is let go when it has been right more often than this.
         quiet: training ends after so many batches in a row, at the last length, without an error. None: after `steps`.
+        shared: words of at most so many tokens are trained on of every split, for there are too few of them to hold any
+            back: what a model says to those that it never saw is as it happens. 0: of training alone.
         prune: after `prune_after` of those batches, blocks are taken away for good without which there is no error on
             so many new batches, half of them of validation, those with the most different states first. From then on
             rows of gates are one-hot (`one_hot_rows`), and batches count anew. Whenever `prune_settle` in a row are
             right the block that is needed least is taken away, too; it comes back, and stays, where no such row follows
-            within six times as many steps. When all that are left were tried it goes on until `quiet` in a row are
-            right. None: nothing is taken away. Of a mixer with rows of gates alone.
+            within six times as many steps. When all that are left were tried it is the turn of components of blocks,
+            then it goes on until `quiet` in a row are right. None: nothing is taken away. Of a mixer with rows of gates
+            alone.
         prune_after: batches in a row, at the last length, without an error.
-        prune_settle: batches in a row without an error, after a block was taken away.
+        prune_settle: batches in a row without an error, after a block or component was taken away.
         prune_lr: what the learning rate is multiplied by from the first pruning on, in (0, 1].
     """
 
@@ -127,6 +130,7 @@ class CurriculumConfig:
     kept: int = 64
     rights: int = 30
     quiet: int | None = None
+    shared: int = 0
     prune: int | None = None
     prune_after: int = 500
     prune_settle: int = 100
@@ -137,6 +141,7 @@ class CurriculumConfig:
         for name in ("first", "row", "kept", "rights", "quiet", "prune", "prune_after", "prune_settle"):
             number = getattr(self, name)
             _require(f"curriculum.{name}", number, number is None or number >= 1, "at least 1")
+        _require("curriculum.shared", self.shared, self.shared >= 0, "at least 0")
         _require("curriculum.growth", self.growth, 1 < self.growth < math.inf, "above 1 and finite")
         _require("curriculum.accuracy", self.accuracy, 0 < self.accuracy < 1, "in (0, 1)")
         _require("curriculum.prune_lr", self.prune_lr, 0 < self.prune_lr <= 1, "in (0, 1]")

@@ -3,7 +3,7 @@
 What a step trains on is a function of the config, the step and the state of the curriculum, which a checkpoint holds.
 """
 
-import copy
+import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -16,11 +16,13 @@ from statemix.model import TokenModel
 from statemix.tasks import IGNORE_INDEX, Batch
 from statemix.tasks.base import Task, seed_words
 from statemix.training.config import TrainConfig
-from statemix.training.pruning import Silenced, least_needed, one_hot_copy, prune, silence
+from statemix.training.pruning import Part, Silenced, least_needed, one_hot_copy, prune, restore, silence, snapshot
 
 MEMORY = 0.9  # of the running accuracy, for one batch
-LIMIT = 6  # times `prune_settle`: the steps in which a run must settle without a block
-TRIED = 8  # batches on which blocks are compared
+STAGES = ("blocks", "components", "thin")  # of pruning, after the first
+LIMIT = 6  # times `prune_settle`: the steps in which a run must settle without what was taken away
+TRIED = 8  # batches on which blocks or components are compared
+SHARE = 32  # one word in so many is a short one of another split
 PRUNING = 1000  # times the steps of a run: the index of the first batch for it, which no training has
 
 # the form of a curriculum's state in a checkpoint, see records.py
@@ -30,9 +32,9 @@ STATE = {
     "quiet": int,
     "wrong": [{"tokens": [int], "targets": [int], "rights": int}],
     "silenced?": [[int]],
-    "trial?": {"layer": int, "block": int, "step": int},
-    "staying?": [[int]],
-    "is_thin?": bool,
+    "stage?": str,
+    "staying?": [{"layer": int, "columns": [int]}],
+    "trial?": {"layer": int, "columns": [int], "step": int},
 }
 
 
@@ -44,10 +46,9 @@ class Word(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A block that was taken away, and at which step that was."""
+    """What was taken away, and at which step that was."""
 
-    layer: int
-    block: int
+    part: Part
     step: int
 
 
@@ -62,11 +63,11 @@ class Curriculum:
         longest: length of the longest words now, in tokens.
         quiet: batches in a row, at the last length, without an error.
         wrong: words that were wrong -> how often they were right since; the oldest first.
-        silenced: blocks that were taken away, by layer. None: pruning has not come yet.
-        trial: the block that was taken away last, and comes back if the run does not settle without it.
-        before: the weights before that, by their names; the optimizer's moments go on as they are.
-        staying: blocks that did, (layer, block).
-        is_thin: whether every block that is left was tried.
+        silenced: components that were taken away, by layer. None: pruning has not come yet.
+        stage: what is taken away now, one of STAGES; "thin": all that is left was tried.
+        trial: what was taken away last, and comes back if the run does not settle without it.
+        before: weights and optimizer before that, see `snapshot`.
+        staying: what came back in this stage.
     """
 
     def __init__(self, config: TrainConfig, task: Task) -> None:
@@ -76,10 +77,12 @@ class Curriculum:
         self.accuracy, self.quiet = 0.0, 0
         self.wrong: dict[Word, int] = {}
         self.silenced: Silenced | None = None
+        self.stage = STAGES[0]
         self.trial: Trial | None = None
         self.before: dict[str, Tensor] = {}
-        self.staying: set[tuple[int, int]] = set()
-        self.is_thin = False
+        self.staying: list[Part] = []
+        self._short = task.with_lengths(self._shortest, max(self._shortest, self.options.shared))
+        self._sharing = _splits_of(self._short) if self.options.shared else []
         self._batch: list[Word | None] = []  # the words of the last batch; None: one that was cut
         self._numbers = np.empty((0, 0), dtype=np.int64)  # which of them each of its tokens belongs to
 
@@ -100,7 +103,7 @@ class Curriculum:
     @property
     def has_ended(self) -> bool:
         """Whether they were, and if there is pruning, after it."""
-        return self.is_quiet and (self.options.prune is None or self.is_thin)
+        return self.is_quiet and (self.options.prune is None or self.stage == "thin")
 
     @property
     def is_one_hot(self) -> bool:
@@ -156,20 +159,21 @@ class Curriculum:
         if accuracy > self.options.accuracy and not self.at_last:
             self.longest, self.accuracy = self.task.seq_len, 0.0
 
-    def prune(self, model: TokenModel, step: int) -> None:
+    def prune(self, model: TokenModel, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Take away what the model can do without, if it is time to; batches count anew from there.
 
         First all blocks without which new batches have no error, then one at a time: the run must settle without it.
+        Then components, one at a time.
         """
-        if self.options.prune is None or self.is_thin:
+        if self.options.prune is None or self.stage == "thin":
             return
         if self.silenced is None:
             if self.quiet >= self.options.prune_after:
                 self._take(model, prune(model, self._batches(model, step, self.options.prune)))
         elif self.quiet >= self.options.prune_settle:
-            self._try_without(model, step)
+            self._try_without(model, optimizer, step)
         elif self.trial is not None and step - self.trial.step >= LIMIT * self.options.prune_settle:
-            self._put_back(model, self.trial)
+            self._put_back(model, optimizer, self.trial.part)
 
     def _batches(self, model: TokenModel, step: int, count: int) -> list[Batch]:
         """New batches; every other one is of the words for validation: short ones never trained on are few."""
@@ -179,29 +183,30 @@ class Curriculum:
         return [Batch._make(None if part is None else part.to(device) for part in batch) for batch in made]
 
     def _take(self, model: TokenModel, found: Silenced) -> None:
-        """Take blocks away."""
+        """Take components away."""
         before = self.silenced or [[] for _ in model.mixers]
         self.silenced = [sorted({*old, *new}) for old, new in zip(before, found, strict=True)]
         silence(model, self.silenced)
         self.quiet = 0
 
-    def _try_without(self, model: TokenModel, step: int) -> None:
-        """Take away the block that is needed least, on trial, as the one before was found not to be needed."""
-        self.trial, self.before = None, {}
-        found = least_needed(one_hot_copy(model), self._batches(model, step, TRIED), self.staying)
-        if found is None:
-            self.is_thin = True
-            return
-        layer, block = found
-        self.trial, self.before = Trial(layer, block, step), copy.deepcopy(model.state_dict())
-        self._take(model, [[block] if number == layer else [] for number in range(len(model.mixers))])
+    def _try_without(self, model: TokenModel, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Take away what is needed least, on trial, as what was taken before was found not to be needed."""
+        self.trial, self.before, part = None, {}, None
+        tried, batches = one_hot_copy(model), self._batches(model, step, TRIED)
+        while self.stage != "thin" and part is None:
+            part = least_needed(tried, batches, self.staying, whole_blocks=self.stage == "blocks")
+            if part is None:
+                self.stage, self.staying = STAGES[STAGES.index(self.stage) + 1], []
+        if part is not None:
+            self.trial, self.before = Trial(part, step), snapshot(model, optimizer)
+            self._take(model, [part.columns if layer == part.layer else [] for layer in range(len(model.mixers))])
 
-    def _put_back(self, model: TokenModel, trial: Trial) -> None:
-        """Let the model be as it was before a block was taken away, which stays."""
+    def _put_back(self, model: TokenModel, optimizer: torch.optim.Optimizer, part: Part) -> None:
+        """Let all be as it was before this was taken away, and stay."""
         assert self.silenced is not None
-        model.load_state_dict(self.before)
-        self.silenced[trial.layer].remove(trial.block)
-        self.staying.add((trial.layer, trial.block))
+        restore(model, optimizer, self.before)
+        self.silenced[part.layer] = sorted(set(self.silenced[part.layer]) - set(part.columns))
+        self.staying.append(part)
         self.trial, self.before = None, {}
 
     def figures(self) -> dict[str, float]:
@@ -215,18 +220,20 @@ class Curriculum:
         state = {"longest": self.longest, "accuracy": self.accuracy, "quiet": self.quiet, "wrong": wrong}
         if self.silenced is None:
             return state
-        state |= {"silenced": self.silenced, "staying": sorted(self.staying), "is_thin": self.is_thin}
-        if self.trial is None:
-            return state
-        return state | {"trial": self.trial._asdict()}
+        state |= {"silenced": self.silenced, "stage": self.stage, "staying": [part._asdict() for part in self.staying]}
+        return (
+            state if self.trial is None else state | {"trial": {**self.trial.part._asdict(), "step": self.trial.step}}
+        )
 
-    def restore(self, state: dict[str, Any], before: dict[str, Tensor]) -> None:
-        """Go on from a state, and what `before` was."""
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state; `before` is to follow."""
         self.longest, self.accuracy, self.quiet = state["longest"], state["accuracy"], state["quiet"]
         self.wrong = {Word(tuple(w["tokens"]), tuple(w["targets"])): w["rights"] for w in state["wrong"]}
-        self.silenced, self.is_thin = state.get("silenced"), state.get("is_thin", False)
-        self.staying = {(layer, block) for layer, block in state.get("staying", ())}
-        self.trial, self.before = Trial(**state["trial"]) if "trial" in state else None, before
+        self.silenced, self.stage = state.get("silenced"), state.get("stage", STAGES[0])
+        self.staying = [Part(**part) for part in state.get("staying", ())]
+        self.trial, self.before = None, {}
+        if (trial := state.get("trial")) is not None:
+            self.trial = Trial(Part(trial["layer"], trial["columns"]), trial["step"])
 
     def _task(self, longest: int) -> Task:
         return self.task.with_lengths(self._shortest, longest)
@@ -257,11 +264,33 @@ class Curriculum:
             yield again[rng.integers(len(again))] if repeats else next(fresh)
 
     def _fresh(self, step: int, split: str) -> Iterator[Word]:
-        """Words of a split, by about as many at a time as a batch takes."""
+        """Words of a split, by about as many at a time as a batch takes, and in training short ones of all."""
         task, config = self._task(self.longest), self.config
         count = config.batch_size * (2 + 2 * self.options.row // (self._shortest + task.length))
         for block in itertools.count():
-            sample = task.sample(split, count, seed=config.seed, index=step + block * config.steps)
-            sizes = (sample.tokens.numpy() != task.pad).sum(1).tolist()
-            for tokens, targets, size in zip(sample.tokens.tolist(), sample.targets.tolist(), sizes, strict=True):
-                yield Word(tuple(tokens[:size]), tuple(targets[:size]))
+            index = step + block * config.steps
+            words = _words_of(task, split, count, config.seed, index)
+            if split == "train" and self.options.shared and self.longest >= self.options.shared:
+                for other in self._sharing:
+                    words += _words_of(self._short, other, max(1, count // SHARE), config.seed, index)
+                order = np.random.default_rng([*seed_words(config.seed, index), 11]).permutation(len(words))
+                words = [words[i] for i in order]
+            yield from words
+
+
+def _words_of(task: Task, split: str, count: int, seed: int, index: int) -> list[Word]:
+    """Those of a sample, without padding."""
+    sample = task.sample(split, count, seed=seed, index=index)
+    sizes = (sample.tokens.numpy() != task.pad).sum(1).tolist()
+    rows = zip(sample.tokens.tolist(), sample.targets.tolist(), sizes, strict=True)
+    return [Word(tuple(tokens[:size]), tuple(targets[:size])) for tokens, targets, size in rows]
+
+
+def _splits_of(task: Task) -> list[str]:
+    """The splits, besides that of training, that have a word of the task."""
+    found = []
+    for split in ("valid", "test"):
+        with contextlib.suppress(ValueError):
+            task.draw(split, 1, seed=0, index=0)
+            found.append(split)
+    return found

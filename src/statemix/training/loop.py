@@ -53,7 +53,7 @@ from statemix.training.listeners import Listener, check_listeners, give_all, lis
 from statemix.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from statemix.training.processes import all_rows, make_accelerator, own_rows, prepare, whole, whole_model
 from statemix.training.progress import Bar, Stopwatch
-from statemix.training.pruning import silence
+from statemix.training.pruning import blocks_left, silence
 from statemix.training.regularization import penalty, regularized, row_entropies, strengths
 
 RESUME = ("auto", "best", "never")
@@ -257,8 +257,7 @@ class Training:
             self.carried = tuple(own_rows(self.accelerator, layer) for layer in rows)
         self.step, self.best_loss, self.best_step = saved["step"], saved["best_loss"], step_of(best)
         if self.curriculum is not None:
-            before = load_before(last, self.model) if "trial" in saved["curriculum"] else {}
-            self.curriculum.restore(saved["curriculum"], before)
+            self.curriculum.restore(saved["curriculum"])
         self.is_accurate = any(self._is_accurate(line) for line in self.folder.metrics() if line["step"] <= self.step)
         self.metrics_size = saved["metrics"]["bytes"]
         if self.lineage.news and self.has_ended():
@@ -275,6 +274,9 @@ class Training:
         )
         if last is not None:
             load_optimizer(self.optimizer, last)
+        if self.curriculum is not None and self.curriculum.trial is not None:
+            assert last is not None
+            self.curriculum.before = load_before(last, self.model, self.optimizer)
         if self.is_main:
             if self.lineage.news:
                 self.folder.reopen()
@@ -328,7 +330,7 @@ class Training:
         if learner is not None:
             learner.observe(all_rows(accelerator, predictions), batch.targets.to(predictions.device))
             silence(self.model, learner.silenced or [[] for _ in self.model.mixers])
-            learner.prune(self.model, self.step)
+            learner.prune(self.model, self.optimizer, self.step)
         return Outcome(loss, predictions, own.targets, grad_norm)
 
     def _add_gradients(
@@ -458,8 +460,9 @@ class Training:
         if self.task.fingerprint is not None:
             summary["data"] = self.task.fingerprint
         if self.curriculum is not None and (silenced := self.curriculum.silenced) is not None:
-            layers = zip(model.mixers, silenced, strict=True)
-            summary["blocks"] = [mixer.state_shape[1] - len(blocks) for mixer, blocks in layers]
+            layers = list(zip(model.mixers, silenced, strict=True))
+            summary["blocks"] = [blocks_left(mixer, columns) for mixer, columns in layers]
+            summary["components"] = [mixer.output.weight.shape[1] - len(columns) for mixer, columns in layers]
         if self.config.sharpen is not None:
             for mixer in model.mixers:
                 mixer.sharpen(self.config.sharpen)

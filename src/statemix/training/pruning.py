@@ -1,7 +1,8 @@
-"""Blocks that a model can do without: found on new batches, silenced, and left out."""
+"""What a model can do without, blocks and components of blocks: found on new batches, silenced, and left out."""
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +14,21 @@ from statemix.tasks import IGNORE_INDEX, Batch
 from statemix.training.evaluate import answer
 
 ONE_HOT = 1e4  # times the raw gates
-Silenced = list[list[int]]  # by layer, numbers of blocks
+Silenced = list[list[int]]  # by layer, columns of the read-out's weight (D, M N): component m of block n is m N + n
 
 
-def columns_of(mixer: Mixer, block: int) -> slice:
-    """Those of the read-out's weight (D, M N) that a block has: component m of block n is m N + n."""
-    return slice(block, None, mixer.state_shape[1])
+class Part(NamedTuple):
+    """What a read-out may do without: its columns for a block, or the one for a component."""
+
+    layer: int
+    columns: list[int]
 
 
 @torch.no_grad()
 def silence(model: TokenModel, silenced: Silenced) -> None:
-    """Let the read-out of each layer see nothing of these blocks."""
-    for mixer, blocks in zip(model.mixers, silenced, strict=True):
-        for block in blocks:
-            mixer.output.weight[:, columns_of(mixer, block)] = 0
+    """Let the read-out of each layer see nothing of these components."""
+    for mixer, columns in zip(model.mixers, silenced, strict=True):
+        mixer.output.weight[:, columns] = 0
 
 
 @torch.no_grad()
@@ -43,45 +45,68 @@ def prune(model: TokenModel, batches: Sequence[Batch]) -> Silenced:
     batches = list(batches)
     if _errors(model, batches, 0):
         return silenced
-    for layer, blocks in enumerate(_heard_blocks(model, batches[0])):
-        for block in blocks:
-            seen = model.mixers[layer].output.weight[:, columns_of(model.mixers[layer], block)]
-            before = seen.clone()
-            seen[:] = 0
-            if _errors(model, batches, 0):
-                seen[:] = before
-            else:
-                silenced[layer].append(block)
-    return [sorted(blocks) for blocks in silenced]
+    for part in _parts(model, batches[0], whole_blocks=True):
+        seen = model.mixers[part.layer].output.weight
+        before = seen[:, part.columns]
+        seen[:, part.columns] = 0
+        if _errors(model, batches, 0):
+            seen[:, part.columns] = before
+        else:
+            silenced[part.layer] += part.columns
+    return [sorted(columns) for columns in silenced]
 
 
 @torch.no_grad()
 def least_needed(
-    model: TokenModel, batches: Sequence[Batch], staying: Collection[tuple[int, int]]
-) -> tuple[int, int] | None:
-    """The block without which the fewest answers to the batches are wrong; of equals that of the most different states.
+    model: TokenModel, batches: Sequence[Batch], staying: Sequence[Part], *, whole_blocks: bool
+) -> Part | None:
+    """The block, or component, without which the fewest answers to the batches are wrong; of equals that of the most
+    different states.
 
     Args:
         model: as it answers now.
         batches: what it is asked.
-        staying: blocks that are not to be named.
+        staying: what is not to be named.
+        whole_blocks: whether it is a block.
 
     Returns:
-        Its layer and number. None: there are no others, or each layer has only one.
+        None: there are no others, or each layer has only one.
     """
     best, fewest = None, None
-    for layer, blocks in enumerate(_heard_blocks(model, batches[0])):
-        for block in blocks if len(blocks) > 1 else []:
-            if (layer, block) in staying or fewest == 0:
-                continue
-            seen = model.mixers[layer].output.weight[:, columns_of(model.mixers[layer], block)]
-            before = seen.clone()
-            seen[:] = 0
-            wrong = _errors(model, list(batches), fewest)
-            seen[:] = before
-            if fewest is None or wrong < fewest:
-                best, fewest = (layer, block), wrong
+    parts = _parts(model, batches[0], whole_blocks=whole_blocks)
+    alone = [layer for layer in range(len(model.mixers)) if sum(part.layer == layer for part in parts) == 1]
+    for part in parts:
+        if part in staying or part.layer in alone or fewest == 0:
+            continue
+        seen = model.mixers[part.layer].output.weight
+        before = seen[:, part.columns]
+        seen[:, part.columns] = 0
+        wrong = _errors(model, list(batches), fewest)
+        seen[:, part.columns] = before
+        if fewest is None or wrong < fewest:
+            best, fewest = part, wrong
     return best
+
+
+def snapshot(model: TokenModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """A copy of the weights and of what the optimizer keeps of each, by names of a file."""
+    weights = {f"model.{name}": weight.clone() for name, weight in model.state_dict().items()}
+    moments = {f"optimizer.{name}": value.clone() for name, value in _moments(optimizer)}
+    return weights | moments
+
+
+def restore(model: TokenModel, optimizer: torch.optim.Optimizer, before: Mapping[str, Tensor]) -> None:
+    """Let both be as they were at a `snapshot`."""
+    model.load_state_dict({name: before[f"model.{name}"] for name in model.state_dict()})
+    for name, value in _moments(optimizer):
+        value.copy_(before[f"optimizer.{name}"])
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """The optimizer's own tensors, not copies."""
+    for i, moments in optimizer.state_dict()["state"].items():
+        for name, value in moments.items():
+            yield f"{i}.{name}", value
 
 
 def one_hot_copy(model: TokenModel) -> TokenModel:
@@ -96,26 +121,33 @@ def one_hot_copy(model: TokenModel) -> TokenModel:
     return made
 
 
-def _heard_blocks(model: TokenModel, batch: Batch) -> list[list[int]]:
-    """By layer the blocks that its read-out has weights for, those of the most different states in a batch first."""
-    found: list[list[int]] = []
+def blocks_left(mixer: Mixer, silenced: Sequence[int]) -> int:
+    """How many blocks have a component that is not silenced."""
+    blocks = mixer.state_shape[1]
+    return len({column % blocks for column in set(range(mixer.output.weight.shape[1])) - set(silenced)})
 
-    def rank(mixer: Mixer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        blocks = mixer.state_shape[1]
-        heard = [n for n in range(blocks) if bool(mixer.output.weight[:, columns_of(mixer, n)].any())]
 
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            states = inputs[0].flatten(0, 1).unflatten(1, (-1, blocks))
-            found.append(sorted(heard, key=lambda n: -_count(states[:, :, n])))
+def _parts(model: TokenModel, batch: Batch, *, whole_blocks: bool) -> list[Part]:
+    """What the read-outs have weights for, layer by layer, what has the most different states in a batch first."""
+    found: list[Part] = []
 
-        return hook
+    def hook(mixer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        layer, mixer = next((i, own) for i, own in enumerate(model.mixers) if own.output is mixer)
+        heard, blocks = mixer.output.weight.any(0).tolist(), mixer.state_shape[1]
+        parts = [list(range(n, len(heard), blocks)) for n in range(blocks)]
+        if not whole_blocks:
+            parts = [[column] for column in range(len(heard))]
+        states = inputs[0].flatten(0, 1)
+        parts.sort(key=lambda columns: -_count(states[:, columns]))
+        parts = [[column for column in columns if heard[column]] for columns in parts]
+        found.extend(Part(layer, columns) for columns in parts if columns)
 
-    hooks = [mixer.output.register_forward_pre_hook(rank(mixer)) for mixer in model.mixers]
+    hooks = [mixer.output.register_forward_pre_hook(hook) for mixer in model.mixers]
     try:
         answer(model, batch, None)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
     return found
 
 
