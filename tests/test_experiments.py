@@ -13,6 +13,7 @@ from model_helpers import solved_model
 
 from statemix import TrainConfig, train
 from statemix.runs.read import find_runs
+from statemix.sizing import measure
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"
@@ -37,13 +38,26 @@ def results():
 
 @pytest.mark.parametrize("budget", ["quick", "full"])
 def test_every_sweep_is_of_valid_configs_and_has_seeds(results, budget):
-    for name in (*results["CLAIMS"], "automata", "rivals"):
+    for name in (*results["CLAIMS"], "automata"):
         configs = runpy.run_path(str(EXPERIMENTS / f"{name}.py"), run_name=name)["configs"](budget)
         assert all(isinstance(config, TrainConfig) for config in configs.values())
         seeds = {config.seed for config in configs.values()}
         assert len(seeds) >= 3
         assert all(label.endswith(f", seed {config.seed}") for label, config in configs.items())
         assert len({config.to_json() for config in configs.values()}) == len(configs)
+
+
+def test_the_rivals_of_the_suite_have_its_protocol_and_as_many_parameters(monkeypatch):
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    rivals = runpy.run_path(str(EXPERIMENTS / "rivals.py"), run_name="rivals")
+    own = rivals["config"]("parity", rivals["OWN"], 3e-3, 1)
+    assert own.mixer["name"] == "bd_lru"
+    size, _ = measure(own.mixer, own.model.d_model)
+    for name in rivals["RIVALS"]:
+        rival = rivals["config"]("parity", name, 3e-3, 1)
+        assert measure(rival.mixer, rival.model.d_model)[0] == pytest.approx(size, rel=0.1), name
+        for field in ("task", "model", "optimizer", "steps", "batch_size", "seed", "test_lengths"):
+            assert getattr(rival, field) == getattr(own, field), (name, field)
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -16,7 +16,7 @@ from statemix import SequenceModel, TrainConfig
 from statemix.tasks import IGNORE_INDEX, Batch, build_task
 from statemix.tasks.base import in_split
 from statemix.training.config import CurriculumConfig, ModelConfig, OptimizerConfig
-from statemix.training.curriculum import Curriculum
+from statemix.training.curriculum import Curriculum, Word
 from statemix.training.evaluate import evaluate
 from statemix.training.pruning import (
     Part,
@@ -378,9 +378,11 @@ def test_parts_are_taken_away_one_at_a_time_and_come_back_where_the_run_does_not
     kept = learner.before
     learner.restore(json.loads(json.dumps(learner.state())))  # as a run that resumes here
     learner.before = kept
+    learner.wrong = {Word((START, 1), (X, 1)): 0}
     for mixer in model.mixers:
         mixer.values.weight.data.add_(1)  # in vain
     learner.prune(model, optimizer, 38)
+    assert not learner.wrong
     assert (learner.trial, learner.staying, learner.silenced) == (None, queues[0][:1], [[0, 6, 12], []])
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     learner.prune(model, optimizer, 60)  # it must settle again before the next

@@ -202,8 +202,13 @@ class Curriculum:
             self._take(model, [part.columns if layer == part.layer else [] for layer in range(len(model.mixers))])
 
     def _put_back(self, model: TokenModel, optimizer: torch.optim.Optimizer, part: Part) -> None:
-        """Let all be as it was before this was taken away, and stay."""
+        """Let all be as it was before this was taken away, and stay.
+
+        The words that were wrong without it are no measure of the model that has it: as a third of each batch they
+        would break it again.
+        """
         assert self.silenced is not None
+        self.wrong.clear()
         restore(model, optimizer, self.before)
         self.silenced[part.layer] = sorted(set(self.silenced[part.layer]) - set(part.columns))
         self.staying.append(part)
