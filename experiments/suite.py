@@ -33,6 +33,7 @@ from statemix.training.checkpoint import CONFIG_FILE, find_checkpoint
 from statemix.verify import verify, write_verdict
 
 LENGTHS = ("40-256", 1000)
+MAX_STATES = 3_000_000  # of a search: about ten minutes
 CHUNK = 2**13  # tokens of a long word that are read at once
 
 SUITE: dict[str, Spec] = {
@@ -68,7 +69,7 @@ def attempt(task: Spec, seed: int, number: int, out: Path) -> dict[str, Any]:
 def _verdict(out: Path) -> dict[str, Any]:
     """What the search says of a run."""
     try:
-        verdict = verify(out)
+        verdict = verify(out, max_states=MAX_STATES)
     except ValueError as error:  # rows are still blurred, and the states too many
         return {"outcome": "undecided", "states explored": None, "states of the automaton": None, "why": str(error)}
     write_verdict(verdict, out)

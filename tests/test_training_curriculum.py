@@ -12,11 +12,11 @@ import pytest
 import torch
 from run_helpers import Stopped, run, seal, small_config, snapshot, without_measured
 
-from statemix import SequenceModel, TrainConfig
+from statemix import SequenceModel, TrainConfig, records
 from statemix.tasks import IGNORE_INDEX, Batch, build_task
 from statemix.tasks.base import in_split
 from statemix.training.config import CurriculumConfig, ModelConfig, OptimizerConfig
-from statemix.training.curriculum import Curriculum, Word
+from statemix.training.curriculum import STATE, Curriculum, Word
 from statemix.training.evaluate import evaluate
 from statemix.training.pruning import (
     Part,
@@ -202,13 +202,16 @@ def test_it_ends_after_batches_without_an_error():
     assert not curriculum(first=9).has_ended
 
 
-def test_a_state_goes_through_json():
-    learner, other = curriculum(first=8), curriculum(first=8)
+@pytest.mark.parametrize("scored", ["every", "last"])
+def test_a_state_goes_through_json(scored):
+    learner, other = (curriculum(first=8, task=WORDS | {"scored": scored}) for _ in range(2))
     for step in range(60):
         batch = learner.batch(step)
         wrong = [words_of(batch)[0][0]] if step > 40 else []
         learner.observe(answered(batch, wrong), batch.targets)
-    other.restore(json.loads(json.dumps(learner.state())))
+    state = json.loads(json.dumps(learner.state()))
+    records.check(state, STATE)  # as where a run resumes
+    other.restore(state)
     assert (other.longest, other.quiet, other.accuracy) == (learner.longest, learner.quiet, learner.accuracy)
     assert len(other.wrong) > 3
     assert list(other.wrong.items()) == list(learner.wrong.items())
@@ -358,7 +361,7 @@ def thinning(monkeypatch, blocks, components=()):
 
 
 def test_parts_are_taken_away_one_at_a_time_and_come_back_where_the_run_does_not_settle(monkeypatch):
-    queues = [Part(1, [4, 10, 16]), Part(0, [2, 8, 14])], [Part(0, [7])]
+    queues = [Part(1, [4, 10, 16]), Part(0, [2, 8, 14])], [Part(0, [7]), Part(1, [5]), Part(1, [3])]
     learner, model, optimizer = thinning(monkeypatch, *queues)
     learner.quiet = 3
     learner.prune(model, optimizer, 10)
@@ -376,7 +379,9 @@ def test_parts_are_taken_away_one_at_a_time_and_come_back_where_the_run_does_not
     learner.prune(model, optimizer, 37)  # a step before six times prune_settle
     assert learner.trial is not None
     kept = learner.before
-    learner.restore(json.loads(json.dumps(learner.state())))  # as a run that resumes here
+    state = json.loads(json.dumps(learner.state()))
+    records.check(state, STATE)
+    learner.restore(state)  # as a run that resumes here
     learner.before = kept
     learner.wrong = {Word((START, 1), (X, 1)): 0}
     for mixer in model.mixers:
@@ -393,9 +398,10 @@ def test_parts_are_taken_away_one_at_a_time_and_come_back_where_the_run_does_not
     learner.quiet = 3
     learner.prune(model, optimizer, 64)  # it did without it, and no block is left to try
     assert (learner.stage, learner.staying, learner.trial.part) == ("components", [], queues[1][0])
-    learner.restore(json.loads(json.dumps(learner.state())))
     learner.quiet = 3
     learner.prune(model, optimizer, 67)
+    assert learner.trial.part == queues[1][1]
+    learner.prune(model, optimizer, 85)  # the first component that comes back is the last that is tried
     assert (learner.stage, learner.trial, learner.before) == ("thin", None, {})
     assert learner.silenced == [[0, 2, 6, 7, 8, 12, 14], []]
     for learner.quiet in (29, 30):

@@ -42,7 +42,7 @@ from statemix.training.checkpoint import CONFIG_FILE, find_checkpoint
 from statemix.training.config import TrainConfig
 from statemix.training.regularization import row_entropies
 
-MAX_STATES = 100_000
+MAX_STATES = 1_000_000
 ZERO_WEIGHT = 110.0  # a raw gate so far below the largest of its row has a weight of zero in the kernels that decode
 ZERO_IN_FLOAT64 = 750.0  # and of float64, in which the other engines have it
 ROUNDING = 1e-4  # of raw gates, from one kernel to another, relative to a row's largest; there is much room
@@ -225,6 +225,9 @@ class _Live:
     @torch.no_grad()
     def grows(self, state: State, tokens: Tensor) -> bool:
         """Look at the rows of gates of a step, tokens (B,) in these states. True: there are more live components."""
+        # rows copy within a block: where all of each block that counts does, there is nothing to be found
+        if all(torch.equal(live.any(0), live.all(0)) for live in self.components):
+            return False
         with _raw_gates(self._model, self._copied) as raw_gates:
             self._model(tokens[:, None], state)
         grown = False

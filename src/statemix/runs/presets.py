@@ -27,7 +27,7 @@ token moves: 2 for bits, k for a cycle of k; of S_n, A_n and arithmetic modulo n
 product of groups needs that of its largest factor. N is 16 and D 64; for a group, of which many products are to be told
 apart, twice as much. One layer follows what is a group; arithmetic takes two: one for the product at hand, the next for
 the sum of these, a larger weight of the penalty, 0.15 in place of 0.1, slower averages of the optimizer, more steps,
-150 batches in place of 24, three tenths of the learning rate from there on, and an end after 1,500. Half of the blocks
+150 batches in place of 24, a tenth of the learning rate from there on, and an end after 1,500. Half of the blocks
 are hidden before the last length, but of bits none: with half of its blocks of two a model is often wrong, and its
 words grow no longer.
 
@@ -155,11 +155,11 @@ def exact_fit(task: Task) -> Fit:
             task.modulus + 1,
             num_layers=2,
             row_entropy=0.15,
-            steps=16_000,
+            steps=20_000,
             betas=(0.9, 0.999),
             quiet=1500,
             prune=150,
-            prune_lr=0.3,
+            prune_lr=0.1,
         )
     assert isinstance(task, Counter)
     return Fit(task.num_states, block_dropout=0.5 if task.num_states > 2 else 0.0, steps=3_000)

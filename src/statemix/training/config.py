@@ -115,8 +115,8 @@ class CurriculumConfig:
             rows of gates are one-hot (`one_hot_rows`), and batches count anew. Whenever `prune_settle` in a row are
             right the block that is needed least is taken away, too; it comes back, and stays, where no such row follows
             within six times as many steps. When all that are left were tried it is the turn of components of blocks,
-            then it goes on until `quiet` in a row are right. None: nothing is taken away. Of a mixer with rows of gates
-            alone.
+            until one comes back, then it goes on until `quiet` in a row are right. None: nothing is taken away. Of a
+            mixer with rows of gates alone.
         prune_after: batches in a row, at the last length, without an error.
         prune_settle: batches in a row without an error, after a block or component was taken away.
         prune_lr: what the learning rate is multiplied by from the first pruning on, in (0, 1].

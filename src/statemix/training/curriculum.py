@@ -30,7 +30,7 @@ STATE = {
     "longest": int,
     "accuracy": float,
     "quiet": int,
-    "wrong": [{"tokens": [int], "targets": [int], "rights": int}],
+    "wrong": [{"tokens": [int], "targets": [int | None], "rights": int}],  # None: not scored
     "silenced?": [[int]],
     "stage?": str,
     "staying?": [{"layer": int, "columns": [int]}],
@@ -163,7 +163,7 @@ class Curriculum:
         """Take away what the model can do without, if it is time to; batches count anew from there.
 
         First all blocks without which new batches have no error, then one at a time: the run must settle without it.
-        Then components, one at a time.
+        Then components, one at a time, until one comes back.
         """
         if self.options.prune is None or self.stage == "thin":
             return
@@ -213,6 +213,8 @@ class Curriculum:
         self.silenced[part.layer] = sorted(set(self.silenced[part.layer]) - set(part.columns))
         self.staying.append(part)
         self.trial, self.before = None, {}
+        if self.stage == "components":
+            self.stage = "thin"  # none that came after one which is needed was ever found not to be
 
     def figures(self) -> dict[str, float]:
         """What a line of metrics says of it."""
@@ -221,7 +223,10 @@ class Curriculum:
 
     def state(self) -> dict[str, Any]:
         """All that the next steps depend on: STATE."""
-        wrong = [{"tokens": word.tokens, "targets": word.targets, "rights": n} for word, n in self.wrong.items()]
+        wrong = [
+            {"tokens": word.tokens, "targets": [None if t == IGNORE_INDEX else t for t in word.targets], "rights": n}
+            for word, n in self.wrong.items()
+        ]
         state = {"longest": self.longest, "accuracy": self.accuracy, "quiet": self.quiet, "wrong": wrong}
         if self.silenced is None:
             return state
@@ -233,7 +238,10 @@ class Curriculum:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state; `before` is to follow."""
         self.longest, self.accuracy, self.quiet = state["longest"], state["accuracy"], state["quiet"]
-        self.wrong = {Word(tuple(w["tokens"]), tuple(w["targets"])): w["rights"] for w in state["wrong"]}
+        self.wrong = {}
+        for word in state["wrong"]:
+            targets = (IGNORE_INDEX if target is None else target for target in word["targets"])
+            self.wrong[Word(tuple(word["tokens"]), tuple(targets))] = word["rights"]
         self.silenced, self.stage = state.get("silenced"), state.get("stage", STAGES[0])
         self.staying = [Part(**part) for part in state.get("staying", ())]
         self.trial, self.before = None, {}
