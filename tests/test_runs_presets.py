@@ -141,9 +141,9 @@ def test_exact_fits_its_sizes_to_the_task(task, block_size, num_blocks, d_model,
     assert config.row_entropy == (0.15 if layers == 2 else 0.1)
     assert config.block_dropout == (0.5 if block_size > 2 else 0)
     assert config.optimizer.betas == ((0.9, 0.999) if layers == 2 else (0.9, 0.95))
-    assert config.steps == (20_000 if layers == 2 else 5_000 if task["name"] == "permutation" else 3_000)
-    settled = (config.curriculum.prune, config.curriculum.prune_lr, config.curriculum.quiet)
-    assert settled == ((150, 0.1, 1500) if layers == 2 else (24, 1.0, 500))
+    assert config.steps == (14_000 if layers == 2 else 5_000 if task["name"] == "permutation" else 3_000)
+    settled = (config.curriculum.prune_after, config.curriculum.prune_lr, config.curriculum.quiet)
+    assert settled == ((100, 0.1, 1500) if layers == 2 else (500, 1.0, 500))
     assert config.curriculum.shared == 3
     assert config.sharpen == 1e4
     assert config.task["name"] in PRESETS["exact"]

@@ -211,7 +211,7 @@ def test_a_state_goes_through_json(scored):
         learner.observe(answered(batch, wrong), batch.targets)
     state = json.loads(json.dumps(learner.state()))
     records.check(state, STATE)  # as where a run resumes
-    other.restore(state)
+    other.restore(state, SequenceModel(8, 4, 1, WIDE))
     assert (other.longest, other.quiet, other.accuracy) == (learner.longest, learner.quiet, learner.accuracy)
     assert len(other.wrong) > 3
     assert list(other.wrong.items()) == list(learner.wrong.items())
@@ -381,7 +381,7 @@ def test_parts_are_taken_away_one_at_a_time_and_come_back_where_the_run_does_not
     kept = learner.before
     state = json.loads(json.dumps(learner.state()))
     records.check(state, STATE)
-    learner.restore(state)  # as a run that resumes here
+    learner.restore(state, model)  # as a run that resumes here
     learner.before = kept
     learner.wrong = {Word((START, 1), (X, 1)): 0}
     for mixer in model.mixers:
@@ -665,6 +665,30 @@ def test_a_checkpoint_without_its_curriculum_is_refused(tmp_path):
     seal(out / "step-10")
     with pytest.raises(ValueError, match=r"step-10.train\.json.*`curriculum` is missing"):
         run(out, packed_config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stage": "knots"}, "`curriculum.stage` must be one of ['blocks', 'components', 'thin'], got 'knots'"),
+        ({"silenced": [[0, 18]]}, "`curriculum` names components that the model does not have"),
+        ({"silenced": [[0], [1]]}, "`curriculum` names components that the model does not have"),
+        ({"staying": [{"layer": 1, "columns": [0]}]}, "`curriculum` names components that the model does not have"),
+        ({"trial": {"layer": 0, "columns": [18], "step": 9}}, "`curriculum` names components"),
+    ],
+)
+def test_a_curriculum_of_another_model_is_refused(on_trial, tmp_path, changes, message):
+    config, stopped, _ = on_trial
+    [checkpoint] = (
+        folder.parent for folder in shutil.copytree(stopped, tmp_path / "run").glob("step-*/trial.safetensors")
+    )
+    path = checkpoint / "train.json"
+    saved = json.loads(path.read_text())
+    saved["curriculum"] |= changes
+    path.write_text(json.dumps(saved))
+    seal(checkpoint)
+    with pytest.raises(ValueError, match=re.escape(f"'{path}' is damaged: {message}")):
+        run(tmp_path / "run", config)
 
 
 def test_what_presses_on_a_step_follows_the_curriculum():

@@ -235,14 +235,22 @@ class Curriculum:
             state if self.trial is None else state | {"trial": {**self.trial.part._asdict(), "step": self.trial.step}}
         )
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state; `before` is to follow."""
+    def restore(self, state: dict[str, Any], model: TokenModel) -> None:
+        """Go on from a state of this model; `before` is to follow. Raises ValueError if it is of another."""
+        parts = [*state.get("staying", ()), *([state["trial"]] if "trial" in state else [])]
+        sizes, silenced = [mixer.output.weight.shape[1] for mixer in model.mixers], state.get("silenced")
+        columns = [(part["layer"], part["columns"]) for part in parts] + list(enumerate(silenced or ()))
+        fits = all(layer < len(sizes) and all(column < sizes[layer] for column in taken) for layer, taken in columns)
+        if not fits or (silenced is not None and len(silenced) != len(sizes)):
+            raise ValueError("`curriculum` names components that the model does not have")
+        if (stage := state.get("stage", STAGES[0])) not in STAGES:
+            raise ValueError(f"`curriculum.stage` must be one of {list(STAGES)}, got {stage!r}")
         self.longest, self.accuracy, self.quiet = state["longest"], state["accuracy"], state["quiet"]
         self.wrong = {}
         for word in state["wrong"]:
             targets = (IGNORE_INDEX if target is None else target for target in word["targets"])
             self.wrong[Word(tuple(word["tokens"]), tuple(targets))] = word["rights"]
-        self.silenced, self.stage = state.get("silenced"), state.get("stage", STAGES[0])
+        self.silenced, self.stage = silenced, stage
         self.staying = [Part(**part) for part in state.get("staying", ())]
         self.trial, self.before = None, {}
         if (trial := state.get("trial")) is not None:

@@ -54,7 +54,7 @@ from statemix.training.optimizer import learning_rate, make_optimizer, set_learn
 from statemix.training.processes import all_rows, make_accelerator, own_rows, prepare, whole, whole_model
 from statemix.training.progress import Bar, Stopwatch
 from statemix.training.pruning import blocks_left, silence
-from statemix.training.regularization import penalty, regularized, row_entropies, strengths
+from statemix.training.regularization import one_hot_gates, penalty, regularized, row_entropies, strengths
 
 RESUME = ("auto", "best", "never")
 
@@ -257,7 +257,10 @@ class Training:
             self.carried = tuple(own_rows(self.accelerator, layer) for layer in rows)
         self.step, self.best_loss, self.best_step = saved["step"], saved["best_loss"], step_of(best)
         if self.curriculum is not None:
-            self.curriculum.restore(saved["curriculum"])
+            try:
+                self.curriculum.restore(saved["curriculum"], self.model)
+            except ValueError as error:
+                raise records.damaged("train", last / TRAIN_FILE, error, AGAIN) from error
         self.is_accurate = any(self._is_accurate(line) for line in self.folder.metrics() if line["step"] <= self.step)
         self.metrics_size = saved["metrics"]["bytes"]
         if self.lineage.news and self.has_ended():
@@ -380,8 +383,15 @@ class Training:
         return line
 
     def validate(self) -> dict[str, Any]:
-        """Score the model on the validation split, see whether it is the best so far, and write and return the line."""
-        with row_entropies(self.model, enabled=self.config.row_entropy > 0) as entropies:
+        """Score the model on the validation split, see whether it is the best so far, and write and return the line.
+
+        Its rows of gates are one-hot where they are in training.
+        """
+        one_hot = self.curriculum is not None and self.curriculum.is_one_hot
+        with (
+            row_entropies(self.model, enabled=self.config.row_entropy > 0) as entropies,
+            one_hot_gates(self.model, enabled=one_hot),
+        ):
             valid = scores_on("valid", self.config, self.task, self.wrapped, self.accelerator.device)
         if entropies:  # the mean over layers and batches
             valid["row_entropy"] = float(sum(entropies)) / len(entropies)
