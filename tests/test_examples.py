@@ -126,7 +126,7 @@ def test_the_experiment_makes_the_runs_that_are_missing(tmp_path, capsys, monkey
     experiment = runpy.run_path(str(EXAMPLE.parents[1] / "experiments" / "agents.py"), run_name="agents")
     main, names = experiment["main"], experiment["main"].__globals__
     monkeypatch.setitem(names["BUDGETS"], "smoke", names["Budget"](2_048, ["RepeatPreviousEasy"], [0]))
-    monkeypatch.setitem(names, "MIXERS", ["bd_lru", "gru"])
+    monkeypatch.setitem(names, "CORES", ["bd_lru", "gru"])
     monkeypatch.setattr("sys.argv", ["agents.py", "--budget", "smoke", "--out", str(tmp_path)])
     main()
     rows = names["read"](tmp_path / "agents_smoke.csv")
