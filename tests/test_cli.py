@@ -89,7 +89,7 @@ def flags() -> list[str]:
 def test_help_names_every_field_option_and_name(capsys):
     status, text, errors = call(capsys, "train", "--help-all")
     assert (status, errors) == (0, "")
-    assert len(flags()) == 43
+    assert len(flags()) == 46
     options = [f"--task.{name}" for name in ("group", "seq-len", "generators")]
     options += [f"--mixer.{name}" for name in ("num-blocks", "block-size", "normalization", "selective", "backend")]
     for flag in [*flags(), *options, "--config", "--preset", "--out", "--resume", *HOW]:
@@ -349,9 +349,10 @@ def test_train_lengths_are_set(capsys):
 def test_a_curriculum_is_set(capsys):
     written = """--task parity --task.min-len 2 --curriculum.first 2 --curriculum.growth 1.5 --curriculum.accuracy 0.9
         --curriculum.row 64 --curriculum.again 0.2 --curriculum.kept 8 --curriculum.rights 3 --curriculum.quiet 9
-        --curriculum.prune 4 --sharpen 10 --test-lengths 8 40-256"""
+        --curriculum.shared 2 --curriculum.prune 4 --curriculum.prune-after 7 --curriculum.prune-settle 5
+        --curriculum.prune-lr 0.5 --sharpen 10 --test-lengths 8 40-256"""
     config = trained_config(capsys, *written.split())
-    assert config.curriculum == CurriculumConfig(2, 1.5, 0.9, 64, 0.2, 8, 3, 9, 4)
+    assert config.curriculum == CurriculumConfig(2, 1.5, 0.9, 64, 0.2, 8, 3, 9, 2, 4, 7, 5, 0.5)
     assert (config.sharpen, config.test_lengths) == (10, (8, "40-256"))
 
 

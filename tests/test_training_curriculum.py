@@ -19,7 +19,7 @@ from statemix.training.config import CurriculumConfig, ModelConfig, OptimizerCon
 from statemix.training.curriculum import STATE, Curriculum, Word
 from statemix.training.evaluate import evaluate
 from statemix.training.pruning import (
-    Part,
+    Piece,
     blocks_left,
     least_needed,
     one_hot_copy,
@@ -279,23 +279,23 @@ class Graded(Blockwise):
         return torch.nn.functional.one_hot(answers, 3).float(), ()
 
 
-OTHERS = [Part(1, [n, n + 4]) for n in range(4)]  # no answer depends on layer 1
+OTHERS = [Piece(1, [n, n + 4]) for n in range(4)]  # no answer depends on layer 1
 
 
 @pytest.mark.parametrize(
     ("silenced", "staying", "whole_blocks", "named"),
     [
-        ([], [], True, Part(0, [0, 4])),
-        ([], [Part(0, [0, 4])], True, Part(1, [0, 4])),
-        ([0, 4], OTHERS, True, Part(0, [2, 6])),
-        ([0, 4], [*OTHERS, Part(0, [2, 6])], True, Part(0, [1, 5])),
+        ([], [], True, Piece(0, [0, 4])),
+        ([], [Piece(0, [0, 4])], True, Piece(1, [0, 4])),
+        ([0, 4], OTHERS, True, Piece(0, [2, 6])),
+        ([0, 4], [*OTHERS, Piece(0, [2, 6])], True, Piece(0, [1, 5])),
         ([0, 4, 2, 6, 1, 5], OTHERS, True, None),  # the last of its layer
-        ([], [*OTHERS, *(Part(0, [n, n + 4]) for n in range(4))], True, None),
-        ([4], [], True, Part(0, [0])),  # what is left of it
-        ([0, 4], [Part(1, [n]) for n in range(8)], False, Part(0, [1])),  # without one of two the block is heard
-        ([0, 4, 1], [Part(1, [n]) for n in range(8)], False, Part(0, [2])),
-        ([0, 4, 1, 2, 3], [Part(1, [n]) for n in range(8)], False, Part(0, [6])),
-        ([0, 1, 2, 3, 4, 5, 6], [Part(1, [n]) for n in range(8)], False, None),
+        ([], [*OTHERS, *(Piece(0, [n, n + 4]) for n in range(4))], True, None),
+        ([4], [], True, Piece(0, [0])),  # what is left of it
+        ([0, 4], [Piece(1, [n]) for n in range(8)], False, Piece(0, [1])),  # without one of two the block is heard
+        ([0, 4, 1], [Piece(1, [n]) for n in range(8)], False, Piece(0, [2])),
+        ([0, 4, 1, 2, 3], [Piece(1, [n]) for n in range(8)], False, Piece(0, [6])),
+        ([0, 1, 2, 3, 4, 5, 6], [Piece(1, [n]) for n in range(8)], False, None),
     ],
 )
 def test_what_is_needed_least_is_named(silenced, staying, whole_blocks, named):
@@ -361,7 +361,7 @@ def thinning(monkeypatch, blocks, components=()):
 
 
 def test_parts_are_taken_away_one_at_a_time_and_come_back_where_the_run_does_not_settle(monkeypatch):
-    queues = [Part(1, [4, 10, 16]), Part(0, [2, 8, 14])], [Part(0, [7]), Part(1, [5]), Part(1, [3])]
+    queues = [Piece(1, [4, 10, 16]), Piece(0, [2, 8, 14])], [Piece(0, [7]), Piece(1, [5]), Piece(1, [3])]
     learner, model, optimizer = thinning(monkeypatch, *queues)
     learner.quiet = 3
     learner.prune(model, optimizer, 10)

@@ -16,7 +16,7 @@ from statemix.model import TokenModel
 from statemix.tasks import IGNORE_INDEX, Batch
 from statemix.tasks.base import Task, seed_words
 from statemix.training.config import TrainConfig
-from statemix.training.pruning import Part, Silenced, least_needed, one_hot_copy, prune, restore, silence, snapshot
+from statemix.training.pruning import Piece, Silenced, least_needed, one_hot_copy, prune, restore, silence, snapshot
 
 MEMORY = 0.9  # of the running accuracy, for one batch
 STAGES = ("blocks", "components", "thin")  # of pruning, after the first
@@ -48,7 +48,7 @@ class Word(NamedTuple):
 class Trial(NamedTuple):
     """What was taken away, and at which step that was."""
 
-    part: Part
+    part: Piece
     step: int
 
 
@@ -80,7 +80,7 @@ class Curriculum:
         self.stage = STAGES[0]
         self.trial: Trial | None = None
         self.before: dict[str, Tensor] = {}
-        self.staying: list[Part] = []
+        self.staying: list[Piece] = []
         self._short = task.with_lengths(self._shortest, max(self._shortest, self.options.shared))
         self._sharing = _splits_of(self._short) if self.options.shared else []
         self._batch: list[Word | None] = []  # the words of the last batch; None: one that was cut
@@ -201,7 +201,7 @@ class Curriculum:
             self.trial, self.before = Trial(part, step), snapshot(model, optimizer)
             self._take(model, [part.columns if layer == part.layer else [] for layer in range(len(model.mixers))])
 
-    def _put_back(self, model: TokenModel, optimizer: torch.optim.Optimizer, part: Part) -> None:
+    def _put_back(self, model: TokenModel, optimizer: torch.optim.Optimizer, part: Piece) -> None:
         """Let all be as it was before this was taken away, and stay.
 
         The words that were wrong without it are no measure of the model that has it: as a third of each batch they
@@ -251,10 +251,10 @@ class Curriculum:
             targets = (IGNORE_INDEX if target is None else target for target in word["targets"])
             self.wrong[Word(tuple(word["tokens"]), tuple(targets))] = word["rights"]
         self.silenced, self.stage = silenced, stage
-        self.staying = [Part(**part) for part in state.get("staying", ())]
+        self.staying = [Piece(**part) for part in state.get("staying", ())]
         self.trial, self.before = None, {}
         if (trial := state.get("trial")) is not None:
-            self.trial = Trial(Part(trial["layer"], trial["columns"]), trial["step"])
+            self.trial = Trial(Piece(trial["layer"], trial["columns"]), trial["step"])
 
     def _task(self, longest: int) -> Task:
         return self.task.with_lengths(self._shortest, longest)

@@ -17,7 +17,7 @@ ONE_HOT = 1e4  # times the raw gates
 Silenced = list[list[int]]  # by layer, columns of the read-out's weight (D, M N): component m of block n is m N + n
 
 
-class Part(NamedTuple):
+class Piece(NamedTuple):
     """What a read-out may do without: its columns for a block, or the one for a component."""
 
     layer: int
@@ -58,8 +58,8 @@ def prune(model: TokenModel, batches: Sequence[Batch]) -> Silenced:
 
 @torch.no_grad()
 def least_needed(
-    model: TokenModel, batches: Sequence[Batch], staying: Sequence[Part], *, whole_blocks: bool
-) -> Part | None:
+    model: TokenModel, batches: Sequence[Batch], staying: Sequence[Piece], *, whole_blocks: bool
+) -> Piece | None:
     """The block, or component, without which the fewest answers to the batches are wrong; of equals that of the most
     different states.
 
@@ -127,9 +127,9 @@ def blocks_left(mixer: Mixer, silenced: Sequence[int]) -> int:
     return len({column % blocks for column in set(range(mixer.output.weight.shape[1])) - set(silenced)})
 
 
-def _parts(model: TokenModel, batch: Batch, *, whole_blocks: bool) -> list[Part]:
+def _parts(model: TokenModel, batch: Batch, *, whole_blocks: bool) -> list[Piece]:
     """What the read-outs have weights for, layer by layer, what has the most different states in a batch first."""
-    found: list[Part] = []
+    found: list[Piece] = []
 
     def hook(mixer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         layer, mixer = next((i, own) for i, own in enumerate(model.mixers) if own.output is mixer)
@@ -140,7 +140,7 @@ def _parts(model: TokenModel, batch: Batch, *, whole_blocks: bool) -> list[Part]
         states = inputs[0].flatten(0, 1)
         parts.sort(key=lambda columns: -_count(states[:, columns]))
         parts = [[column for column in columns if heard[column]] for columns in parts]
-        found.extend(Part(layer, columns) for columns in parts if columns)
+        found.extend(Piece(layer, columns) for columns in parts if columns)
 
     hooks = [mixer.output.register_forward_pre_hook(hook) for mixer in model.mixers]
     try:
