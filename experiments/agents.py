@@ -17,7 +17,7 @@ import itertools
 import runpy
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,8 +64,8 @@ def read(path: Path) -> list[Row]:
         return []
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    texts = ("game", "mixer")
-    return [{name: cell if name in texts else float(cell) for name, cell in row.items()} for row in rows]
+    kinds: dict[str, Callable[[str], str | float]] = {"game": str, "mixer": str, "seed": lambda cell: int(float(cell))}
+    return [{name: kinds.get(name, float)(cell) for name, cell in row.items()} for row in rows]
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:

@@ -102,7 +102,7 @@ def _corrected(out: Path, queries: int) -> dict[str, Any]:
         run.model.save(out / CORRECTED)
         found = {"queries": number} | _verdict(out / CORRECTED)
         wrong = read_verdict(out / CORRECTED).wrong if found["outcome"] == "differs" else None
-        if wrong is None:
+        if wrong is None or number == queries:
             break
         given.append(Word(wrong.word, (IGNORE_INDEX,) * (len(wrong.word) - 1) + (wrong.target,)))
         curriculum.wrong |= dict.fromkeys(given, 0)
