@@ -23,9 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from statemix.report.tables import align
+from statemix.report.tables import align, estimate
 from statemix.runs.read import Row, write_table
-from statemix.runs.statistics import interval
 from statemix.sizing import solve
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "popgym_ppo.py"
@@ -76,17 +75,9 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
         line = [game]
         for column, mixer in itertools.product(("mean_return", "steps_per_cpu_second"), mixers):
             numbers = [float(row[column] or 0) for row in rows if (row["game"], row["mixer"]) == (game, mixer)]
-            line.append(cell(numbers, digits=3 if column == "mean_return" else 0))
+            line.append(estimate(numbers, ",.3f" if column == "mean_return" else ",.0f") or "-")
         lines.append(line)
     return lines
-
-
-def cell(numbers: Sequence[float], digits: int) -> str:
-    """Mean and half width of the interval; of a single number itself; of none a dash."""
-    if not numbers:
-        return "-"
-    mean, half_width, _ = interval(numbers)
-    return f"{mean:,.{digits}f}" + ("" if half_width is None else f" ± {half_width:,.{digits}f}")
 
 
 def recurrent_ppo(ppo: dict[str, Any], config: Any) -> Any:

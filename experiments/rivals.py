@@ -17,16 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from suite import SUITE
+from suite import LENGTHS, SUITE
 
 from statemix import TrainConfig, train
-from statemix.report.tables import align
+from statemix.report.tables import align, estimate
 from statemix.runs.presets import preset_config
 from statemix.runs.read import Row, write_table
-from statemix.runs.statistics import interval
 from statemix.sizing import measure, solve
 from statemix.specs import Spec
-from statemix.training.checkpoint import RESULT_FILE, read_result
+from statemix.training.checkpoint import CONFIG_FILE, RESULT_FILE, read_result
 
 OWN = "BD-LRU"
 RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -39,7 +38,6 @@ RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
 MIXERS = (OWN, *RIVALS)
 LEARNING_RATES = (1e-3, 3e-3, 6e-3)
 SEEDS = (0, 1, 2)
-LENGTHS = ("40-256", 1000)
 
 
 def config(task: str, mixer: str, lr: float, seed: int) -> TrainConfig:
@@ -99,7 +97,7 @@ def rows(out: Path) -> list[Row]:
                 run = folder(out, task, mixer, lr, seed)
                 if not (run / RESULT_FILE).exists():
                     continue
-                summary, limit = read_result(run, "rivals"), TrainConfig.load(run / "config.json").steps
+                summary, limit = read_result(run, "rivals"), TrainConfig.load(run / CONFIG_FILE).steps
                 row: Row = {"task": task, "mixer": mixer, "lr": lr, "seed": seed, "steps": summary["steps"]}
                 row |= {"quiet": summary["steps"] < limit, "mixer parameters": summary["mixer_parameters"]}
                 row |= {f"right at {length}": summary["test"][str(length)]["token_accuracy"] for length in LENGTHS}
@@ -114,8 +112,7 @@ def table(found: Sequence[Row]) -> list[list[str]]:
         of = [row for row in found if (row["task"], row["mixer"]) == (task, mixer)]
         line = [str(task), str(mixer), f"{of[0]['mixer parameters']:,}", f"{of[0]['lr']:g}"]
         for length in LENGTHS:
-            mean, half_width, _ = interval([100 * float(row[f"right at {length}"]) for row in of])
-            line.append(f"{mean:.2f}" + ("" if half_width is None else f" ± {half_width:.2f}"))
+            line.append(estimate([100 * float(row[f"right at {length}"]) for row in of], ".2f"))
         quiet = sum(bool(row["quiet"]) for row in of)
         lines.append([*line, f"{quiet} of {len(of)}", ", ".join(f"{row['steps']:,}" for row in of)])
     return lines

@@ -31,9 +31,8 @@ from statemix.runs.read import write_table
 from statemix.specs import Spec
 from statemix.tasks import IGNORE_INDEX, build_task
 from statemix.training.checkpoint import CONFIG_FILE, RunFolder, find_checkpoint
-from statemix.training.config import at_length
 from statemix.training.curriculum import Word
-from statemix.training.evaluate import evaluate
+from statemix.training.evaluate import final_scores
 from statemix.training.lineage import Lineage
 from statemix.training.loop import Training
 from statemix.verify import read_verdict, verify, write_verdict
@@ -41,11 +40,8 @@ from statemix.verify import read_verdict, verify, write_verdict
 LENGTHS = ("40-256", 1000)
 MAX_STATES = 3_000_000  # of a search: about ten minutes
 CORRECTED = "corrected"  # folder, in that of a run, of a model that was given wrong words
-RATE, SETTLED, PATIENCE = (
-    2e-3,
-    100,
-    1_500,
-)  # of training with a wrong word: learning rate, batches without an error, steps
+# training with a wrong word: its learning rate, the batches without an error that end it, and its steps at most
+RATE, SETTLED, PATIENCE = 2e-3, 100, 1_500
 CHUNK = 2**13  # tokens of a long word that are read at once
 
 SUITE: dict[str, Spec] = {
@@ -119,12 +115,7 @@ def _scores(folder: Path) -> dict[str, dict[str, Any]]:
     for how, factor in (("as trained", 1.0), ("sharpened", config.sharpen or 1.0)):
         for mixer in model.mixers:
             mixer.sharpen(factor)
-        scores[how] = {}
-        for length in LENGTHS:
-            task = at_length(build_task(config.task), length)
-            scores[how][str(length)] = evaluate(
-                model, task, "test", config.eval_sequences, config.sequences_at_once(task)
-            )
+        scores[how] = final_scores(config, build_task(config.task), model, torch.device("cpu"))
     return scores
 
 

@@ -394,13 +394,13 @@ def test_parts_are_taken_away_one_at_a_time_and_come_back_where_the_run_does_not
     assert learner.trial is None
     learner.quiet = 3
     learner.prune(model, optimizer, 61)
-    assert learner.trial.part == queues[0][1]
+    assert learner.trial.piece == queues[0][1]
     learner.quiet = 3
     learner.prune(model, optimizer, 64)  # it did without it, and no block is left to try
-    assert (learner.stage, learner.staying, learner.trial.part) == ("components", [], queues[1][0])
+    assert (learner.stage, learner.staying, learner.trial.piece) == ("components", [], queues[1][0])
     learner.quiet = 3
     learner.prune(model, optimizer, 67)
-    assert learner.trial.part == queues[1][1]
+    assert learner.trial.piece == queues[1][1]
     learner.prune(model, optimizer, 85)  # the first component that comes back is the last that is tried
     assert (learner.stage, learner.trial, learner.before) == ("thin", None, {})
     assert learner.silenced == [[0, 2, 6, 7, 8, 12, 14], []]

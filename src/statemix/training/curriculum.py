@@ -48,7 +48,7 @@ class Word(NamedTuple):
 class Trial(NamedTuple):
     """What was taken away, and at which step that was."""
 
-    part: Piece
+    piece: Piece
     step: int
 
 
@@ -173,7 +173,7 @@ class Curriculum:
         elif self.quiet >= self.options.prune_settle:
             self._try_without(model, optimizer, step)
         elif self.trial is not None and step - self.trial.step >= LIMIT * self.options.prune_settle:
-            self._put_back(model, optimizer, self.trial.part)
+            self._put_back(model, optimizer, self.trial.piece)
 
     def _batches(self, model: TokenModel, step: int, count: int) -> list[Batch]:
         """New batches; every other one is of the words for validation: short ones never trained on are few."""
@@ -191,17 +191,17 @@ class Curriculum:
 
     def _try_without(self, model: TokenModel, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Take away what is needed least, on trial, as what was taken before was found not to be needed."""
-        self.trial, self.before, part = None, {}, None
+        self.trial, self.before, piece = None, {}, None
         tried, batches = one_hot_copy(model), self._batches(model, step, TRIED)
-        while self.stage != "thin" and part is None:
-            part = least_needed(tried, batches, self.staying, whole_blocks=self.stage == "blocks")
-            if part is None:
+        while self.stage != "thin" and piece is None:
+            piece = least_needed(tried, batches, self.staying, whole_blocks=self.stage == "blocks")
+            if piece is None:
                 self.stage, self.staying = STAGES[STAGES.index(self.stage) + 1], []
-        if part is not None:
-            self.trial, self.before = Trial(part, step), snapshot(model, optimizer)
-            self._take(model, [part.columns if layer == part.layer else [] for layer in range(len(model.mixers))])
+        if piece is not None:
+            self.trial, self.before = Trial(piece, step), snapshot(model, optimizer)
+            self._take(model, [piece.columns if layer == piece.layer else [] for layer in range(len(model.mixers))])
 
-    def _put_back(self, model: TokenModel, optimizer: torch.optim.Optimizer, part: Piece) -> None:
+    def _put_back(self, model: TokenModel, optimizer: torch.optim.Optimizer, piece: Piece) -> None:
         """Let all be as it was before this was taken away, and stay.
 
         The words that were wrong without it are no measure of the model that has it: as a third of each batch they
@@ -210,8 +210,8 @@ class Curriculum:
         assert self.silenced is not None
         self.wrong.clear()
         restore(model, optimizer, self.before)
-        self.silenced[part.layer] = sorted(set(self.silenced[part.layer]) - set(part.columns))
-        self.staying.append(part)
+        self.silenced[piece.layer] = sorted(set(self.silenced[piece.layer]) - set(piece.columns))
+        self.staying.append(piece)
         self.trial, self.before = None, {}
         if self.stage == "components":
             self.stage = "thin"  # none that came after one which is needed was ever found not to be
@@ -230,16 +230,20 @@ class Curriculum:
         state = {"longest": self.longest, "accuracy": self.accuracy, "quiet": self.quiet, "wrong": wrong}
         if self.silenced is None:
             return state
-        state |= {"silenced": self.silenced, "stage": self.stage, "staying": [part._asdict() for part in self.staying]}
+        state |= {
+            "silenced": self.silenced,
+            "stage": self.stage,
+            "staying": [piece._asdict() for piece in self.staying],
+        }
         return (
-            state if self.trial is None else state | {"trial": {**self.trial.part._asdict(), "step": self.trial.step}}
+            state if self.trial is None else state | {"trial": {**self.trial.piece._asdict(), "step": self.trial.step}}
         )
 
     def restore(self, state: dict[str, Any], model: TokenModel) -> None:
         """Go on from a state of this model; `before` is to follow. Raises ValueError if it is of another."""
-        parts = [*state.get("staying", ()), *([state["trial"]] if "trial" in state else [])]
+        pieces = [*state.get("staying", ()), *([state["trial"]] if "trial" in state else [])]
         sizes, silenced = [mixer.output.weight.shape[1] for mixer in model.mixers], state.get("silenced")
-        columns = [(part["layer"], part["columns"]) for part in parts] + list(enumerate(silenced or ()))
+        columns = [(piece["layer"], piece["columns"]) for piece in pieces] + list(enumerate(silenced or ()))
         fits = all(layer < len(sizes) and all(column < sizes[layer] for column in taken) for layer, taken in columns)
         if not fits or (silenced is not None and len(silenced) != len(sizes)):
             raise ValueError("`curriculum` names components that the model does not have")
@@ -251,7 +255,7 @@ class Curriculum:
             targets = (IGNORE_INDEX if target is None else target for target in word["targets"])
             self.wrong[Word(tuple(word["tokens"]), tuple(targets))] = word["rights"]
         self.silenced, self.stage = silenced, stage
-        self.staying = [Piece(**part) for part in state.get("staying", ())]
+        self.staying = [Piece(**piece) for piece in state.get("staying", ())]
         self.trial, self.before = None, {}
         if (trial := state.get("trial")) is not None:
             self.trial = Trial(Piece(trial["layer"], trial["columns"]), trial["step"])

@@ -1,6 +1,7 @@
 """What a model can do without, blocks and components of blocks: found on new batches, silenced, and left out."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -45,14 +46,10 @@ def prune(model: TokenModel, batches: Sequence[Batch]) -> Silenced:
     batches = list(batches)
     if _errors(model, batches, 0):
         return silenced
-    for part in _parts(model, batches[0], whole_blocks=True):
-        seen = model.mixers[part.layer].output.weight
-        before = seen[:, part.columns]
-        seen[:, part.columns] = 0
-        if _errors(model, batches, 0):
-            seen[:, part.columns] = before
-        else:
-            silenced[part.layer] += part.columns
+    for piece in _pieces(model, batches[0], whole_blocks=True):
+        if not _errors_without(piece, model, batches, 0):
+            model.mixers[piece.layer].output.weight[:, piece.columns] = 0
+            silenced[piece.layer] += piece.columns
     return [sorted(columns) for columns in silenced]
 
 
@@ -73,18 +70,14 @@ def least_needed(
         None: there are no others, or each layer has only one.
     """
     best, fewest = None, None
-    parts = _parts(model, batches[0], whole_blocks=whole_blocks)
-    alone = [layer for layer in range(len(model.mixers)) if sum(part.layer == layer for part in parts) == 1]
-    for part in parts:
-        if part in staying or part.layer in alone or fewest == 0:
+    pieces, batches = _pieces(model, batches[0], whole_blocks=whole_blocks), list(batches)
+    by_layer = Counter(piece.layer for piece in pieces)
+    for piece in pieces:
+        if piece in staying or by_layer[piece.layer] == 1 or fewest == 0:
             continue
-        seen = model.mixers[part.layer].output.weight
-        before = seen[:, part.columns]
-        seen[:, part.columns] = 0
-        wrong = _errors(model, list(batches), fewest)
-        seen[:, part.columns] = before
+        wrong = _errors_without(piece, model, batches, fewest)
         if fewest is None or wrong < fewest:
-            best, fewest = part, wrong
+            best, fewest = piece, wrong
     return best
 
 
@@ -127,20 +120,20 @@ def blocks_left(mixer: Mixer, silenced: Sequence[int]) -> int:
     return len({column % blocks for column in set(range(mixer.output.weight.shape[1])) - set(silenced)})
 
 
-def _parts(model: TokenModel, batch: Batch, *, whole_blocks: bool) -> list[Piece]:
+def _pieces(model: TokenModel, batch: Batch, *, whole_blocks: bool) -> list[Piece]:
     """What the read-outs have weights for, layer by layer, what has the most different states in a batch first."""
     found: list[Piece] = []
 
-    def hook(mixer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        layer, mixer = next((i, own) for i, own in enumerate(model.mixers) if own.output is mixer)
+    def hook(read_out: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        layer, mixer = next((i, own) for i, own in enumerate(model.mixers) if own.output is read_out)
         heard, blocks = mixer.output.weight.any(0).tolist(), mixer.state_shape[1]
-        parts = [list(range(n, len(heard), blocks)) for n in range(blocks)]
+        candidates = [list(range(n, len(heard), blocks)) for n in range(blocks)]
         if not whole_blocks:
-            parts = [[column] for column in range(len(heard))]
+            candidates = [[column] for column in range(len(heard))]
         states = inputs[0].flatten(0, 1)
-        parts.sort(key=lambda columns: -_count(states[:, columns]))
-        parts = [[column for column in columns if heard[column]] for columns in parts]
-        found.extend(Piece(layer, columns) for columns in parts if columns)
+        candidates.sort(key=lambda columns: -_count(states[:, columns]))
+        seen = ([column for column in columns if heard[column]] for columns in candidates)
+        found.extend(Piece(layer, columns) for columns in seen if columns)
 
     hooks = [mixer.output.register_forward_pre_hook(hook) for mixer in model.mixers]
     try:
@@ -154,6 +147,16 @@ def _parts(model: TokenModel, batch: Batch, *, whole_blocks: bool) -> list[Piece
 def _count(states: Tensor) -> int:
     """How many of the states (tokens, M) differ, to a hundredth of the largest number."""
     return len((states * (100 / states.abs().max().clamp(min=1e-30))).round().unique(dim=0))
+
+
+def _errors_without(piece: Piece, model: TokenModel, batches: list[Batch], enough: int | None) -> int:
+    """How many answers are wrong while a read-out does not see a piece: see `_errors`."""
+    seen = model.mixers[piece.layer].output.weight
+    before = seen[:, piece.columns]
+    seen[:, piece.columns] = 0
+    wrong = _errors(model, batches, enough)
+    seen[:, piece.columns] = before
+    return wrong
 
 
 def _errors(model: TokenModel, batches: list[Batch], enough: int | None) -> int:
