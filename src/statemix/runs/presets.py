@@ -19,17 +19,18 @@ embedding and head, 10^10 tokens. The text is the user's own (`--task.source`), 
 which has fewer than 50,280 tokens of a short one, and how often it validates, on how much.
 
 "exact" is the recipe for regular languages and groups, from labels at the end of words alone: a start token, words of
-one token first and of 40 at last, a penalty on rows of gates that are not one-hot, wrong words again. When 500 batches
-in a row had no error, all blocks are taken away without which 24 batches have none; rows are made one-hot; then blocks
-are taken away one at a time, of which the run must settle without it, so that `statemix verify` meets few states; and
-it goes on until 500 batches in a row had no error. Its sizes follow from the task. M is the number of points that a
-token moves: 2 for bits, k for a cycle of k; of S_n, A_n and arithmetic modulo n it is n + 1, with one point to spare. A
-product of groups needs that of its largest factor. N is 16 and D 64; for a group, of which many products are to be told
-apart, twice as much. One layer follows what is a group; arithmetic takes two: one for the product at hand, the next for
-the sum of these, a larger weight of the penalty, 0.15 in place of 0.1, slower averages of the optimizer, more steps,
-blocks taken away after 100 batches without an error, a tenth of the learning rate from there on, and an end after
-1,500. Half of the blocks are hidden before the last length, but of bits none: with half of its blocks of two a model is
-often wrong, and its words grow no longer.
+one token first and of 40 at last, a penalty on rows of gates that are not one-hot, wrong words again, words of up to
+three tokens of every split, for these are few. When 500 batches in a row had no error, all blocks are taken away
+without which 24 batches have none; rows are made one-hot; then one block after another is taken away if the run settles
+without it, and at last components of blocks, so that `statemix verify` meets few states; and it goes on until 500
+batches in a row had no error. Its sizes follow from the task. M is the number of points that a token moves: 2 for bits,
+k for a cycle of k; of S_n, A_n and arithmetic modulo n it is n + 1, with one point to spare. A product of groups needs
+that of its largest factor. N is 16 and D 64; for a group, of which many products are to be told apart, twice as much.
+One layer follows what is a group; arithmetic takes two: one for the product at hand, the next for the sum of these, a
+larger weight of the penalty, 0.15 in place of 0.1, slower averages of the optimizer, more steps, blocks taken away
+after 100 batches without an error, a tenth of the learning rate from there on, and an end after 1,500. Half of the
+blocks are hidden before the last length, but of bits none: with half of its blocks of two a model is often wrong, and
+its words grow no longer.
 
 "exact-s3", "exact-s4" and "exact-s5" are runs too: state tracking that stays exact far beyond the trained length, by a
 start token, short lengths first, and a penalty on rows of gates that are not one-hot; S5 also by hiding half of the
