@@ -695,9 +695,9 @@ FAULTS = (
     ),
     Fault(
         name="rows are not one-hot after pruning",
-        file="src/statemix/training/curriculum.py",
-        old="return self.silenced is not None\n\n    def tasks",
-        new="return False\n\n    def tasks",
+        file="src/statemix/training/regularization.py",
+        old="curriculum.silenced, config",
+        new="None, config",
         tests="tests/test_training_curriculum.py",
         select="one_hot",
     ),

@@ -20,7 +20,7 @@ from statemix.training.curriculum import STATE, Curriculum, Word
 from statemix.training.evaluate import evaluate
 from statemix.training.pruning import (
     Piece,
-    blocks_left,
+    heard_blocks,
     least_needed,
     one_hot_copy,
     prune,
@@ -250,21 +250,34 @@ BATCH = Batch(torch.tensor([[1, 2, 1]]), torch.tensor([[0, X, X]]))
 @pytest.mark.parametrize(("more_states", "silenced"), [(0, [0, 3]), (1, [1, 3])])
 def test_pruning_takes_away_all_blocks_that_are_not_needed_of_many_states_first(more_states, silenced):
     model = Blockwise(more_states)
+    order = sorted(silenced, key=lambda n: n != more_states)
+    found = [Piece(layer, [n, n + 4]) for layer in (0, 1) for n in order]
     columns = sorted(n + part for n in silenced for part in (0, 4))
-    assert prune(model, [BATCH, BATCH]) == [columns, columns]
+    assert prune(model, [BATCH, BATCH], whole_blocks=True) == found
     for mixer in model.mixers:
         assert (mixer.output.weight == 0).all(0).nonzero().flatten().tolist() == columns
-        assert blocks_left(mixer, columns) == 2
+        assert heard_blocks(mixer, columns) == [n for n in range(4) if n not in silenced]
     assert model(BATCH.tokens)[0].argmax(-1)[0, 0] == 0
-    assert prune(model, [BATCH]) == [[], []]  # what was silenced is not named again
+    assert prune(model, [BATCH], whole_blocks=True) == []  # what was silenced is not named again
     for mixer in model.mixers:
         mixer.output.weight.data[:] = 1  # as where the optimizer moves it on
     silence(model, [columns, columns])
-    assert prune(model, [BATCH]) == [[], []]
+    assert prune(model, [BATCH], whole_blocks=True) == []
+
+
+def test_pruning_takes_components_too_but_not_what_stays():
+    model, stays = Blockwise(0), [Piece(0, [3]), Piece(1, [6])]
+    found = prune(model, [BATCH], stays, whole_blocks=False)
+    left = [
+        set(range(8)) - {column for piece in found if piece.layer == layer for column in piece.columns}
+        for layer in (0, 1)
+    ]
+    assert left == [{2, 3, 5}, {2, 5, 6}]
 
 
 def test_nothing_is_pruned_of_a_model_that_errs():
-    assert prune(Blockwise(0), [BATCH, BATCH._replace(targets=torch.tensor([[0, 1, X]]))]) == [[], []]
+    wrong = BATCH._replace(targets=torch.tensor([[0, 1, X]]))
+    assert prune(Blockwise(0), [BATCH, wrong], whole_blocks=True) == []
 
 
 class Graded(Blockwise):
@@ -331,7 +344,7 @@ def test_a_one_hot_copy_answers_as_one_hot_rows_do(normalization):
     torch.manual_seed(0)
     model = SequenceModel(3, 8, 2, {"name": "bd_lru", "num_blocks": 4, "block_size": 3, "normalization": normalization})
     tokens, before = torch.randint(3, (2, 20)), model.state_dict()
-    with one_hot_gates(model, enabled=True):
+    with one_hot_gates(model, [[], []]):
         wanted = model(tokens)[0]
     torch.testing.assert_close(one_hot_copy(model)(tokens)[0], wanted, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(model(tokens)[0], wanted, atol=1e-2)
@@ -343,8 +356,10 @@ def test_a_one_hot_copy_answers_as_one_hot_rows_do(normalization):
 THIN = CurriculumConfig(first=9, row=20, quiet=30, prune=2, prune_after=4, prune_settle=3)
 
 
-def thinning(monkeypatch, blocks, components=()):
-    """A curriculum, a model of two layers and its optimizer; what is needed least is read from two queues."""
+def thinning(monkeypatch, blocks, components=(), free=()):
+    """A curriculum, a model of two layers and its optimizer; what is needed least is read from two queues, what is not
+    needed at all from a third, after the block that is taken away first.
+    """
     config = small_config(task=WORDS, mixer=WIDE, model=ModelConfig(d_model=8, num_layers=2), batch_size=4)
     config = dataclasses.replace(config, curriculum=THIN)
     learner = Curriculum(config, build_task(config.task))
@@ -356,7 +371,8 @@ def thinning(monkeypatch, blocks, components=()):
         return next((part for part in left if part not in staying), None)
 
     monkeypatch.setattr("statemix.training.curriculum.least_needed", named)
-    monkeypatch.setattr("statemix.training.curriculum.prune", lambda *_: [[0, 6, 12], []])
+    not_needed = iter([[Piece(0, [0, 6, 12])], *free])
+    monkeypatch.setattr("statemix.training.curriculum.prune", lambda *_, whole_blocks: list(next(not_needed, [])))
     return learner, model, torch.optim.AdamW(model.parameters())
 
 
@@ -374,7 +390,7 @@ def test_parts_are_taken_away_one_at_a_time_and_come_back_where_the_run_does_not
     learner.prune(model, optimizer, 20)
     assert learner.silenced == [[0, 6, 12], [4, 10, 16]]
     assert not model.mixers[1].output.weight[:, [4, 10, 16]].any()
-    assert (learner.trial, learner.quiet, learner.has_ended) == ((queues[0][0], 20), 0, False)
+    assert (learner.trial, learner.quiet, learner.has_ended) == ((queues[0][:1], 20), 0, False)
     learner.quiet = 2
     learner.prune(model, optimizer, 37)  # a step before six times prune_settle
     assert learner.trial is not None
@@ -394,19 +410,45 @@ def test_parts_are_taken_away_one_at_a_time_and_come_back_where_the_run_does_not
     assert learner.trial is None
     learner.quiet = 3
     learner.prune(model, optimizer, 61)
-    assert learner.trial.piece == queues[0][1]
+    assert learner.trial.pieces == queues[0][1:]
     learner.quiet = 3
     learner.prune(model, optimizer, 64)  # it did without it, and no block is left to try
-    assert (learner.stage, learner.staying, learner.trial.piece) == ("components", [], queues[1][0])
+    assert (learner.stage, learner.staying, learner.trial.pieces) == ("components", [], queues[1][:1])
     learner.quiet = 3
     learner.prune(model, optimizer, 67)
-    assert learner.trial.piece == queues[1][1]
+    assert learner.trial.pieces == queues[1][1:2]
     learner.prune(model, optimizer, 85)  # the first component that comes back is the last that is tried
     assert (learner.stage, learner.trial, learner.before) == ("thin", None, {})
     assert learner.silenced == [[0, 2, 6, 7, 8, 12, 14], []]
     for learner.quiet in (29, 30):
         learner.prune(model, optimizer, 90)
         assert learner.has_ended == (learner.quiet == 30)
+
+
+def test_what_is_not_needed_goes_along_unless_that_was_too_much(monkeypatch):
+    blocks = [Piece(0, [1, 7, 13]), Piece(0, [2, 8, 14])]
+    free = [Piece(1, [0, 6, 12]), Piece(1, [1, 7, 13])]
+    learner, model, optimizer = thinning(monkeypatch, blocks, free=[free, free, [Piece(1, [3, 9, 15])]])
+    learner.quiet = 4
+    learner.prune(model, optimizer, 11)
+    learner.quiet = 3
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    learner.prune(model, optimizer, 20)
+    assert learner.trial.pieces == [*free, blocks[0]]
+    assert learner.silenced == [[0, 1, 6, 7, 12, 13], [0, 1, 6, 7, 12, 13]]
+    learner.prune(model, optimizer, 38)  # in vain: all comes back, and nothing of it is to stay
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert (learner.trial, learner.careful, learner.staying, learner.silenced) == (None, True, [], [[0, 6, 12], []])
+    state = json.loads(json.dumps(learner.state()))
+    records.check(state, STATE)
+    learner.careful = False
+    learner.restore(state, model)
+    learner.quiet = 3
+    learner.prune(model, optimizer, 41)
+    assert (learner.trial.pieces, learner.careful) == (blocks[:1], True)
+    learner.quiet = 3
+    learner.prune(model, optimizer, 44)  # it did without that one: more again
+    assert (learner.trial.pieces, learner.careful) == ([*free, blocks[1]], False)
 
 
 # ---- short words
@@ -576,12 +618,14 @@ def test_rows_are_one_hot_from_the_first_pruning_on(pruned, tmp_path, monkeypatc
 
     monkeypatch.setattr("statemix.training.loop.regularized", note)
     run(tmp_path / "run", config)
-    first = next(i for i, strong in enumerate(seen) if strong.one_hot)
-    assert all(strong == (0, config.row_entropy, True, 0.5) for strong in seen[first:])
+    first = next(i for i, strong in enumerate(seen) if strong.silenced is not None)
+    assert all(
+        (strong.hidden, strong.entropy, strong.learning_rate) == (0, config.row_entropy, 0.5) for strong in seen[first:]
+    )
     assert not any(strong.learning_rate != 1 for strong in seen[:first])
     rates = [line["lr"] for line in result.metrics if "lr" in line]
     assert set(rates) == {0.02, 0.01}
-    assert not any(strong.one_hot for strong in seen[:first])
+    assert all(strong.silenced is not None for strong in seen[first:])
     assert len(seen) - first >= 12
     lines = [line["step"] for line in result.metrics if "silenced" in line]
     assert first - 1 < lines[0] <= first + 5
@@ -602,7 +646,7 @@ def test_a_pruned_run_that_was_stopped_ends_as_one_that_was_not(pruned, tmp_path
 
 def run_one_by_one(out, config, **stop):
     """A run that takes no blocks away all at once."""
-    with mock.patch("statemix.training.curriculum.prune", return_value=[[]]):
+    with mock.patch("statemix.training.curriculum.prune", return_value=[]):
         return run(out, config, **stop)
 
 
@@ -674,7 +718,7 @@ def test_a_checkpoint_without_its_curriculum_is_refused(tmp_path):
         ({"silenced": [[0, 18]]}, "`curriculum` names components that the model does not have"),
         ({"silenced": [[0], [1]]}, "`curriculum` names components that the model does not have"),
         ({"staying": [{"layer": 1, "columns": [0]}]}, "`curriculum` names components that the model does not have"),
-        ({"trial": {"layer": 0, "columns": [18], "step": 9}}, "`curriculum` names components"),
+        ({"trial": {"pieces": [{"layer": 0, "columns": [18]}], "step": 9}}, "`curriculum` names components"),
     ],
 )
 def test_a_curriculum_of_another_model_is_refused(on_trial, tmp_path, changes, message):

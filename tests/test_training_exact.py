@@ -13,7 +13,8 @@ from statemix.model import load_model
 from statemix.tasks import IGNORE_INDEX, PermutationComposition
 from statemix.tasks.permutation import group_table
 from statemix.training.config import ModelConfig, OptimizerConfig
-from statemix.training.regularization import one_hot_gates
+from statemix.training.pruning import silence
+from statemix.training.regularization import one_hot_gates, row_entropies
 
 START = {"name": "permutation", "group": "S3", "seq_len": 5, "start": True}
 
@@ -234,7 +235,7 @@ def test_one_hot_gates_are_what_sharpened_ones_come_to(mixer, length):
     model = SequenceModel(5, 8, 2, mixer).double()
     tokens, state = torch.randint(5, (3, length)), None
     before = model(tokens)[0]
-    with one_hot_gates(model, enabled=True):
+    with one_hot_gates(model, [[], []]):
         trained = model(tokens)[0]
         with torch.no_grad():
             steps = []
@@ -248,6 +249,40 @@ def test_one_hot_gates_are_what_sharpened_ones_come_to(mixer, length):
         layer.sharpen(1e9)
     assert torch.allclose(model(tokens)[0], trained, rtol=1e-10, atol=1e-12)
     assert not torch.allclose(before, trained, rtol=1e-3)
+
+
+@pytest.mark.parametrize("length", [5, 40])
+@pytest.mark.parametrize("mixer", ONE_HOT, ids=str)
+def test_blocks_that_are_silenced_are_not_computed_and_change_nothing(mixer, length):
+    """Outputs, gradients, entropies, and the state of the blocks that are heard; there the others are zero."""
+    torch.manual_seed(0)
+    model = SequenceModel(5, 8, 2, mixer).double()
+    tokens, (size, blocks) = torch.randint(5, (3, length)), model.mixers[0].state_shape
+    silenced = [[m * blocks + n for m in range(size) for n in gone] for gone in ((0, 2), (1,))]
+    silenced[1].append(3)  # a part of a block, which is still heard
+    silence(model, silenced)
+
+    def results(names):
+        state = tuple(torch.full((3, *layer.state_shape), 0.1, dtype=torch.float64) for layer in model.mixers)
+        with one_hot_gates(model, names), row_entropies(model, enabled=True) as entropies:
+            logits, after = model(tokens, state)
+        total = logits.square().sum()
+        grads = torch.autograd.grad(total, list(model.parameters()))
+        return logits, grads, entropies, after
+
+    wanted, got = results([[], []]), results(silenced)
+    torch.testing.assert_close(got[0], wanted[0])
+    for name, own, other in zip(dict(model.named_parameters()), got[1], wanted[1], strict=True):
+        if not name.endswith("output.weight"):  # of which the columns that are silenced are set to zero again
+            torch.testing.assert_close(own, other, msg=name)
+    assert all(bool(own < other) for own, other in zip(got[2], wanted[2], strict=True))
+    for layer, gone in enumerate(((0, 2), (1,))):
+        heard = [n for n in range(blocks) if n not in gone]
+        torch.testing.assert_close(got[3][layer][..., heard], wanted[3][layer][..., heard])
+        assert not got[3][layer][..., gone].any()
+    with one_hot_gates(model, [list(range(size * blocks)), []]):  # nothing of a layer is heard
+        assert bool(model(tokens)[0].isfinite().all())
+    assert all(mixer.heard is None and not mixer.one_hot for mixer in model.mixers)
 
 
 @pytest.mark.parametrize("signed", [False, True])

@@ -30,13 +30,25 @@ class RawGates(nn.Module):
         with torch.no_grad():
             start.copy_(gates[..., None].expand(self.shape))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, D) -> raw gates (B, T, *shape)."""
+    def forward(self, x: Tensor, blocks: Tensor | None = None) -> Tensor:
+        """x (B, T, D) -> raw gates (B, T, *shape), of N blocks only those that are named."""
         if self.projection is None:
             assert self.constant is not None
-            return self.constant.expand(*x.shape[:2], *self.shape)
-        raw_gates: Tensor = self.projection(x)
-        return raw_gates.unflatten(2, self.shape)
+            own = self.constant if blocks is None else self.constant[..., blocks]
+            return own.expand(*x.shape[:2], *own.shape)
+        raw_gates: Tensor
+        if blocks is None:
+            raw_gates = self.projection(x)
+            return raw_gates.unflatten(2, self.shape)
+        raw_gates = _project(self.projection, x, blocks, self.shape[-1])
+        return raw_gates.unflatten(2, (*self.shape[:-1], len(blocks)))
+
+
+def _project(linear: nn.Linear, x: Tensor, blocks: Tensor, count: int) -> Tensor:
+    """What `linear` makes of x (B, T, D), of its features (..., N) only those of some of `count` blocks."""
+    weight = linear.weight.unflatten(0, (-1, count))[:, blocks].flatten(0, 1)
+    bias = None if linear.bias is None else linear.bias.unflatten(0, (-1, count))[:, blocks].flatten()
+    return nn.functional.linear(x, weight, bias)
 
 
 def _recurrence_step(mixer: "LinearRecurrence", weights: tuple[Tensor, ...]) -> kernels.LayerStep:
@@ -92,6 +104,7 @@ class LinearRecurrence(Mixer):
     has_gate_rows = True
     plain_options: ClassVar = {"backend": "reference"}
     one_hot: bool  # True: `forward` takes the largest weight of each row for all of it, see `one_hot_rows`
+    heard: Tensor | None  # with `one_hot`: the blocks that the read-out has weights for; None: all of them
     kind: str  # of the scan: block, companion or observer
     normalization: str
     backend: str
@@ -109,7 +122,7 @@ class LinearRecurrence(Mixer):
         long = torch.compiler.is_exporting() or x.shape[0] * x.shape[1] >= 32
         if long and (fused_results := self._fused_mix(x, state, reset)) is not None:
             return fused_results
-        return self._scan(self._gates(x), self.values(x), state, reset, x.dtype)
+        return self._scan(self._gates(x), self._values(x), state, reset, x.dtype)
 
     def shares_rows(self, positions: int) -> bool:
         """Unless its raw gates are not to be kept, or are no function of x."""
@@ -121,19 +134,31 @@ class LinearRecurrence(Mixer):
 
     def mix_rows(self, rows: Rows, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `Mixer.mix_rows`."""
-        return self._scan(rows.each(self._gates), rows.each(self.values), state, reset, rows.table.dtype)
+        return self._scan(rows.each(self._gates), rows.each(self._values), state, reset, rows.table.dtype)
 
     def _gates(self, x: Tensor) -> Tensor:
         """Raw gates; with `one_hot` the weights themselves."""
-        raw_gates: Tensor = self.raw_gates(x)
-        return one_hot_rows(normalize(raw_gates, self.normalization, dim=-2)) if self.one_hot else raw_gates
+        if not self.one_hot:
+            raw_gates: Tensor = self.raw_gates(x)
+            return raw_gates
+        return one_hot_rows(normalize(self.raw_gates(x, self.heard), self.normalization, dim=-2))
+
+    def _values(self, x: Tensor) -> Tensor:
+        """Values (B, T, M N or N); with `one_hot` of the blocks that are heard alone."""
+        if not self.one_hot or self.heard is None:
+            values: Tensor = self.values(x)
+            return values
+        return _project(self.values, x, self.heard, self.state_shape[1])
 
     def _scan(
         self, gates: Tensor, values: Tensor, state: Tensor | None, reset: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Of `_gates` and values, (B, T, ...), the outputs in a dtype and the final state."""
+        """Of `_gates` and values, (B, T, ...), the outputs in a dtype and the final state, 0 of blocks not heard."""
+        heard = self.heard if self.one_hot else None
         if self.kind == "block":
-            values = values.unflatten(2, self.state_shape)
+            values = values.unflatten(2, (self.state_shape[0], -1))
+        if heard is not None and state is not None:
+            state = state[..., heard]
         states, final_state = scan_to_state(
             self.kind,
             gates.to(values.dtype),
@@ -145,14 +170,24 @@ class LinearRecurrence(Mixer):
         )
         if self.kind == "companion":
             states = lagged_states(states, state, reset, self.state_shape[0])
-        return self.output(states.flatten(2).to(dtype)), final_state
+        states = states.to(dtype)
+        if heard is None:
+            return self.output(states.flatten(2)), final_state
+        weight = self.output.weight.unflatten(1, (-1, self.state_shape[1]))[..., heard].flatten(1)
+        whole = final_state.new_zeros(len(final_state), *self.state_shape)
+        return nn.functional.linear(states.flatten(2), weight), whole.index_copy(2, heard, final_state)
 
     def row_entropy(self, x: Tensor) -> Tensor:
-        """Mean over a step's rows of gates of -sum_j |p_j| ln |p_j|, in nats: x (B, T, D) to (B, T); 0 if one-hot."""
-        weights = normalize(self.raw_gates(x), self.normalization, dim=-2).abs()
+        """Mean over a step's rows of gates of -sum_j |p_j| ln |p_j|, in nats: x (B, T, D) to (B, T); 0 if one-hot.
+
+        A row of a block that is not heard counts as one that is one-hot.
+        """
+        heard = self.heard if self.one_hot else None
+        weights = normalize(self.raw_gates(x, heard), self.normalization, dim=-2).abs()
         # the slope of w ln w is infinite where a weight is zero in floating point
         logarithms = weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
-        return -(weights * logarithms).sum(-2).flatten(2).mean(-1)
+        entropies = -(weights * logarithms).sum(-2).flatten(2)
+        return entropies.mean(-1) * (weights.shape[-1] / self.state_shape[1])
 
     @classmethod
     def sharpens(cls, options: Mapping[str, Any]) -> bool:

@@ -34,7 +34,8 @@ STATE = {
     "silenced?": [[int]],
     "stage?": str,
     "staying?": [{"layer": int, "columns": [int]}],
-    "trial?": {"layer": int, "columns": [int], "step": int},
+    "trial?": {"pieces": [{"layer": int, "columns": [int]}], "step": int},
+    "careful?": bool,
 }
 
 
@@ -48,7 +49,7 @@ class Word(NamedTuple):
 class Trial(NamedTuple):
     """What was taken away, and at which step that was."""
 
-    piece: Piece
+    pieces: list[Piece]
     step: int
 
 
@@ -68,6 +69,7 @@ class Curriculum:
         trial: what was taken away last, and comes back if the run does not settle without it.
         before: weights and optimizer before that, see `snapshot`.
         staying: what came back in this stage.
+        careful: whether only one block or component is taken away next, because more were too many.
     """
 
     def __init__(self, config: TrainConfig, task: Task) -> None:
@@ -81,6 +83,7 @@ class Curriculum:
         self.trial: Trial | None = None
         self.before: dict[str, Tensor] = {}
         self.staying: list[Piece] = []
+        self.careful = False
         self._short = task.with_lengths(self._shortest, max(self._shortest, self.options.shared))
         self._sharing = _splits_of(self._short) if self.options.shared else []
         self._batch: list[Word | None] = []  # the words of the last batch; None: one that was cut
@@ -104,11 +107,6 @@ class Curriculum:
     def has_ended(self) -> bool:
         """Whether they were, and if there is pruning, after it."""
         return self.is_quiet and (self.options.prune is None or self.stage == "thin")
-
-    @property
-    def is_one_hot(self) -> bool:
-        """Whether rows of gates are: from the first pruning on."""
-        return self.silenced is not None
 
     def tasks(self) -> list[Task]:
         """The task at every range of lengths from here on."""
@@ -162,18 +160,19 @@ class Curriculum:
     def prune(self, model: TokenModel, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Take away what the model can do without, if it is time to; batches count anew from there.
 
-        First all blocks without which new batches have no error, then one at a time: the run must settle without it.
-        Then components, one at a time, until one comes back.
+        First all blocks without which new batches have no error; from then on one more each time, and the run must
+        settle without them. Then components, until one comes back.
         """
         if self.options.prune is None or self.stage == "thin":
             return
         if self.silenced is None:
             if self.quiet >= self.options.prune_after:
-                self._take(model, prune(model, self._batches(model, step, self.options.prune)))
+                self.silenced = [[] for _ in model.mixers]
+                self._take(model, prune(model, self._batches(model, step, self.options.prune), whole_blocks=True))
         elif self.quiet >= self.options.prune_settle:
             self._try_without(model, optimizer, step)
         elif self.trial is not None and step - self.trial.step >= LIMIT * self.options.prune_settle:
-            self._put_back(model, optimizer, self.trial.piece)
+            self._put_back(model, optimizer, self.trial.pieces)
 
     def _batches(self, model: TokenModel, step: int, count: int) -> list[Batch]:
         """New batches; every other one is of the words for validation: short ones never trained on are few."""
@@ -182,37 +181,48 @@ class Curriculum:
         made = [self.batch(first + i, split) for i, split in zip(range(count), splits, strict=False)]
         return [Batch._make(None if part is None else part.to(device) for part in batch) for batch in made]
 
-    def _take(self, model: TokenModel, found: Silenced) -> None:
-        """Take components away."""
-        before = self.silenced or [[] for _ in model.mixers]
-        self.silenced = [sorted({*old, *new}) for old, new in zip(before, found, strict=True)]
+    def _take(self, model: TokenModel, pieces: list[Piece]) -> None:
+        """Take pieces away."""
+        assert self.silenced is not None
+        for piece in pieces:
+            self.silenced[piece.layer] = sorted({*self.silenced[piece.layer], *piece.columns})
         silence(model, self.silenced)
         self.quiet = 0
 
     def _try_without(self, model: TokenModel, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Take away what is needed least, on trial, as what was taken before was found not to be needed."""
-        self.trial, self.before, piece = None, {}, None
-        tried, batches = one_hot_copy(model), self._batches(model, step, TRIED)
-        while self.stage != "thin" and piece is None:
-            piece = least_needed(tried, batches, self.staying, whole_blocks=self.stage == "blocks")
-            if piece is None:
+        """Take away on trial what new batches do not miss and what they miss least of the rest, as what was taken
+        before was found not to be needed.
+        """
+        if self.trial is not None:
+            self.trial, self.before, self.careful = None, {}, False
+        tried, batches, pieces = one_hot_copy(model), self._batches(model, step, TRIED), list[Piece]()
+        while self.stage != "thin" and not pieces:
+            whole = self.stage == "blocks"
+            if not self.careful:
+                pieces = prune(tried, batches, self.staying, whole_blocks=whole)
+            if (piece := least_needed(tried, batches, self.staying, whole_blocks=whole)) is not None:
+                pieces.append(piece)
+            if not pieces:
                 self.stage, self.staying = STAGES[STAGES.index(self.stage) + 1], []
-        if piece is not None:
-            self.trial, self.before = Trial(piece, step), snapshot(model, optimizer)
-            self._take(model, [piece.columns if layer == piece.layer else [] for layer in range(len(model.mixers))])
+        if pieces:
+            self.trial, self.before = Trial(pieces, step), snapshot(model, optimizer)
+            self._take(model, pieces)
 
-    def _put_back(self, model: TokenModel, optimizer: torch.optim.Optimizer, piece: Piece) -> None:
-        """Let all be as it was before this was taken away, and stay.
+    def _put_back(self, model: TokenModel, optimizer: torch.optim.Optimizer, pieces: list[Piece]) -> None:
+        """Let all be as it was before these were taken away; a single one stays, of more the next trial is of one.
 
-        The words that were wrong without it are no measure of the model that has it: as a third of each batch they
+        The words that were wrong without them are no measure of the model that has them: as a third of each batch they
         would break it again.
         """
         assert self.silenced is not None
         self.wrong.clear()
         restore(model, optimizer, self.before)
-        self.silenced[piece.layer] = sorted(set(self.silenced[piece.layer]) - set(piece.columns))
-        self.staying.append(piece)
-        self.trial, self.before = None, {}
+        for piece in pieces:
+            self.silenced[piece.layer] = sorted(set(self.silenced[piece.layer]) - set(piece.columns))
+        self.trial, self.before, self.careful = None, {}, len(pieces) > 1
+        if len(pieces) > 1:
+            return
+        self.staying += pieces
         if self.stage == "components":
             self.stage = "thin"  # none that came after one which is needed was ever found not to be
 
@@ -234,14 +244,16 @@ class Curriculum:
             "silenced": self.silenced,
             "stage": self.stage,
             "staying": [piece._asdict() for piece in self.staying],
+            "careful": self.careful,
         }
-        return (
-            state if self.trial is None else state | {"trial": {**self.trial.piece._asdict(), "step": self.trial.step}}
-        )
+        if self.trial is None:
+            return state
+        pieces = [piece._asdict() for piece in self.trial.pieces]
+        return state | {"trial": {"pieces": pieces, "step": self.trial.step}}
 
     def restore(self, state: dict[str, Any], model: TokenModel) -> None:
         """Go on from a state of this model; `before` is to follow. Raises ValueError if it is of another."""
-        pieces = [*state.get("staying", ()), *([state["trial"]] if "trial" in state else [])]
+        pieces = [*state.get("staying", ()), *state.get("trial", {}).get("pieces", ())]
         sizes, silenced = [mixer.output.weight.shape[1] for mixer in model.mixers], state.get("silenced")
         columns = [(piece["layer"], piece["columns"]) for piece in pieces] + list(enumerate(silenced or ()))
         fits = all(layer < len(sizes) and all(column < sizes[layer] for column in taken) for layer, taken in columns)
@@ -256,9 +268,9 @@ class Curriculum:
             self.wrong[Word(tuple(word["tokens"]), tuple(targets))] = word["rights"]
         self.silenced, self.stage = silenced, stage
         self.staying = [Piece(**piece) for piece in state.get("staying", ())]
-        self.trial, self.before = None, {}
+        self.trial, self.before, self.careful = None, {}, state.get("careful", False)
         if (trial := state.get("trial")) is not None:
-            self.trial = Trial(Piece(trial["layer"], trial["columns"]), trial["step"])
+            self.trial = Trial([Piece(**piece) for piece in trial["pieces"]], trial["step"])
 
     def _task(self, longest: int) -> Task:
         return self.task.with_lengths(self._shortest, longest)

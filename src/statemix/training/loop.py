@@ -53,7 +53,7 @@ from statemix.training.listeners import Listener, check_listeners, give_all, lis
 from statemix.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from statemix.training.processes import all_rows, make_accelerator, own_rows, prepare, whole, whole_model
 from statemix.training.progress import Bar, Stopwatch
-from statemix.training.pruning import blocks_left, silence
+from statemix.training.pruning import heard_blocks, silence
 from statemix.training.regularization import one_hot_gates, penalty, regularized, row_entropies, strengths
 
 RESUME = ("auto", "best", "never")
@@ -387,10 +387,10 @@ class Training:
 
         Its rows of gates are one-hot where they are in training.
         """
-        one_hot = self.curriculum is not None and self.curriculum.is_one_hot
+        silenced = None if self.curriculum is None else self.curriculum.silenced
         with (
             row_entropies(self.model, enabled=self.config.row_entropy > 0) as entropies,
-            one_hot_gates(self.model, enabled=one_hot),
+            one_hot_gates(self.model, silenced),
         ):
             valid = scores_on("valid", self.config, self.task, self.wrapped, self.accelerator.device)
         if entropies:  # the mean over layers and batches
@@ -471,7 +471,7 @@ class Training:
             summary["data"] = self.task.fingerprint
         if self.curriculum is not None and (silenced := self.curriculum.silenced) is not None:
             layers = list(zip(model.mixers, silenced, strict=True))
-            summary["blocks"] = [blocks_left(mixer, columns) for mixer, columns in layers]
+            summary["blocks"] = [len(heard_blocks(mixer, columns)) for mixer, columns in layers]
             summary["components"] = [mixer.output.weight.shape[1] - len(columns) for mixer, columns in layers]
         if self.config.sharpen is not None:
             for mixer in model.mixers:

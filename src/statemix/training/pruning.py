@@ -33,24 +33,32 @@ def silence(model: TokenModel, silenced: Silenced) -> None:
 
 
 @torch.no_grad()
-def prune(model: TokenModel, batches: Sequence[Batch]) -> Silenced:
-    """Silence blocks without all of which the model answers the batches without an error, as it does now.
+def prune(
+    model: TokenModel, batches: Sequence[Batch], staying: Sequence[Piece] = (), *, whole_blocks: bool
+) -> list[Piece]:
+    """Silence blocks, or components, without all of which the model answers the batches without an error, as it does
+    now.
 
     They are tried one after another, first layer first, those with the most different states before others: what is
     left has few.
 
+    Args:
+        model: as it answers now.
+        batches: what it is asked.
+        staying: what is not tried.
+        whole_blocks: whether blocks are.
+
     Returns:
-        What was silenced, by layer, besides what already was; nothing of a model that errs.
+        What was silenced, besides what already was; nothing of a model that errs.
     """
-    silenced: Silenced = [[] for _ in model.mixers]
-    batches = list(batches)
+    silenced, batches = list[Piece](), list(batches)
     if _errors(model, batches, 0):
         return silenced
-    for piece in _pieces(model, batches[0], whole_blocks=True):
-        if not _errors_without(piece, model, batches, 0):
+    for piece in _pieces(model, batches[0], whole_blocks=whole_blocks):
+        if piece not in staying and not _errors_without(piece, model, batches, 0):
             model.mixers[piece.layer].output.weight[:, piece.columns] = 0
-            silenced[piece.layer] += piece.columns
-    return [sorted(columns) for columns in silenced]
+            silenced.append(piece)
+    return silenced
 
 
 @torch.no_grad()
@@ -114,10 +122,10 @@ def one_hot_copy(model: TokenModel) -> TokenModel:
     return made
 
 
-def blocks_left(mixer: Mixer, silenced: Sequence[int]) -> int:
-    """How many blocks have a component that is not silenced."""
+def heard_blocks(mixer: Mixer, silenced: Sequence[int]) -> list[int]:
+    """The blocks of which a component is not silenced."""
     blocks = mixer.state_shape[1]
-    return len({column % blocks for column in set(range(mixer.output.weight.shape[1])) - set(silenced)})
+    return sorted({column % blocks for column in set(range(mixer.output.weight.shape[1])) - set(silenced)})
 
 
 def _pieces(model: TokenModel, batch: Batch, *, whole_blocks: bool) -> list[Piece]:

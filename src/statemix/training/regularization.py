@@ -14,6 +14,7 @@ from statemix.model import TokenModel
 from statemix.tasks import IGNORE_INDEX
 from statemix.training.config import TrainConfig
 from statemix.training.curriculum import Curriculum
+from statemix.training.pruning import Silenced, heard_blocks
 
 ENTROPY_TOKENS = 512  # of a batch: more would cost as much as the layer itself
 
@@ -29,13 +30,13 @@ def hidden_share(config: TrainConfig, step: int) -> float:
 
 
 class Strengths(NamedTuple):
-    """Of a training step: the share of hidden blocks, the weight of the rows' entropy, whether rows are one-hot, and
-    what the learning rate is multiplied by.
+    """Of a training step: the share of hidden blocks, the weight of the rows' entropy, what was taken away, from which
+    on rows are one-hot, and what the learning rate is multiplied by.
     """
 
     hidden: float
     entropy: float
-    one_hot: bool = False
+    silenced: Silenced | None = None
     learning_rate: float = 1.0
 
 
@@ -43,8 +44,8 @@ def strengths(config: TrainConfig, step: int, curriculum: Curriculum | None) -> 
     """Those of a step: by halves of training, or by where the curriculum is."""
     if curriculum is None:
         return Strengths(hidden_share(config, step), entropy_weight(config, step))
-    if curriculum.is_one_hot:
-        return Strengths(0.0, config.row_entropy, one_hot=True, learning_rate=config.curriculum.prune_lr)
+    if curriculum.silenced is not None:
+        return Strengths(0.0, config.row_entropy, curriculum.silenced, config.curriculum.prune_lr)
     return Strengths(0.0 if curriculum.at_last else config.block_dropout, config.row_entropy)
 
 
@@ -56,7 +57,7 @@ def regularized(
     with (
         row_entropies(model, enabled=strong.entropy > 0) as entropies,
         hidden_blocks(model, strong.hidden),
-        one_hot_gates(model, enabled=strong.one_hot),
+        one_hot_gates(model, strong.silenced),
         dropout_seed(config, step, process),
     ):
         yield entropies
@@ -103,16 +104,23 @@ def hidden_blocks(model: TokenModel, share: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_hot_gates(model: TokenModel, *, enabled: bool) -> Iterator[None]:
-    """While the model runs, each row of its gates is one-hot, and learns as if it were not: see `one_hot_rows`."""
-    mixers = [mixer for mixer in model.mixers if isinstance(mixer, LinearRecurrence)] if enabled else []
-    for mixer in mixers:
-        mixer.one_hot = True
+def one_hot_gates(model: TokenModel, silenced: Silenced | None) -> Iterator[None]:
+    """While the model runs, each row of its gates is one-hot, and learns as if it were not: see `one_hot_rows`.
+
+    Blocks that are silenced, of which the read-outs see nothing, are not computed. None: all is as it was.
+    """
+    mixers = list[LinearRecurrence]()
+    for mixer, columns in zip(model.mixers, silenced or (), strict=silenced is not None):
+        if isinstance(mixer, LinearRecurrence):
+            mixers.append(mixer)
+            mixer.one_hot, heard = True, heard_blocks(mixer, columns)
+            if 0 < len(heard) < mixer.state_shape[1]:
+                mixer.heard = torch.tensor(heard, device=mixer.output.weight.device)
     try:
         yield
     finally:
         for mixer in mixers:
-            mixer.one_hot = False
+            mixer.one_hot, mixer.heard = False, None
 
 
 @contextlib.contextmanager
