@@ -26,11 +26,12 @@ from statemix.model import SequenceModel
 from statemix.report.tables import align
 from statemix.runs.presets import EXACT
 from statemix.runs.read import Row, Run, find_runs, write_table
+from statemix.search import explore
 from statemix.sizing import measure, solve
 from statemix.specs import Spec
 from statemix.tasks import build_task
 from statemix.training.config import ModelConfig
-from statemix.verify import VERDICT_FILE, explore, write_verdict
+from statemix.verify import VERDICT_FILE, write_verdict
 
 STATES, DRAWS = (4, 8, 16, 32), {"quick": 20, "full": 50}
 RIVAL_STATES = {"quick": (4, 8), "full": STATES}  # a rival as large as the larger ones takes minutes a run

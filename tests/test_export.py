@@ -18,7 +18,8 @@ from statemix.analysis import NONE, Automaton
 from statemix.backbone import State
 from statemix.export import automaton_in_c, export_onnx, export_program, program_names
 from statemix.model import AutoEncoder
-from statemix.verify import Verdict, WrongWord, read_verdict, write_verdict
+from statemix.search import Verdict, WrongWord
+from statemix.verify import read_verdict, write_verdict
 
 EXPORTS = runpy.run_path(str(Path(__file__).parent.parent / "experiments" / "exports.py"), run_name="exports")
 SPECS = EXPORTS["SPECS"]

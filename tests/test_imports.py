@@ -17,7 +17,7 @@ SCAN, BENCH, KERNELS, TEXT, TRAINING = (
 )
 FOR_TRAINING = tuple(
     f"statemix.{name}"
-    for name in ("model", "backbone", "mixers", "tasks", "text", "files", "records", "specs", "style")
+    for name in ("model", "backbone", "mixers", "search", "tasks", "text", "files", "records", "specs", "style")
 )
 
 # What a module may import of statemix: an entry stands for itself and all below it.
@@ -68,6 +68,14 @@ ALLOWED = {
         "statemix.fused",
         "statemix.specs",
         "statemix.records",
+    ),
+    "statemix.search": (
+        "statemix.generate",
+        "statemix.analysis",
+        "statemix.model",
+        "statemix.backbone",
+        "statemix.mixers",
+        KERNELS,
     ),
     "statemix.sequence_parallel": ("statemix.gates", SCAN, "statemix.mixers"),
     "statemix.sizing": ("statemix.mixers", "statemix.specs"),

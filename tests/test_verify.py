@@ -13,8 +13,9 @@ from model_helpers import ONE_HOT, natural, solved_model
 from statemix import BDLRU, SequenceModel, TrainConfig, block_scan, cli
 from statemix.analysis import NONE, Automaton
 from statemix.model import MODEL
+from statemix.search import WRONG_STATES, ZERO_IN_FLOAT64, ZERO_WEIGHT, WrongWord, explore
 from statemix.tasks import PermutationComposition
-from statemix.verify import WRONG_STATES, ZERO_IN_FLOAT64, ZERO_WEIGHT, WrongWord, explore, verify, write_verdict
+from statemix.verify import verify, write_verdict
 
 
 def task(n: int) -> PermutationComposition:

@@ -8,8 +8,9 @@ import tyro
 
 from statemix.files import make_folder, write_whole
 from statemix.report.automata import draw_automaton
+from statemix.search import MAX_STATES, Verdict
 from statemix.style import render
-from statemix.verify import MAX_STATES, Verdict, verify, write_verdict
+from statemix.verify import verify, write_verdict
 
 PICTURE_FILE = "verify.png"
 STATUSES = {"equal": 0, "differs": 1, "undecided": 2}
