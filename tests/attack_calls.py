@@ -22,8 +22,9 @@ from helpers import SCANS, TOLERANCE
 from torch import Tensor
 
 from statemix import SequenceModel, TrainConfig, available_backends
+from statemix.decoder import Decoder
 from statemix.gates import NORMALIZATIONS, normalize
-from statemix.generate import Decoder, generate
+from statemix.generate import generate
 from statemix.mixers import MIXERS, build_mixer
 from statemix.scan import reference
 from statemix.scan.problem import check_problem

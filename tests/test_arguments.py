@@ -10,8 +10,9 @@ from mixer_helpers import SPECS, D, build, each_mixer
 
 from statemix import SequenceModel, TrainConfig
 from statemix.cli import main
+from statemix.decoder import Decoder
 from statemix.gates import normalize
-from statemix.generate import Decoder, generate
+from statemix.generate import generate
 from statemix.mixers import build_mixer
 from statemix.tasks import build_task
 

@@ -281,7 +281,7 @@ STARVED = """
 import resource, sys, threading
 import torch
 from statemix import BDLRU, SequenceModel, companion_scan
-from statemix.generate import Decoder
+from statemix.decoder import Decoder
 
 torch.set_num_threads(2)
 layer, wide = BDLRU(128, 32, 4), BDLRU(64, 64, 16)

@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import statemix.fused
 from statemix import BDLRU, SequenceModel, block_scan, kernels
 from statemix.backbone import Layer, SwiGLU
-from statemix.generate import Decoder, generate
+from statemix.decoder import Decoder
+from statemix.generate import generate
 from statemix.mixers import MIXERS, build_mixer
 from statemix.mixers.linear_recurrence import RECURRENCE, RawGates
 

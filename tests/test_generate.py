@@ -16,7 +16,8 @@ from helpers import TOLERANCE, relative_error
 import statemix.generate
 from statemix import AutoEncoder, SequenceModel, kernels
 from statemix.cli import main
-from statemix.generate import Decoder, Sampler, generate, load_text_model, read_prompt, stream, stream_text
+from statemix.decoder import Decoder
+from statemix.generate import Sampler, generate, load_text_model, read_prompt, stream, stream_text
 from statemix.text.tokenizer import Bytes, Characters, save_tokenizer
 
 MIXERS = {

@@ -69,8 +69,9 @@ ALLOWED = {
         "statemix.specs",
         "statemix.records",
     ),
+    "statemix.decoder": ("statemix.model", "statemix.backbone", "statemix.gates", KERNELS, "statemix.fused"),
     "statemix.search": (
-        "statemix.generate",
+        "statemix.decoder",
         "statemix.analysis",
         "statemix.model",
         "statemix.backbone",
@@ -96,7 +97,7 @@ ALLOWED = {
     f"{BENCH}.results": ("statemix.records", "statemix.style"),
     f"{BENCH}.measure": (f"{BENCH}.contender", KERNELS),
     f"{BENCH}.scans": (f"{BENCH}.contender", "statemix.gates", SCAN, KERNELS),
-    f"{BENCH}.layers": (f"{BENCH}.contender", "statemix.mixers", "statemix.model", "statemix.generate"),
+    f"{BENCH}.layers": (f"{BENCH}.contender", "statemix.mixers", "statemix.model", "statemix.decoder"),
     f"{BENCH}.memory": (f"{BENCH}.contender", f"{BENCH}.layers", KERNELS),
 }
 # These import torch, numpy and the standard library besides.

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from statemix import kernels
 from statemix.analysis import NONE, Automaton
 from statemix.backbone import State
-from statemix.generate import Decoder
+from statemix.decoder import Decoder
 from statemix.mixers.base import check_sizes
 from statemix.mixers.linear_recurrence import LinearRecurrence
 from statemix.model import MODEL, SequenceModel

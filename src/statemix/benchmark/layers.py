@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from statemix.benchmark.contender import Contender, Results, Shape, UnavailableError, Work, imported, inputs
-from statemix.generate import Decoder
+from statemix.decoder import Decoder
 from statemix.mixers import BDLRU, HLRU, build_mixer
 from statemix.model import SequenceModel
 
