@@ -63,7 +63,7 @@ def recipe(states: int, number: int, mixer: Spec, *, one_hot: bool) -> TrainConf
         },
         mixer=dict(mixer),
         model=ModelConfig(d_model=D_MODEL, num_layers=2, mlp_size=128),
-        curriculum=EXACT.curriculum if one_hot else dataclasses.replace(EXACT.curriculum, prune=None),
+        curriculum=dataclasses.replace(EXACT.curriculum, prune=EXACT.curriculum.prune if one_hot else None, queries=0),
         row_entropy=0.1 if one_hot else 0.0,
         block_dropout=0.5 if one_hot else 0.0,
         sharpen=EXACT.sharpen if one_hot else None,

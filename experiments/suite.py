@@ -4,13 +4,12 @@
     python experiments/suite.py --tasks parity,s5-32 --seeds 0-2       some of them
     python experiments/suite.py --table runs/suite                     the table and results/suite.csv of what there is
 
-A try is a run of the preset with fresh weights. It ends when enough batches in a row had no error and nothing more can
-be taken away, or after so many steps; then `statemix.verify` visits all states of the sharpened model.
-Where that finds a wrong word, its shortest one joins the words that come again, and training goes on until batches are
-without an error; then it is verified again (the equivalence queries of Angluin 1987). `--queries` says how often.
-Where no more is found out, the next try begins with other weights: the seed of try k is seed + 1000 k. No test chooses:
-the words of 40 to 256 tokens, and of 1,000, are read of the last try alone. A verified model then reads words of 10^5
-tokens, of groups 10^6, and is asked at each of their prefixes. What was tried is kept, and the same command goes on.
+A try is a run of the preset with fresh weights. It ends when enough batches in a row had no error, nothing more can be
+taken away, and a search for a wrong word finds none, or after so many steps; then `statemix.verify` visits all states
+of the sharpened model. Where it is not right at every length the next try begins with other weights: the seed of try k
+is seed + 1000 k. No test chooses: the words of 40 to 256 tokens, and of 1,000, are read of the last try alone. A
+verified model then reads words of 10^5 tokens, of groups 10^6, and is asked at each of their prefixes. What was tried
+is kept, and the same command goes on.
 """
 
 import argparse
@@ -29,19 +28,12 @@ from statemix.report.tables import align
 from statemix.runs.presets import preset_config
 from statemix.runs.read import write_table
 from statemix.specs import Spec
-from statemix.tasks import IGNORE_INDEX, build_task
-from statemix.training.checkpoint import CONFIG_FILE, RunFolder, find_checkpoint
-from statemix.training.curriculum import Word
-from statemix.training.evaluate import final_scores
-from statemix.training.lineage import Lineage
-from statemix.training.loop import Training
-from statemix.verify import read_verdict, verify, write_verdict
+from statemix.tasks import build_task
+from statemix.training.checkpoint import CONFIG_FILE, find_checkpoint
+from statemix.verify import verify, write_verdict
 
 LENGTHS = ("40-256", 1000)
 MAX_STATES = 3_000_000  # of a search: about ten minutes
-CORRECTED = "corrected"  # folder, in that of a run, of a model that was given wrong words
-# training with a wrong word: its learning rate, the batches without an error that end it, and its steps at most
-RATE, SETTLED, PATIENCE = 2e-3, 100, 1_500
 CHUNK = 2**13  # tokens of a long word that are read at once
 
 SUITE: dict[str, Spec] = {
@@ -55,68 +47,24 @@ SUITE: dict[str, Spec] = {
 }
 
 
-def attempt(task: Spec, seed: int, number: int, queries: int, out: Path) -> dict[str, Any]:
+def attempt(task: Spec, seed: int, number: int, out: Path) -> dict[str, Any]:
     """One run, what it came to, and what the search through its states found."""
     config = dataclasses.replace(preset_config("exact", task), seed=seed + 1000 * number, test_lengths=LENGTHS)
     began = time.process_time()
     run = train(config, out)
     trained = time.process_time() - began
     found: dict[str, Any] = {"try": number} | _verdict(out)
-    verified = time.process_time() - began - trained
     summary = run.summary
-    tests = {how: summary[key] for how, key in (("as trained", "test"), ("sharpened", "sharpened"))}
-    if found["outcome"] == "differs" and queries:
-        found, tests = found | _corrected(out, queries), {}
     found |= {
+        "queries": summary["queries"],
         "steps": summary["steps"],
         "core seconds of training": trained,
-        "core seconds of verification": verified,
-        "core seconds of correction": time.process_time() - began - trained - verified,
+        "core seconds of verification": time.process_time() - began - trained,
     }
-    for how, scores in (tests or _scores(out / CORRECTED)).items():
+    for how, key in (("as trained", "test"), ("sharpened", "sharpened")):
         for length in LENGTHS:
-            found[f"{how} at {length}"] = scores[str(length)]["token_accuracy"]
+            found[f"{how} at {length}"] = summary[key][str(length)]["token_accuracy"]
     return found
-
-
-def _corrected(out: Path, queries: int) -> dict[str, Any]:
-    """Train on from the end of a run, each time with one more of the words that a search found wrong among those that
-    come again; what the last search found. The model is in a folder of its own, CORRECTED.
-    """
-    config = TrainConfig.load(out / CONFIG_FILE)
-    run = Training(config, RunFolder(out), Lineage(out, "auto", None, lengthen=False))
-    last, curriculum, given = run.folder.checkpoint("last"), run.curriculum, list[Word]()
-    assert last is not None
-    assert curriculum is not None
-    run.load(last, run.check(last))
-    run.prepare(last)
-    curriculum.stage = "thin"  # what is left stays
-    optimizer = dataclasses.replace(config.optimizer, lr=RATE, final_lr=RATE)
-    run.config = dataclasses.replace(config, steps=run.step + queries * PATIENCE, optimizer=optimizer)
-    (out / CORRECTED).mkdir(exist_ok=True)
-    for number in range(queries + 1):
-        run.model.save(out / CORRECTED)
-        found = {"queries": number} | _verdict(out / CORRECTED)
-        wrong = read_verdict(out / CORRECTED).wrong if found["outcome"] == "differs" else None
-        if wrong is None or number == queries:
-            break
-        given.append(Word(wrong.word, (IGNORE_INDEX,) * (len(wrong.word) - 1) + (wrong.target,)))
-        curriculum.wrong |= dict.fromkeys(given, 0)
-        curriculum.quiet, end = 0, run.step + PATIENCE
-        while curriculum.quiet < SETTLED and run.step < end:
-            run.train_step()
-    return found
-
-
-def _scores(folder: Path) -> dict[str, dict[str, Any]]:
-    """Of a model at the lengths of the tests, as it is and sharpened, as the summary of a run has them."""
-    config = TrainConfig.load(folder.parent / CONFIG_FILE)
-    model, scores = SequenceModel.load(folder), dict[str, dict[str, Any]]()
-    for how, factor in (("as trained", 1.0), ("sharpened", config.sharpen or 1.0)):
-        for mixer in model.mixers:
-            mixer.sharpen(factor)
-        scores[how] = final_scores(config, build_task(config.task), model, torch.device("cpu"))
-    return scores
 
 
 def _verdict(out: Path) -> dict[str, Any]:
@@ -133,9 +81,8 @@ def _verdict(out: Path) -> dict[str, Any]:
 @torch.no_grad()
 def wrong_prefixes(out: Path, length: int) -> int:
     """At how many prefixes of four words for testing a run's sharpened model errs, where the task has an answer."""
-    config, corrected = TrainConfig.load(out / CONFIG_FILE), out / CORRECTED
-    folder = corrected if corrected.exists() else find_checkpoint(out, "suite")
-    task, model = build_task(config.task), SequenceModel.load(folder)
+    config = TrainConfig.load(out / CONFIG_FILE)
+    task, model = build_task(config.task), SequenceModel.load(find_checkpoint(out, "suite"))
     for mixer in model.mixers:
         mixer.sharpen(config.sharpen or 1)
     tokens = task.with_seq_len(length).sample("test", 4).tokens
@@ -148,12 +95,12 @@ def wrong_prefixes(out: Path, length: int) -> int:
     return wrong
 
 
-def solve(name: str, seed: int, tries: int, queries: int, out: Path) -> dict[str, Any]:
+def solve(name: str, seed: int, tries: int, out: Path) -> dict[str, Any]:
     """Try until a model is verified. Every try is kept in `out`."""
     record = out / f"{name}-{seed}.json"
     kept: list[dict[str, Any]] = json.loads(record.read_text()) if record.exists() else []
     while len(kept) < tries and not (kept and kept[-1]["outcome"] == "equal"):
-        kept.append(attempt(SUITE[name], seed, len(kept), queries, out / f"{name}-{seed}-{len(kept)}"))
+        kept.append(attempt(SUITE[name], seed, len(kept), out / f"{name}-{seed}-{len(kept)}"))
         write_whole(record, json.dumps(kept).encode())
         print(name, seed, kept[-1], flush=True)
     last = kept[-1]
@@ -163,11 +110,6 @@ def solve(name: str, seed: int, tries: int, queries: int, out: Path) -> dict[str
         last |= {"long": length, "wrong prefixes": wrong_prefixes(out / f"{name}-{seed}-{last['try']}", length)}
         write_whole(record, json.dumps(kept).encode())
     return {"task": name, "seed": seed, **kept[-1]}
-
-
-def _core_seconds(row: dict[str, Any]) -> float:
-    """Those of training, and of what followed on wrong words, with their searches."""
-    return float(row["core seconds of training"] + row.get("core seconds of correction", 0.0))
 
 
 def table(rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -196,13 +138,11 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
                 name,
                 f"{len(equal)} of {len(of)}",
                 ", ".join(str(row["try"] + 1) for row in of),
-                ", ".join(str(row.get("queries", 0)) for row in of),
+                ", ".join(str(row["queries"]) for row in of),
                 *(f"{100 * accuracy:.2f}" for accuracy in least),
                 ", ".join(str(row["states explored"]) for row in equal),
                 ", ".join(str(row.get("wrong prefixes", "")) for row in equal),
-                ", ".join(
-                    f"{row['core seconds of training'] + row.get('core seconds of correction', 0):.0f}" for row in of
-                ),
+                ", ".join(f"{row['core seconds of training']:.0f}" for row in of),
             ]
         )
     return lines
@@ -223,7 +163,6 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(SUITE))
     parser.add_argument("--seeds", type=seeds, default="0-4", help="SEED or FROM-TO")
     parser.add_argument("--tries", type=int, default=5, help="at most, per task and seed")
-    parser.add_argument("--queries", type=int, default=20, help="wrong words that a try is given, at most")
     parser.add_argument("--out", type=Path, default=Path("runs/suite"))
     parser.add_argument("--table", type=Path, help="only this: write results/suite.csv, print the table")
     given = parser.parse_args()
@@ -234,7 +173,7 @@ def main() -> None:
         given.out.mkdir(parents=True, exist_ok=True)
         for seed in given.seeds:
             for name in names:
-                solve(name, seed, given.tries, given.queries, given.out)
+                solve(name, seed, given.tries, given.out)
         return
     rows = []
     for name in SUITE:

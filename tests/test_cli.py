@@ -89,7 +89,7 @@ def flags() -> list[str]:
 def test_help_names_every_field_option_and_name(capsys):
     status, text, errors = call(capsys, "train", "--help-all")
     assert (status, errors) == (0, "")
-    assert len(flags()) == 46
+    assert len(flags()) == 47
     options = [f"--task.{name}" for name in ("group", "seq-len", "generators")]
     options += [f"--mixer.{name}" for name in ("num-blocks", "block-size", "normalization", "selective", "backend")]
     for flag in [*flags(), *options, "--config", "--preset", "--out", "--resume", *HOW]:
@@ -283,7 +283,8 @@ EVERY_FLAG = """--task=permutation --task.group A4xZ5 --task.seq-len 6 --task.ge
     --model.d-model 4 --model.num-layers 2 --model.mlp-size 5 --model.tied-embedding --model.init-std 0.5
     --model.dropout 0.25
     --optimizer.lr 0.5 --optimizer.final-lr 0.25 --optimizer.warmup 0.5 --optimizer.betas 0.5 0.75
-    --optimizer.weight-decay 0.0 --optimizer.clip 2 --optimizer.muon-lr 0.125 --optimizer.schedule linear
+    --optimizer.weight-decay 0.0 --optimizer.clip 2 --optimizer.muon-lr 0.125 --optimizer.amsgrad
+    --optimizer.schedule linear
     --steps 7 --batch-size 6 --seed 5 --eval-every 4 --eval-sequences 3 --test-lengths 2 1 --log-every 9
     --train-sequences 8 --patience 2 --stop-accuracy 0.75
     --mixed-precision bf16 --accumulate 3 --row-entropy 0.5 --block-dropout 0.25"""
@@ -313,7 +314,7 @@ def test_every_flag_sets_its_field(capsys):
                 "backend": "reference",
             },
             model=ModelConfig(4, 2, 5, True, 0.5, 0.25),
-            optimizer=OptimizerConfig(0.5, 0.25, 0.5, (0.5, 0.75), 0.0, 2.0, 0.125, "linear"),
+            optimizer=OptimizerConfig(0.5, 0.25, 0.5, (0.5, 0.75), 0.0, 2.0, 0.125, True, "linear"),
             steps=7,
             batch_size=6,
             seed=5,

@@ -7,16 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from model_helpers import solved_model
 
-from statemix import SequenceModel, TrainConfig, train
-from statemix.runs.presets import preset_config
+from statemix import TrainConfig, train
 from statemix.runs.read import find_runs
 from statemix.sizing import measure
-from statemix.tasks import build_task
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"
@@ -155,7 +152,7 @@ def test_the_suite_tries_until_a_model_is_verified(tmp_path, monkeypatch):
         (out / "config.json").write_text(replace(config, sharpen=2.0).to_json())
         solved_model(3, rows={(4, 2): 2} if len(made) == 1 else None).save(checkpoint)
         scores = {"40": {"token_accuracy": 0.5}}
-        return SimpleNamespace(summary={"steps": 1, "test": scores, "sharpened": scores})
+        return SimpleNamespace(summary={"steps": 1, "queries": 3, "test": scores, "sharpened": scores})
 
     names = suite["solve"].__globals__
     monkeypatch.setitem(names, "train", write)
@@ -166,44 +163,15 @@ def test_the_suite_tries_until_a_model_is_verified(tmp_path, monkeypatch):
     monkeypatch.setitem(names, "LENGTHS", (40,))
     monkeypatch.setitem(names, "SUITE", {"s3": {"name": "permutation", "group": "S3", "start": True}})
     monkeypatch.setitem(names, "preset_config", lambda preset, task: TrainConfig(task=task))
-    found = suite["solve"]("s3", 2, 5, 0, tmp_path)
+    found = suite["solve"]("s3", 2, 5, tmp_path)
     assert made == [2, 1002]
-    assert (found["try"], found["outcome"], found["states explored"]) == (1, "equal", 7)
+    assert (found["try"], found["outcome"], found["states explored"], found["queries"]) == (1, "equal", 7, 3)
     assert found["wrong prefixes"] == ("s3-2-1", 10**6 + 1)
     assert wrong_prefixes(tmp_path / "s3-2-0", 1001) > wrong_prefixes(tmp_path / "s3-2-1", 1001) == 0
-    assert suite["solve"]("s3", 2, 5, 0, tmp_path) == found | {"wrong prefixes": list(found["wrong prefixes"])}
+    assert suite["solve"]("s3", 2, 5, tmp_path) == found | {"wrong prefixes": list(found["wrong prefixes"])}
     assert made == [2, 1002]  # nothing was tried again
     head, row = suite["table"]([found])
     assert dict(zip(head, row, strict=True))["verified for all lengths"] == "1 of 1"
-
-
-def test_a_run_is_given_the_words_that_a_search_found_wrong(tmp_path, monkeypatch):
-    suite = runpy.run_path(str(EXPERIMENTS / "suite.py"), run_name="suite")
-    names, given = suite["attempt"].__globals__, []
-    preset = preset_config("exact", "parity")
-    config = replace(
-        preset, steps=4, eval_every=4, eval_sequences=8, log_every=4, model=replace(preset.model, d_model=8)
-    )
-    monkeypatch.setitem(names, "preset_config", lambda preset, task: config)
-    monkeypatch.setitem(names, "PATIENCE", 2)
-
-    class Noting(names["Training"]):
-        def train_step(self):
-            given.append(dict(self.curriculum.wrong))
-            return super().train_step()
-
-    monkeypatch.setitem(names, "Training", Noting)
-    found = suite["attempt"]({"name": "parity"}, 0, 0, 2, tmp_path / "run")
-    assert (found["outcome"], found["queries"]) == ("differs", 2)
-    assert len(given) == 2 * 2
-    assert all(given)
-    for word in given[-1]:  # each is the shortest that some model erred at, with the task's answer
-        assert build_task(config.task).automaton().run(np.array([word.tokens]))[0, -1] == word.targets[-1]
-    assert {"as trained at 40-256", "sharpened at 1000"} <= found.keys()
-    assert (
-        SequenceModel.load(tmp_path / "run" / "corrected").config
-        == SequenceModel.load(next((tmp_path / "run").glob("step-*"))).config
-    )
 
 
 def test_every_measured_picture_has_the_samples_it_is_drawn_from():

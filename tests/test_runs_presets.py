@@ -35,6 +35,7 @@ def test_mad_is_the_protocol_of_its_authors():
             "weight_decay": 0.0,
             "clip": None,
             "muon_lr": None,
+            "amsgrad": False,
             "schedule": "cosine",
         },
         "train_sequences": 12_800,
@@ -116,11 +117,11 @@ def test_exact_tracking_has_a_start_short_lengths_first_and_the_penalty(preset, 
 
 
 SIZES = [  # task, M, N, D, layers
-    ({"name": "parity"}, 2, 16, 64, 1),
-    ({"name": "even-pairs"}, 2, 16, 64, 1),
-    ({"name": "cycle-navigation"}, 5, 16, 64, 1),
-    ({"name": "cycle-navigation", "cycle_length": 7}, 7, 16, 64, 1),
-    ({"name": "modular-counting", "modulus": 3}, 3, 16, 64, 1),
+    ({"name": "parity"}, 3, 16, 64, 1),
+    ({"name": "even-pairs"}, 3, 16, 64, 1),
+    ({"name": "cycle-navigation"}, 6, 16, 64, 1),
+    ({"name": "cycle-navigation", "cycle_length": 7}, 8, 16, 64, 1),
+    ({"name": "modular-counting", "modulus": 3}, 4, 16, 64, 1),
     ({"name": "modular-arithmetic-simple"}, 6, 16, 64, 2),
     ({"name": "permutation"}, 6, 32, 128, 1),
     ({"name": "permutation", "group": "A5", "generators": 12}, 6, 32, 128, 1),
@@ -139,12 +140,13 @@ def test_exact_fits_its_sizes_to_the_task(task, block_size, num_blocks, d_model,
     assert config.batch_size * config.curriculum.row == 2048
     assert config.test_lengths == ("40-256",)
     assert config.row_entropy == (0.15 if layers == 2 else 0.1)
-    assert config.block_dropout == (0.5 if block_size > 2 else 0)
-    assert config.optimizer.betas == ((0.9, 0.999) if layers == 2 else (0.9, 0.95))
-    assert config.steps == (14_000 if layers == 2 else 5_000 if task["name"] == "permutation" else 3_000)
+    assert config.block_dropout == 0.5
+    optimizer = (config.optimizer.betas, config.optimizer.amsgrad)
+    assert optimizer == (((0.9, 0.999), True) if layers == 2 else ((0.9, 0.95), False))
+    assert config.steps == (12_000 if layers == 2 else 5_000)
     settled = (config.curriculum.prune_after, config.curriculum.prune_lr, config.curriculum.quiet)
-    assert settled == ((100, 0.1, 1500) if layers == 2 else (500, 1.0, 500))
-    assert config.curriculum.shared == 3
+    assert settled == ((100, 0.3, 500) if layers == 2 else (500, 1.0, 500))
+    assert (config.curriculum.shared, config.curriculum.queries) == (3, 20)
     assert config.sharpen == 1e4
     assert config.task["name"] in PRESETS["exact"]
     assert TrainConfig.from_json(config.to_json()) == config
@@ -153,7 +155,7 @@ def test_exact_fits_its_sizes_to_the_task(task, block_size, num_blocks, d_model,
 def test_exact_takes_from_the_recipe_what_a_mixer_can_have():
     own, lstm = preset_config("exact", "parity"), preset_config("exact", "parity", {"name": "lstm", "hidden_size": 8})
     assert (lstm.row_entropy, lstm.block_dropout, lstm.sharpen) == (0, 0, None)
-    assert (own.curriculum.prune, lstm.curriculum.prune) == (24, None)
+    assert (own.curriculum.prune, lstm.curriculum.prune, lstm.curriculum.queries) == (24, None, 0)
     same = {name: getattr(own, name) for name in ("row_entropy", "block_dropout", "sharpen", "curriculum")}
     assert dataclasses.replace(lstm, mixer=own.mixer, **same) == own
     tanh = preset_config("exact", "parity", {**own.mixer, "normalization": "tanh"})
@@ -217,6 +219,7 @@ def test_the_language_models_are_trained_as_in_the_paper(preset):
         "weight_decay": 0.1,
         "clip": 1.0,
         "muon_lr": None,
+        "amsgrad": False,
         "schedule": "cosine",
     }
     assert (config.steps, config.batch_size) == (18_850, 256)

@@ -114,7 +114,7 @@ WRONG_JSON = {
         r"unknown key `step`; there are \['accumulate', .*'test_lengths', 'train_lengths', 'train_sequences'\]",
     ),
     "model.width": (1, ValueError, r"unknown key `model\.width`; there are \['d_model', .*'tied_embedding'\]"),
-    "optimizer.beta": (1, ValueError, r"unknown key `optimizer\.beta`; there are \['betas', .*'weight_decay'\]"),
+    "optimizer.beta": (1, ValueError, r"unknown key `optimizer\.beta`; there are \['amsgrad', .*'weight_decay'\]"),
     "mixer.blocks": (1, ValueError, r"mixer: `blocks` is not an option of 'bd_lru', which has \['backend', .*\]"),
     "mixer.d_model": (1, ValueError, r"mixer: `d_model` is not an option of 'bd_lru'"),
     "task.length": (1, ValueError, r"task: `length` is not an option of 'permutation', which has \['generators', .*\]"),

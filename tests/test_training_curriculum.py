@@ -13,8 +13,9 @@ import torch
 from run_helpers import Stopped, run, seal, small_config, snapshot, without_measured
 
 from statemix import SequenceModel, TrainConfig, records
+from statemix.search import Verdict, WrongWord, explore
 from statemix.tasks import IGNORE_INDEX, Batch, build_task
-from statemix.tasks.base import in_split
+from statemix.tasks.base import Task, in_split
 from statemix.training.config import CurriculumConfig, ModelConfig, OptimizerConfig
 from statemix.training.curriculum import STATE, Curriculum, Word
 from statemix.training.evaluate import evaluate
@@ -30,6 +31,7 @@ from statemix.training.pruning import (
 )
 from statemix.training.pruning import snapshot as weights_and_moments
 from statemix.training.regularization import Strengths, one_hot_gates, regularized, strengths
+from statemix.verify import verify
 
 X = IGNORE_INDEX
 WORDS = {"name": "permutation", "group": "S3", "seq_len": 9, "min_len": 2, "start": True, "scored": "last"}
@@ -371,6 +373,7 @@ def thinning(monkeypatch, blocks, components=(), free=()):
         return next((part for part in left if part not in staying), None)
 
     monkeypatch.setattr("statemix.training.curriculum.least_needed", named)
+    monkeypatch.setattr("statemix.training.curriculum.errors", lambda *_: 0)
     not_needed = iter([[Piece(0, [0, 6, 12])], *free])
     monkeypatch.setattr("statemix.training.curriculum.prune", lambda *_, whole_blocks: list(next(not_needed, [])))
     return learner, model, torch.optim.AdamW(model.parameters())
@@ -425,6 +428,15 @@ def test_parts_are_taken_away_one_at_a_time_and_come_back_where_the_run_does_not
         assert learner.has_ended == (learner.quiet == 30)
 
 
+def test_rows_stay_soft_where_one_hot_ones_would_err(monkeypatch):
+    learner, model, optimizer = thinning(monkeypatch, [])
+    monkeypatch.setattr("statemix.training.curriculum.errors", lambda *_: 1)
+    learner.quiet = 4
+    learner.prune(model, optimizer, 11)
+    assert (learner.silenced, learner.quiet) == (None, 0)
+    assert bool(model.mixers[0].output.weight.all())
+
+
 def test_what_is_not_needed_goes_along_unless_that_was_too_much(monkeypatch):
     blocks = [Piece(0, [1, 7, 13]), Piece(0, [2, 8, 14])]
     free = [Piece(1, [0, 6, 12]), Piece(1, [1, 7, 13])]
@@ -449,6 +461,71 @@ def test_what_is_not_needed_goes_along_unless_that_was_too_much(monkeypatch):
     learner.quiet = 3
     learner.prune(model, optimizer, 44)  # it did without that one: more again
     assert (learner.trial.pieces, learner.careful) == ([*free, blocks[1]], False)
+
+
+# ---- queries
+
+
+def asking(monkeypatch, queries, answers):
+    """A curriculum that has nothing left to take away, its model, and what searches will find."""
+    learner, model, _ = thinning(monkeypatch, [])
+    learner.options = dataclasses.replace(learner.options, queries=queries)
+    learner.is_answered, learner.silenced, learner.stage = False, [[], []], "thin"
+    found, seen = iter(answers), []
+
+    def explored(model, automaton, *, max_states):
+        seen.append((model, automaton))
+        wrong = next(found)
+        return Verdict(7, None if wrong is None else WrongWord(wrong, 2, 1), None)
+
+    monkeypatch.setattr("statemix.training.curriculum.explore", explored)
+    return learner, model, seen
+
+
+def test_what_a_search_finds_wrong_comes_again_until_nothing_is_found(monkeypatch):
+    short, longer = (START, 1), (START, 1, 3, 5)
+    learner, model, seen = asking(monkeypatch, 5, [short, longer, None])
+    for learner.quiet in (29, 30):  # the end of training is where it is asked
+        assert not learner.has_ended
+        learner.ask(model)
+    assert len(seen) == 1
+    assert torch.equal(seen[0][0].mixers[0].raw_gates.projection.bias, 1e4 * model.mixers[0].raw_gates.projection.bias)
+    assert np.array_equal(seen[0][1].outputs, learner.task.automaton().outputs)
+    assert (learner.quiet, learner.wrong) == (0, {Word(short, (X, 2)): 0})
+    batch = learner.batch(3)
+    assert ([*short], [X, 2]) in words_of(batch)
+    learner.wrong = {Word((START, 4), (X, 4)): 3}
+    for learner.quiet in (2, 3):  # as after what was taken away
+        learner.ask(model)
+    both = [Word(short, (X, 2)), Word(longer, (X, X, X, 2))]
+    assert (len(seen), learner.given, list(learner.wrong)) == (2, both, both)
+    assert learner.figures()["queries"] == 2
+    state = json.loads(json.dumps(learner.state()))
+    records.check(state, STATE)
+    again, _, _ = asking(monkeypatch, 5, [None])
+    again.restore(state, model)
+    assert (again.given, list(again.wrong), again.is_answered) == (both, both, False)
+    again.quiet = 3
+    again.ask(model)
+    assert (again.is_answered, again.has_ended, again.state()["answered"]) == (True, True, True)
+
+
+@pytest.mark.parametrize(
+    ("queries", "found"),
+    [
+        (1, [(START, 1), (START, 2)]),  # the second is one too many
+        (3, [(START, *[1] * 20)]),  # it would be cut in every row
+    ],
+)
+def test_searches_end_with_their_number_and_with_words_that_no_row_holds(monkeypatch, queries, found):
+    learner, model, seen = asking(monkeypatch, queries, found)
+    for _ in found:
+        learner.quiet = 30
+        learner.ask(model)
+    learner.quiet = 30
+    assert (learner.has_ended, len(learner.given), len(seen)) == (True, len(found) - 1, len(found))
+    learner.ask(model)
+    assert len(seen) == len(found)
 
 
 # ---- short words
@@ -591,6 +668,32 @@ def pruned(tmp_path_factory):
         mixer=WIDE,
     )
     return config, run(tmp_path_factory.mktemp("pruned") / "run", config)
+
+
+def test_a_run_ends_when_a_search_finds_no_wrong_word(pruned, tmp_path, monkeypatch):
+    """The first one is told of a word that is right; stopped after that, the run asks again as it would have."""
+    config = dataclasses.replace(
+        pruned[0], curriculum=dataclasses.replace(pruned[0].curriculum, queries=9), sharpen=1e4
+    )
+    searches = []
+
+    def explored(model, automaton, *, max_states):
+        searches.append(explore(model, automaton, max_states=max_states))
+        word = WrongWord((3, 0), 0, 1)
+        return dataclasses.replace(searches[-1], wrong=word) if len(searches) == 1 else searches[-1]
+
+    monkeypatch.setattr("statemix.training.curriculum.explore", explored)
+    result = run(tmp_path / "run", config)
+    without = pruned[1].summary["steps"]
+    assert [verdict.outcome for verdict in searches] == ["equal", "equal"]
+    assert (result.summary["queries"], result.summary["steps"]) == (1, without + 5)
+    assert verify(result.out).outcome == "equal"
+    searches.clear()
+    with pytest.raises(Stopped):
+        run(tmp_path / "stopped", config, stop_before=without + 4)
+    searches.clear()
+    again = run(tmp_path / "stopped", config)
+    assert [without_time(line) for line in again.metrics] == [without_time(line) for line in result.metrics]
 
 
 def test_a_run_is_pruned_at_its_end_and_goes_on(pruned):
@@ -797,6 +900,14 @@ def test_bad_configs(changes, text):
         packed_config(**base | changes)
 
 
+def test_queries_are_of_a_task_with_an_automaton(monkeypatch):
+    options = CurriculumConfig(first=1, quiet=2, prune=2, queries=1)
+    packed_config(curriculum=options)
+    monkeypatch.setattr("statemix.tasks.PermutationComposition.automaton", Task.automaton)
+    with pytest.raises(ValueError, match=r"^permutation: no finite automaton says its targets at every length\.$"):
+        packed_config(curriculum=options)
+
+
 BAD_CURRICULA = [
     ({"first": 0}, ValueError, "`curriculum.first` must be at least 1, got 0."),
     ({"first": 1.5}, TypeError, "`curriculum.first` must be of type int | None, got 1.5."),
@@ -804,6 +915,11 @@ BAD_CURRICULA = [
     ({"first": 1, "accuracy": 1.0}, ValueError, "`curriculum.accuracy` must be in (0, 1), got 1.0."),
     ({"first": 1, "again": 1.0}, ValueError, "`curriculum.again` must be in [0, 1), got 1.0."),
     ({"first": 1, "kept": 0}, ValueError, "`curriculum.kept` must be at least 1, got 0."),
+    (
+        {"first": 1, "queries": 1},
+        ValueError,
+        "`curriculum.queries` must be at least 0, and 0 without `curriculum.prune`, got 1.",
+    ),
     ({"first": 1, "quiet": 0}, ValueError, "`curriculum.quiet` must be at least 1, got 0."),
     ({"first": 1, "prune": 0, "quiet": 3}, ValueError, "`curriculum.prune` must be at least 1, got 0."),
     ({"first": 1, "prune": 3}, ValueError, "`curriculum.prune` must be None without `curriculum.quiet`, got 3."),

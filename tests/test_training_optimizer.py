@@ -42,14 +42,15 @@ def test_muon_takes_the_matrices_of_the_layers_alone(mixer):
     assert [group["lr_share"] for group in optimizer.param_groups] == [1.0, 1.0, 5.0]
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_without_muon_all_is_adamw(mixer):
+def test_without_muon_all_is_adamw(mixer, amsgrad):
     """The same numbers as torch.optim.AdamW, bit for bit."""
     torch.manual_seed(0)
     model, other = a_model(mixer), a_model(mixer)
     other.load_state_dict(model.state_dict())
-    mine = make_optimizer(model, OptimizerConfig(lr=0.01, weight_decay=0.0))
-    theirs = torch.optim.AdamW(other.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    mine = make_optimizer(model, OptimizerConfig(lr=0.01, weight_decay=0.0, amsgrad=amsgrad))
+    theirs = torch.optim.AdamW(other.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0, amsgrad=amsgrad)
     tokens = torch.randint(7, (2, 5))
     for _ in range(3):
         for each, optimizer in ((model, mine), (other, theirs)):
@@ -126,9 +127,28 @@ def test_a_weight_without_gradient_stays():
     assert torch.equal(weight, torch.ones(3, 3))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch, dropout):
-    config = dataclasses.replace(SMALL, model=ModelConfig(d_model=16, num_layers=2, dropout=dropout))
+def test_after_a_rest_the_first_gradient_moves_little_with_amsgrad():
+    """As where no batch had an error for long: then a weight without it moves by 1 / sqrt(1 - b2), as at first."""
+    moved = {}
+    for amsgrad in (False, True):
+        weight = nn.Parameter(torch.zeros(1))
+        optimizer = MuonAdamW(
+            [{"params": [weight], "weight_decay": 0.0}],
+            OptimizerConfig(lr=1.0, betas=(0.0, 0.9), amsgrad=amsgrad),
+        )
+        for gradient in [1.0] * 100 + [0.0] * 200 + [1.0]:
+            before, weight.grad = weight.item(), torch.tensor([gradient])
+            optimizer.step()
+        moved[amsgrad] = before - weight.item()
+    assert moved == {False: pytest.approx(0.1**-0.5, rel=1e-3), True: pytest.approx(1.0, rel=1e-3)}
+
+
+@pytest.mark.parametrize(("dropout", "amsgrad"), [(0.0, False), (0.25, False), (0.0, True)])
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch, dropout, amsgrad):
+    optimizer = OptimizerConfig(muon_lr=0.02, amsgrad=amsgrad)
+    config = dataclasses.replace(
+        SMALL, model=ModelConfig(d_model=16, num_layers=2, dropout=dropout), optimizer=optimizer
+    )
     whole = train(config, tmp_path / "whole", progress=False)
     original = torch.optim.AdamW.step
     calls = []
@@ -149,15 +169,17 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch, d
         assert (tmp_path / "parts/step-6" / name).read_bytes() == (tmp_path / "whole/step-6" / name).read_bytes()
 
 
-def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
-    train(dataclasses.replace(SMALL, steps=2), tmp_path / "muon", progress=False)
+@pytest.mark.parametrize("own", [OptimizerConfig(muon_lr=0.02), OptimizerConfig(amsgrad=True)])
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path, own):
+    config = dataclasses.replace(SMALL, steps=2, optimizer=own)
+    train(config, tmp_path / "own", progress=False)
     train(dataclasses.replace(SMALL, steps=2, optimizer=OptimizerConfig()), tmp_path / "adamw", progress=False)
     moments = (tmp_path / "adamw/step-2/optimizer.safetensors").read_bytes()
-    (tmp_path / "muon/step-2/optimizer.safetensors").write_bytes(moments)
-    seal(tmp_path / "muon/step-2")
-    (tmp_path / "muon/result.json").unlink()
+    (tmp_path / "own/step-2/optimizer.safetensors").write_bytes(moments)
+    seal(tmp_path / "own/step-2")
+    (tmp_path / "own/result.json").unlink()
     with pytest.raises(ValueError, match=r"optimizer\.safetensors' is of another model"):
-        train(dataclasses.replace(SMALL, steps=2), tmp_path / "muon", progress=False)
+        train(config, tmp_path / "own", progress=False)
 
 
 def test_dropout_drops_in_training_alone():
@@ -184,4 +206,5 @@ def test_configs_without_either_are_written_as_before():
     text = TrainConfig().to_json()
     assert "dropout" not in text
     assert "muon" not in text
+    assert "amsgrad" not in text
     assert TrainConfig.from_json(SMALL.to_json()) == SMALL

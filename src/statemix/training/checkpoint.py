@@ -429,8 +429,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
         state.setdefault(int(number) if number.isdecimal() else -1, {})[key] = tensor.clone()
     current = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    muon = [group["orthogonal"] for group in optimizer.param_groups for _ in group["params"]]
-    wanted = [{"momentum_buffer"} if of_muon else {"step", "exp_avg", "exp_avg_sq"} for of_muon in muon]
+    wanted = [_moments_of(group) for group in optimizer.param_groups for _ in group["params"]]
     fits = set(state) == set(range(len(parameters))) and all(
         set(state[i]) == wanted[i] and all(m.shape == p.shape for key, m in state[i].items() if key != "step")
         for i, p in enumerate(parameters)
@@ -442,6 +441,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
         for i, moments in state.items()
     }
     optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+
+
+def _moments_of(group: Mapping[str, Any]) -> set[str]:
+    """What the optimizer keeps of a parameter of a group."""
+    if group["orthogonal"]:
+        return {"momentum_buffer"}
+    return {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if group["amsgrad"] else set())
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -64,6 +64,8 @@ class OptimizerConfig:
         clip: largest gradient norm, above 0. None: gradients are as they are.
         muon_lr: peak learning rate of Muon, above 0, which then updates the matrices of the layers and leaves the rest
             to AdamW; it warms up and falls as `lr` does. 0.02 is usual. None: AdamW updates all.
+        amsgrad: AdamW divides by the largest second moment there was, not by that of the last steps (Reddi et al. 2018,
+            arXiv 1904.09237): after many batches without an error the first one does not move all weights at once.
         schedule: from `lr` to `final_lr` after the warm-up: "cosine", or "linear" (Bergsma et al. 2025, arXiv
             2502.15938).
     """
@@ -75,6 +77,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip: float | None = 1.0
     muon_lr: float | None = None
+    amsgrad: bool = False
     schedule: str = "cosine"
 
     def __post_init__(self) -> None:
@@ -110,16 +113,21 @@ class CurriculumConfig:
         quiet: training ends after so many batches in a row, at the last length, without an error. None: after `steps`.
         shared: words of at most so many tokens are trained on of every split, for there are too few of them to hold any
             back: what a model says to those that it never saw is as it happens. 0: of training alone.
-        prune: after `prune_after` of those batches, blocks are taken away for good without which there is no error on
-            so many new batches, half of them of validation, those with the most different states first. From then on
-            rows of gates are one-hot (`one_hot_rows`), and batches count anew. Whenever `prune_settle` in a row are
-            right the block that is needed least is taken away, too; it comes back, and stays, where no such row follows
-            within six times as many steps. When all that are left were tried it is the turn of components of blocks,
-            until one comes back, then it goes on until `quiet` in a row are right. None: nothing is taken away. Of a
-            mixer with rows of gates alone.
+        prune: after `prune_after` of those batches, if one-hot rows of gates (`one_hot_rows`) have no error on so many
+            new batches, half of them of validation, rows are one-hot from then on, and blocks are taken away for good
+            without which there is none either, those with the most different states first; batches count anew. Whenever
+            `prune_settle` in a row are right, what new batches do not miss is taken away, too, and the block that they
+            miss least. It comes back where no such row follows within six times as many steps: the next time it is that
+            block alone, and what comes back alone stays. When all that are left were tried it is the turn of components
+            of blocks, until one comes back, then it goes on until `quiet` in a row are right. None: nothing is taken
+            away. Of a mixer with rows of gates alone.
         prune_after: batches in a row, at the last length, without an error.
         prune_settle: batches in a row without an error, after a block or component was taken away.
         prune_lr: what the learning rate is multiplied by from the first pruning on, in (0, 1].
+        queries: how often at most, where training would end, a search (`statemix.search.explore`) asks whether the
+            model is right at every length: the shortest word at which it is wrong comes again as others do that were,
+            and training ends when `prune_settle` batches in a row are right and nothing more is found (Angluin 1987).
+            Of a task with an automaton, and with `prune`.
     """
 
     first: int | None = None
@@ -135,6 +143,7 @@ class CurriculumConfig:
     prune_after: int = 500
     prune_settle: int = 100
     prune_lr: float = 1.0
+    queries: int = 0
 
     def __post_init__(self) -> None:
         _check_types(self, "curriculum.")
@@ -148,6 +157,8 @@ class CurriculumConfig:
         _require("curriculum.again", self.again, 0 <= self.again < 1, "in [0, 1)")
         alone = self.prune is not None and self.quiet is None
         _require("curriculum.prune", self.prune, not alone, "None without `curriculum.quiet`")
+        rule = "at least 0, and 0 without `curriculum.prune`"
+        _require("curriculum.queries", self.queries, self.queries >= 0 and (self.prune or not self.queries), rule)
         if self.first is None:
             for part in dataclasses.fields(self):
                 value = getattr(self, part.name)
@@ -165,6 +176,7 @@ LATER = {
     "row_entropy": 0.0,
     "train_lengths": (),
     "model.dropout": 0.0,
+    "optimizer.amsgrad": False,
     "optimizer.muon_lr": None,
     "optimizer.schedule": "cosine",
 }
@@ -288,6 +300,8 @@ class TrainConfig:
         _require("row_entropy", entropy, rows or not entropy, "0 for a mixer without rows of gates")
         prune = self.curriculum.prune
         _require("curriculum.prune", prune, rows or prune is None, "None for a mixer without blocks")
+        if self.curriculum.queries:
+            task.automaton()
         _require("block_dropout", hidden, 0 <= hidden < 1, "in [0, 1)")
         _require("block_dropout", hidden, rows or not hidden, "0 for a mixer without blocks")
         sharpen, sharpens = self.sharpen, MIXERS[self.mixer["name"]].sharpens(self.mixer)

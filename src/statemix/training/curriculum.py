@@ -5,24 +5,36 @@ What a step trains on is a function of the config, the step and the state of the
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from statemix.model import TokenModel
+from statemix.model import SequenceModel, TokenModel
+from statemix.search import explore
 from statemix.tasks import IGNORE_INDEX, Batch
 from statemix.tasks.base import Task, seed_words
 from statemix.training.config import TrainConfig
-from statemix.training.pruning import Piece, Silenced, least_needed, one_hot_copy, prune, restore, silence, snapshot
+from statemix.training.pruning import (
+    Piece,
+    Silenced,
+    errors,
+    least_needed,
+    one_hot_copy,
+    prune,
+    restore,
+    silence,
+    snapshot,
+)
 
 MEMORY = 0.9  # of the running accuracy, for one batch
 STAGES = ("blocks", "components", "thin")  # of pruning, after the first
 LIMIT = 6  # times `prune_settle`: the steps in which a run must settle without what was taken away
 TRIED = 8  # batches on which blocks or components are compared
 SHARE = 32  # one word in so many is a short one of another split
+QUERY_STATES = 200_000  # that a search visits at most: half a minute
 PRUNING = 1000  # times the steps of a run: the index of the first batch for it, which no training has
 
 # the form of a curriculum's state in a checkpoint, see records.py
@@ -36,6 +48,8 @@ STATE = {
     "staying?": [{"layer": int, "columns": [int]}],
     "trial?": {"pieces": [{"layer": int, "columns": [int]}], "step": int},
     "careful?": bool,
+    "given?": [{"tokens": [int], "targets": [int | None]}],
+    "answered?": bool,
 }
 
 
@@ -69,6 +83,8 @@ class Curriculum:
         trial: what was taken away last, and comes back if the run does not settle without it.
         before: weights and optimizer before that, see `snapshot`.
         staying: what came back in this stage.
+        given: words that searches found wrong; they come again from then on.
+        is_answered: whether no search follows: the last one found no wrong word, or there were enough of them.
         careful: whether only one block or component is taken away next, because more were too many.
     """
 
@@ -84,6 +100,8 @@ class Curriculum:
         self.before: dict[str, Tensor] = {}
         self.staying: list[Piece] = []
         self.careful = False
+        self.given: list[Word] = []
+        self.is_answered = config.curriculum.queries == 0
         self._short = task.with_lengths(self._shortest, max(self._shortest, self.options.shared))
         self._sharing = _splits_of(self._short) if self.options.shared else []
         self._batch: list[Word | None] = []  # the words of the last batch; None: one that was cut
@@ -99,14 +117,15 @@ class Curriculum:
         return self.longest == self.task.seq_len
 
     @property
-    def is_quiet(self) -> bool:
-        """Whether enough batches in a row were without an error."""
-        return self.options.quiet is not None and self.quiet >= self.options.quiet
+    def is_settled(self) -> bool:
+        """Whether enough batches in a row were without an error, and if there is pruning, after it."""
+        wanted = self.options.prune_settle if self.given else self.options.quiet
+        return wanted is not None and self.quiet >= wanted and (self.options.prune is None or self.stage == "thin")
 
     @property
     def has_ended(self) -> bool:
-        """Whether they were, and if there is pruning, after it."""
-        return self.is_quiet and (self.options.prune is None or self.stage == "thin")
+        """Whether it is settled, and no search has more to say."""
+        return self.is_settled and self.is_answered
 
     def tasks(self) -> list[Task]:
         """The task at every range of lengths from here on."""
@@ -160,19 +179,42 @@ class Curriculum:
     def prune(self, model: TokenModel, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Take away what the model can do without, if it is time to; batches count anew from there.
 
-        First all blocks without which new batches have no error; from then on one more each time, and the run must
-        settle without them. Then components, until one comes back.
+        First all blocks without which new batches have no error, once one-hot rows have none; from then on one more
+        each time, and the run must settle without them. Then components, until one comes back.
         """
         if self.options.prune is None or self.stage == "thin":
             return
         if self.silenced is None:
             if self.quiet >= self.options.prune_after:
-                self.silenced = [[] for _ in model.mixers]
-                self._take(model, prune(model, self._batches(model, step, self.options.prune), whole_blocks=True))
+                self._begin_pruning(model, step, self.options.prune)
         elif self.quiet >= self.options.prune_settle:
             self._try_without(model, optimizer, step)
         elif self.trial is not None and step - self.trial.step >= LIMIT * self.options.prune_settle:
             self._put_back(model, optimizer, self.trial.pieces)
+
+    def ask(self, model: TokenModel) -> None:
+        """Where training would end, search for a word that the model says wrong with one-hot rows, and go on with it.
+
+        All that were found come again, in place of others: one that was right for long may be wrong once more.
+        """
+        if self.is_answered or not self.is_settled:
+            return
+        assert isinstance(model, SequenceModel)
+        found = explore(one_hot_copy(model).cpu(), self.task.automaton(), max_states=QUERY_STATES).wrong
+        if found is None or len(found.word) > self.options.row or len(self.given) == self.options.queries:
+            self.is_answered = True
+            return
+        self.given.append(Word(found.word, (IGNORE_INDEX,) * (len(found.word) - 1) + (found.target,)))
+        self.wrong = dict.fromkeys(self.given, 0)
+        self.quiet = 0
+
+    def _begin_pruning(self, model: TokenModel, step: int, count: int) -> None:
+        """Take away all blocks that new batches do not miss, if one-hot rows answer them without an error."""
+        tried, batches = one_hot_copy(model), self._batches(model, step, count)
+        self.quiet = 0
+        if not errors(tried, batches):
+            self.silenced = [[] for _ in model.mixers]
+            self._take(model, prune(tried, batches, whole_blocks=True))
 
     def _batches(self, model: TokenModel, step: int, count: int) -> list[Batch]:
         """New batches; every other one is of the words for validation: short ones never trained on are few."""
@@ -229,14 +271,13 @@ class Curriculum:
     def figures(self) -> dict[str, float]:
         """What a line of metrics says of it."""
         figures: dict[str, float] = {"longest": self.longest, "quiet": self.quiet, "wrong_words": len(self.wrong)}
-        return figures if self.silenced is None else figures | {"silenced": sum(map(len, self.silenced))}
+        if self.silenced is not None:
+            figures["silenced"] = sum(map(len, self.silenced))
+        return figures | {"queries": len(self.given)} if self.options.queries else figures
 
     def state(self) -> dict[str, Any]:
         """All that the next steps depend on: STATE."""
-        wrong = [
-            {"tokens": word.tokens, "targets": [None if t == IGNORE_INDEX else t for t in word.targets], "rights": n}
-            for word, n in self.wrong.items()
-        ]
+        wrong = [{**_record(word), "rights": rights} for word, rights in self.wrong.items()]
         state = {"longest": self.longest, "accuracy": self.accuracy, "quiet": self.quiet, "wrong": wrong}
         if self.silenced is None:
             return state
@@ -245,6 +286,8 @@ class Curriculum:
             "stage": self.stage,
             "staying": [piece._asdict() for piece in self.staying],
             "careful": self.careful,
+            "given": [_record(word) for word in self.given],
+            "answered": self.is_answered,
         }
         if self.trial is None:
             return state
@@ -262,10 +305,9 @@ class Curriculum:
         if (stage := state.get("stage", STAGES[0])) not in STAGES:
             raise ValueError(f"`curriculum.stage` must be one of {list(STAGES)}, got {stage!r}")
         self.longest, self.accuracy, self.quiet = state["longest"], state["accuracy"], state["quiet"]
-        self.wrong = {}
-        for word in state["wrong"]:
-            targets = (IGNORE_INDEX if target is None else target for target in word["targets"])
-            self.wrong[Word(tuple(word["tokens"]), tuple(targets))] = word["rights"]
+        self.wrong = {_word(record): record["rights"] for record in state["wrong"]}
+        self.given = [_word(record) for record in state.get("given", ())]
+        self.is_answered = state.get("answered", self.options.queries == 0)
         self.silenced, self.stage = silenced, stage
         self.staying = [Piece(**piece) for piece in state.get("staying", ())]
         self.trial, self.before, self.careful = None, {}, state.get("careful", False)
@@ -313,6 +355,17 @@ class Curriculum:
                 order = np.random.default_rng([*seed_words(config.seed, index), 11]).permutation(len(words))
                 words = [words[i] for i in order]
             yield from words
+
+
+def _record(word: Word) -> dict[str, Any]:
+    """Of a word, for a checkpoint."""
+    return {"tokens": word.tokens, "targets": [None if t == IGNORE_INDEX else t for t in word.targets]}
+
+
+def _word(record: Mapping[str, Any]) -> Word:
+    """Of a checkpoint."""
+    targets = (IGNORE_INDEX if target is None else target for target in record["targets"])
+    return Word(tuple(record["tokens"]), tuple(targets))
 
 
 def _words_of(task: Task, split: str, count: int, seed: int, index: int) -> list[Word]:

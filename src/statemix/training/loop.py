@@ -334,6 +334,7 @@ class Training:
             learner.observe(all_rows(accelerator, predictions), batch.targets.to(predictions.device))
             silence(self.model, learner.silenced or [[] for _ in self.model.mixers])
             learner.prune(self.model, self.optimizer, self.step)
+            learner.ask(self.model)
         return Outcome(loss, predictions, own.targets, grad_norm)
 
     def _add_gradients(
@@ -473,6 +474,8 @@ class Training:
             layers = list(zip(model.mixers, silenced, strict=True))
             summary["blocks"] = [len(heard_blocks(mixer, columns)) for mixer, columns in layers]
             summary["components"] = [mixer.output.weight.shape[1] - len(columns) for mixer, columns in layers]
+        if self.curriculum is not None and self.config.curriculum.queries:
+            summary["queries"] = len(self.curriculum.given)
         if self.config.sharpen is not None:
             for mixer in model.mixers:
                 mixer.sharpen(self.config.sharpen)

@@ -73,7 +73,7 @@ class MuonAdamW(torch.optim.AdamW):
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
         whole = [{"orthogonal": False, "lr_share": 1.0} | group for group in groups]
-        super().__init__(whole, lr=config.lr, betas=config.betas)
+        super().__init__(whole, lr=config.lr, betas=config.betas, amsgrad=config.amsgrad)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         torch.optim.Optimizer.__setstate__(self, state)  # AdamW's asks each parameter for its step count

@@ -52,7 +52,7 @@ def prune(
         What was silenced, besides what already was; nothing of a model that errs.
     """
     silenced, batches = list[Piece](), list(batches)
-    if _errors(model, batches, 0):
+    if errors(model, batches, 0):
         return silenced
     for piece in _pieces(model, batches[0], whole_blocks=whole_blocks):
         if piece not in staying and not _errors_without(piece, model, batches, 0):
@@ -158,16 +158,17 @@ def _count(states: Tensor) -> int:
 
 
 def _errors_without(piece: Piece, model: TokenModel, batches: list[Batch], enough: int | None) -> int:
-    """How many answers are wrong while a read-out does not see a piece: see `_errors`."""
+    """How many answers are wrong while a read-out does not see a piece: see `errors`."""
     seen = model.mixers[piece.layer].output.weight
     before = seen[:, piece.columns]
     seen[:, piece.columns] = 0
-    wrong = _errors(model, batches, enough)
+    wrong = errors(model, batches, enough)
     seen[:, piece.columns] = before
     return wrong
 
 
-def _errors(model: TokenModel, batches: list[Batch], enough: int | None) -> int:
+@torch.no_grad()
+def errors(model: TokenModel, batches: list[Batch], enough: int | None = 0) -> int:
     """How many answers to the batches are wrong; counting stops above `enough`, and that batch is put first."""
     wrong = 0
     for number, batch in enumerate(batches):
