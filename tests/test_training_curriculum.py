@@ -362,7 +362,7 @@ def thinning(monkeypatch, blocks, components=(), free=()):
     """A curriculum, a model of two layers and its optimizer; what is needed least is read from two queues, what is not
     needed at all from a third, after the block that is taken away first.
     """
-    config = small_config(task=WORDS, mixer=WIDE, model=ModelConfig(d_model=8, num_layers=2), batch_size=4)
+    config = small_config(task=WORDS, mixer=WIDE, model=ModelConfig(d_model=8, num_layers=2), batch_size=4, steps=1000)
     config = dataclasses.replace(config, curriculum=THIN)
     learner = Curriculum(config, build_task(config.task))
     model = SequenceModel(learner.task.vocab_size, 8, 2, WIDE)
@@ -426,6 +426,15 @@ def test_parts_are_taken_away_one_at_a_time_and_come_back_where_the_run_does_not
     for learner.quiet in (29, 30):
         learner.prune(model, optimizer, 90)
         assert learner.has_ended == (learner.quiet == 30)
+
+
+def test_nothing_is_taken_away_that_the_run_has_no_steps_left_to_settle_without(monkeypatch):
+    for step, tried in ((952, True), (953, False)):  # of 1,000: six times three for the trial, thirty to end
+        learner, model, optimizer = thinning(monkeypatch, [Piece(1, [4, 10, 16])])
+        learner.config = dataclasses.replace(learner.config, steps=1000)
+        learner.silenced, learner.quiet = [[], []], 3
+        learner.prune(model, optimizer, step)
+        assert (learner.trial is not None, learner.stage) == (tried, "blocks" if tried else "thin")
 
 
 def test_rows_stay_soft_where_one_hot_ones_would_err(monkeypatch):

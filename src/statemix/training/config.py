@@ -119,8 +119,8 @@ class CurriculumConfig:
             `prune_settle` in a row are right, what new batches do not miss is taken away, too, and the block that they
             miss least. It comes back where no such row follows within six times as many steps: the next time it is that
             block alone, and what comes back alone stays. When all that are left were tried it is the turn of components
-            of blocks, until one comes back, then it goes on until `quiet` in a row are right. None: nothing is taken
-            away. Of a mixer with rows of gates alone.
+            of blocks, until one comes back, or until too few steps are left for that, then it goes on until `quiet` in
+            a row are right. None: nothing is taken away. Of a mixer with rows of gates alone.
         prune_after: batches in a row, at the last length, without an error.
         prune_settle: batches in a row without an error, after a block or component was taken away.
         prune_lr: what the learning rate is multiplied by from the first pruning on, in (0, 1].

@@ -233,10 +233,13 @@ class Curriculum:
 
     def _try_without(self, model: TokenModel, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Take away on trial what new batches do not miss and what they miss least of the rest, as what was taken
-        before was found not to be needed.
+        before was found not to be needed; but nothing that the run has no steps left to settle without.
         """
         if self.trial is not None:
             self.trial, self.before, self.careful = None, {}, False
+        assert self.options.quiet is not None
+        if self.config.steps - step < LIMIT * self.options.prune_settle + self.options.quiet:
+            self.stage = "thin"
         tried, batches, pieces = one_hot_copy(model), self._batches(model, step, TRIED), list[Piece]()
         while self.stage != "thin" and not pieces:
             whole = self.stage == "blocks"
