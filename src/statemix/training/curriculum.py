@@ -34,7 +34,7 @@ STAGES = ("blocks", "components", "thin")  # of pruning, after the first
 LIMIT = 6  # times `prune_settle`: the steps in which a run must settle without what was taken away
 TRIED = 8  # batches on which blocks or components are compared
 SHARE = 32  # one word in so many is a short one of another split
-QUERY_STATES = 200_000  # that a search visits at most: half a minute
+QUERY_STATES = 1_000_000  # that a search visits at most: as `statemix verify` does
 PRUNING = 1000  # times the steps of a run: the index of the first batch for it, which no training has
 
 # the form of a curriculum's state in a checkpoint, see records.py
