@@ -687,7 +687,7 @@ FAULTS = (
     ),
     Fault(
         name="a part that comes back finds the weights of the trial",
-        file="src/statemix/training/curriculum.py",
+        file="src/statemix/training/pruning.py",
         old="        restore(model, optimizer, self.before)\n",
         new="",
         tests="tests/test_training_curriculum.py",

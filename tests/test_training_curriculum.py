@@ -372,10 +372,10 @@ def thinning(monkeypatch, blocks, components=(), free=()):
         left = (part for part in queue if not set(part.columns) <= set(learner.silenced[part.layer]))
         return next((part for part in left if part not in staying), None)
 
-    monkeypatch.setattr("statemix.training.curriculum.least_needed", named)
-    monkeypatch.setattr("statemix.training.curriculum.errors", lambda *_: 0)
+    monkeypatch.setattr("statemix.training.pruning.least_needed", named)
+    monkeypatch.setattr("statemix.training.pruning.errors", lambda *_: 0)
     not_needed = iter([[Piece(0, [0, 6, 12])], *free])
-    monkeypatch.setattr("statemix.training.curriculum.prune", lambda *_, whole_blocks: list(next(not_needed, [])))
+    monkeypatch.setattr("statemix.training.pruning.prune", lambda *_, whole_blocks: list(next(not_needed, [])))
     return learner, model, torch.optim.AdamW(model.parameters())
 
 
@@ -387,41 +387,45 @@ def test_parts_are_taken_away_one_at_a_time_and_come_back_where_the_run_does_not
     assert learner.silenced is None
     learner.quiet = 4
     learner.prune(model, optimizer, 11)  # all at once
-    assert (learner.silenced, learner.quiet, learner.trial) == ([[0, 6, 12], []], 0, None)
+    assert (learner.silenced, learner.quiet, learner.pruning.trial) == ([[0, 6, 12], []], 0, None)
     learner.quiet = 3
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     learner.prune(model, optimizer, 20)
     assert learner.silenced == [[0, 6, 12], [4, 10, 16]]
     assert not model.mixers[1].output.weight[:, [4, 10, 16]].any()
-    assert (learner.trial, learner.quiet, learner.has_ended) == ((queues[0][:1], 20), 0, False)
+    assert (learner.pruning.trial, learner.quiet, learner.has_ended) == ((queues[0][:1], 20), 0, False)
     learner.quiet = 2
     learner.prune(model, optimizer, 37)  # a step before six times prune_settle
-    assert learner.trial is not None
-    kept = learner.before
+    assert learner.pruning.trial is not None
+    kept = learner.pruning.before
     state = json.loads(json.dumps(learner.state()))
     records.check(state, STATE)
     learner.restore(state, model)  # as a run that resumes here
-    learner.before = kept
+    learner.pruning.before = kept
     learner.wrong = {Word((START, 1), (X, 1)): 0}
     for mixer in model.mixers:
         mixer.values.weight.data.add_(1)  # in vain
     learner.prune(model, optimizer, 38)
     assert not learner.wrong
-    assert (learner.trial, learner.staying, learner.silenced) == (None, queues[0][:1], [[0, 6, 12], []])
+    assert (learner.pruning.trial, learner.pruning.staying, learner.silenced) == (None, queues[0][:1], [[0, 6, 12], []])
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     learner.prune(model, optimizer, 60)  # it must settle again before the next
-    assert learner.trial is None
+    assert learner.pruning.trial is None
     learner.quiet = 3
     learner.prune(model, optimizer, 61)
-    assert learner.trial.pieces == queues[0][1:]
+    assert learner.pruning.trial.pieces == queues[0][1:]
     learner.quiet = 3
     learner.prune(model, optimizer, 64)  # it did without it, and no block is left to try
-    assert (learner.stage, learner.staying, learner.trial.pieces) == ("components", [], queues[1][:1])
+    assert (learner.pruning.stage, learner.pruning.staying, learner.pruning.trial.pieces) == (
+        "components",
+        [],
+        queues[1][:1],
+    )
     learner.quiet = 3
     learner.prune(model, optimizer, 67)
-    assert learner.trial.pieces == queues[1][1:2]
+    assert learner.pruning.trial.pieces == queues[1][1:2]
     learner.prune(model, optimizer, 85)  # the first component that comes back is the last that is tried
-    assert (learner.stage, learner.trial, learner.before) == ("thin", None, {})
+    assert (learner.pruning.stage, learner.pruning.trial, learner.pruning.before) == ("thin", None, {})
     assert learner.silenced == [[0, 2, 6, 7, 8, 12, 14], []]
     for learner.quiet in (29, 30):
         learner.prune(model, optimizer, 90)
@@ -431,15 +435,14 @@ def test_parts_are_taken_away_one_at_a_time_and_come_back_where_the_run_does_not
 def test_nothing_is_taken_away_that_the_run_has_no_steps_left_to_settle_without(monkeypatch):
     for step, tried in ((952, True), (953, False)):  # of 1,000: six times three for the trial, thirty to end
         learner, model, optimizer = thinning(monkeypatch, [Piece(1, [4, 10, 16])])
-        learner.config = dataclasses.replace(learner.config, steps=1000)
-        learner.silenced, learner.quiet = [[], []], 3
+        learner.pruning.silenced, learner.quiet = [[], []], 3
         learner.prune(model, optimizer, step)
-        assert (learner.trial is not None, learner.stage) == (tried, "blocks" if tried else "thin")
+        assert (learner.pruning.trial is not None, learner.pruning.stage) == (tried, "blocks" if tried else "thin")
 
 
 def test_rows_stay_soft_where_one_hot_ones_would_err(monkeypatch):
     learner, model, optimizer = thinning(monkeypatch, [])
-    monkeypatch.setattr("statemix.training.curriculum.errors", lambda *_: 1)
+    monkeypatch.setattr("statemix.training.pruning.errors", lambda *_: 1)
     learner.quiet = 4
     learner.prune(model, optimizer, 11)
     assert (learner.silenced, learner.quiet) == (None, 0)
@@ -455,21 +458,26 @@ def test_what_is_not_needed_goes_along_unless_that_was_too_much(monkeypatch):
     learner.quiet = 3
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     learner.prune(model, optimizer, 20)
-    assert learner.trial.pieces == [*free, blocks[0]]
+    assert learner.pruning.trial.pieces == [*free, blocks[0]]
     assert learner.silenced == [[0, 1, 6, 7, 12, 13], [0, 1, 6, 7, 12, 13]]
     learner.prune(model, optimizer, 38)  # in vain: all comes back, and nothing of it is to stay
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-    assert (learner.trial, learner.careful, learner.staying, learner.silenced) == (None, True, [], [[0, 6, 12], []])
+    assert (learner.pruning.trial, learner.pruning.careful, learner.pruning.staying, learner.silenced) == (
+        None,
+        True,
+        [],
+        [[0, 6, 12], []],
+    )
     state = json.loads(json.dumps(learner.state()))
     records.check(state, STATE)
-    learner.careful = False
+    learner.pruning.careful = False
     learner.restore(state, model)
     learner.quiet = 3
     learner.prune(model, optimizer, 41)
-    assert (learner.trial.pieces, learner.careful) == (blocks[:1], True)
+    assert (learner.pruning.trial.pieces, learner.pruning.careful) == (blocks[:1], True)
     learner.quiet = 3
     learner.prune(model, optimizer, 44)  # it did without that one: more again
-    assert (learner.trial.pieces, learner.careful) == ([*free, blocks[1]], False)
+    assert (learner.pruning.trial.pieces, learner.pruning.careful) == ([*free, blocks[1]], False)
 
 
 # ---- queries
@@ -479,7 +487,7 @@ def asking(monkeypatch, queries, answers):
     """A curriculum that has nothing left to take away, its model, and what searches will find."""
     learner, model, _ = thinning(monkeypatch, [])
     learner.options = dataclasses.replace(learner.options, queries=queries)
-    learner.is_answered, learner.silenced, learner.stage = False, [[], []], "thin"
+    learner.is_answered, learner.pruning.silenced, learner.pruning.stage = False, [[], []], "thin"
     found, seen = iter(answers), []
 
     def explored(model, automaton, *, max_states):
@@ -758,7 +766,7 @@ def test_a_pruned_run_that_was_stopped_ends_as_one_that_was_not(pruned, tmp_path
 
 def run_one_by_one(out, config, **stop):
     """A run that takes no blocks away all at once."""
-    with mock.patch("statemix.training.curriculum.prune", return_value=[]):
+    with mock.patch("statemix.training.pruning.prune", return_value=[]):
         return run(out, config, **stop)
 
 
@@ -826,11 +834,14 @@ def test_a_checkpoint_without_its_curriculum_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stage": "knots"}, "`curriculum.stage` must be one of ['blocks', 'components', 'thin'], got 'knots'"),
-        ({"silenced": [[0, 18]]}, "`curriculum` names components that the model does not have"),
-        ({"silenced": [[0], [1]]}, "`curriculum` names components that the model does not have"),
-        ({"staying": [{"layer": 1, "columns": [0]}]}, "`curriculum` names components that the model does not have"),
-        ({"trial": {"pieces": [{"layer": 0, "columns": [18]}], "step": 9}}, "`curriculum` names components"),
+        ({"stage": "knots"}, "`curriculum.pruning.stage` must be one of ['blocks', 'components', 'thin'], got 'knots'"),
+        ({"silenced": [[0, 18]]}, "`curriculum.pruning` names components that the model does not have"),
+        ({"silenced": [[0], [1]]}, "`curriculum.pruning` names components that the model does not have"),
+        (
+            {"staying": [{"layer": 1, "columns": [0]}]},
+            "`curriculum.pruning` names components that the model does not have",
+        ),
+        ({"trial": {"pieces": [{"layer": 0, "columns": [18]}], "step": 9}}, "`curriculum.pruning` names components"),
     ],
 )
 def test_a_curriculum_of_another_model_is_refused(on_trial, tmp_path, changes, message):
@@ -840,7 +851,7 @@ def test_a_curriculum_of_another_model_is_refused(on_trial, tmp_path, changes, m
     )
     path = checkpoint / "train.json"
     saved = json.loads(path.read_text())
-    saved["curriculum"] |= changes
+    saved["curriculum"]["pruning"] |= changes
     path.write_text(json.dumps(saved))
     seal(checkpoint)
     with pytest.raises(ValueError, match=re.escape(f"'{path}' is damaged: {message}")):

@@ -157,8 +157,8 @@ class CurriculumConfig:
         _require("curriculum.again", self.again, 0 <= self.again < 1, "in [0, 1)")
         alone = self.prune is not None and self.quiet is None
         _require("curriculum.prune", self.prune, not alone, "None without `curriculum.quiet`")
-        rule = "at least 0, and 0 without `curriculum.prune`"
-        _require("curriculum.queries", self.queries, self.queries >= 0 and (self.prune or not self.queries), rule)
+        served = self.queries == 0 or (self.queries > 0 and self.prune is not None)
+        _require("curriculum.queries", self.queries, served, "at least 0, and 0 without `curriculum.prune`")
         if self.first is None:
             for part in dataclasses.fields(self):
                 value = getattr(self, part.name)

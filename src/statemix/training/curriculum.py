@@ -17,25 +17,14 @@ from statemix.search import explore
 from statemix.tasks import IGNORE_INDEX, Batch
 from statemix.tasks.base import Task, seed_words
 from statemix.training.config import TrainConfig
-from statemix.training.pruning import (
-    Piece,
-    Silenced,
-    errors,
-    least_needed,
-    one_hot_copy,
-    prune,
-    restore,
-    silence,
-    snapshot,
-)
+from statemix.training.pruning import STATE as PRUNING
+from statemix.training.pruning import Pruning, Silenced, one_hot_copy
 
 MEMORY = 0.9  # of the running accuracy, for one batch
-STAGES = ("blocks", "components", "thin")  # of pruning, after the first
-LIMIT = 6  # times `prune_settle`: the steps in which a run must settle without what was taken away
 TRIED = 8  # batches on which blocks or components are compared
 SHARE = 32  # one word in so many is a short one of another split
 QUERY_STATES = 1_000_000  # that a search visits at most: as `statemix verify` does
-PRUNING = 1000  # times the steps of a run: the index of the first batch for it, which no training has
+UNSEEN = 1000  # times the steps of a run: the index of the first batch for pruning, which no training has
 
 # the form of a curriculum's state in a checkpoint, see records.py
 STATE = {
@@ -43,11 +32,7 @@ STATE = {
     "accuracy": float,
     "quiet": int,
     "wrong": [{"tokens": [int], "targets": [int | None], "rights": int}],  # None: not scored
-    "silenced?": [[int]],
-    "stage?": str,
-    "staying?": [{"layer": int, "columns": [int]}],
-    "trial?": {"pieces": [{"layer": int, "columns": [int]}], "step": int},
-    "careful?": bool,
+    "pruning?": PRUNING,
     "given?": [{"tokens": [int], "targets": [int | None]}],
     "answered?": bool,
 }
@@ -58,13 +43,6 @@ class Word(NamedTuple):
 
     tokens: tuple[int, ...]
     targets: tuple[int, ...]
-
-
-class Trial(NamedTuple):
-    """What was taken away, and at which step that was."""
-
-    pieces: list[Piece]
-    step: int
 
 
 class Curriculum:
@@ -78,14 +56,9 @@ class Curriculum:
         longest: length of the longest words now, in tokens.
         quiet: batches in a row, at the last length, without an error.
         wrong: words that were wrong -> how often they were right since; the oldest first.
-        silenced: components that were taken away, by layer. None: pruning has not come yet.
-        stage: what is taken away now, one of STAGES; "thin": all that is left was tried.
-        trial: what was taken away last, and comes back if the run does not settle without it.
-        before: weights and optimizer before that, see `snapshot`.
-        staying: what came back in this stage.
+        pruning: of what the model can do without. None: nothing is taken away.
         given: words that searches found wrong; they come again from then on.
         is_answered: whether no search follows: the last one found no wrong word, or there were enough of them.
-        careful: whether only one block or component is taken away next, because more were too many.
     """
 
     def __init__(self, config: TrainConfig, task: Task) -> None:
@@ -94,12 +67,7 @@ class Curriculum:
         self.longest = min(max(config.curriculum.first, self._shortest), task.seq_len)
         self.accuracy, self.quiet = 0.0, 0
         self.wrong: dict[Word, int] = {}
-        self.silenced: Silenced | None = None
-        self.stage = STAGES[0]
-        self.trial: Trial | None = None
-        self.before: dict[str, Tensor] = {}
-        self.staying: list[Piece] = []
-        self.careful = False
+        self.pruning = None if config.curriculum.prune is None else Pruning(config)
         self.given: list[Word] = []
         self.is_answered = config.curriculum.queries == 0
         self._short = task.with_lengths(self._shortest, max(self._shortest, self.options.shared))
@@ -120,12 +88,17 @@ class Curriculum:
     def is_settled(self) -> bool:
         """Whether enough batches in a row were without an error, and if there is pruning, after it."""
         wanted = self.options.prune_settle if self.given else self.options.quiet
-        return wanted is not None and self.quiet >= wanted and (self.options.prune is None or self.stage == "thin")
+        return wanted is not None and self.quiet >= wanted and (self.pruning is None or self.pruning.is_over)
 
     @property
     def has_ended(self) -> bool:
         """Whether it is settled, and no search has more to say."""
         return self.is_settled and self.is_answered
+
+    @property
+    def silenced(self) -> Silenced | None:
+        """Components that were taken away, by layer; from then on rows of gates are one-hot. None: as yet none were."""
+        return None if self.pruning is None else self.pruning.silenced
 
     def tasks(self) -> list[Task]:
         """The task at every range of lengths from here on."""
@@ -177,20 +150,22 @@ class Curriculum:
             self.longest, self.accuracy = self.task.seq_len, 0.0
 
     def prune(self, model: TokenModel, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Take away what the model can do without, if it is time to; batches count anew from there.
-
-        First all blocks without which new batches have no error, once one-hot rows have none; from then on one more
-        each time, and the run must settle without them. Then components, until one comes back.
-        """
-        if self.options.prune is None or self.stage == "thin":
+        """Take away what the model can do without, if it is time to; batches count anew from there."""
+        pruning, options = self.pruning, self.options
+        if pruning is None or options.prune is None or pruning.is_over:
             return
-        if self.silenced is None:
-            if self.quiet >= self.options.prune_after:
-                self._begin_pruning(model, step, self.options.prune)
-        elif self.quiet >= self.options.prune_settle:
-            self._try_without(model, optimizer, step)
-        elif self.trial is not None and step - self.trial.step >= LIMIT * self.options.prune_settle:
-            self._put_back(model, optimizer, self.trial.pieces)
+        if pruning.silenced is None:
+            if self.quiet >= options.prune_after:
+                pruning.begin(model, self._batches(model, step, options.prune))
+                self.quiet = 0
+        elif self.quiet >= options.prune_settle:
+            if pruning.try_without(model, optimizer, step, self._batches(model, step, TRIED)):
+                self.quiet = 0
+        elif pruning.is_in_vain(step):
+            pruning.put_back(model, optimizer)
+            # wrong without what came back, they say nothing of the model that has it, and as a third of each batch they
+            # would break it again
+            self.wrong.clear()
 
     def ask(self, model: TokenModel) -> None:
         """Where training would end, search for a word that the model says wrong with one-hot rows, and go on with it.
@@ -199,8 +174,9 @@ class Curriculum:
         """
         if self.is_answered or not self.is_settled:
             return
-        assert isinstance(model, SequenceModel)
-        found = explore(one_hot_copy(model).cpu(), self.task.automaton(), max_states=QUERY_STATES).wrong
+        asked = one_hot_copy(model).cpu()
+        assert isinstance(asked, SequenceModel)
+        found = explore(asked, self.task.automaton(), max_states=QUERY_STATES).wrong
         if found is None or len(found.word) > self.options.row or len(self.given) == self.options.queries:
             self.is_answered = True
             return
@@ -208,68 +184,12 @@ class Curriculum:
         self.wrong = dict.fromkeys(self.given, 0)
         self.quiet = 0
 
-    def _begin_pruning(self, model: TokenModel, step: int, count: int) -> None:
-        """Take away all blocks that new batches do not miss, if one-hot rows answer them without an error."""
-        tried, batches = one_hot_copy(model), self._batches(model, step, count)
-        self.quiet = 0
-        if not errors(tried, batches):
-            self.silenced = [[] for _ in model.mixers]
-            self._take(model, prune(tried, batches, whole_blocks=True))
-
     def _batches(self, model: TokenModel, step: int, count: int) -> list[Batch]:
         """New batches; every other one is of the words for validation: short ones never trained on are few."""
-        device, first = next(model.parameters()).device, PRUNING * self.config.steps + step * count
+        device, first = next(model.parameters()).device, UNSEEN * self.config.steps + step * count
         splits = itertools.cycle(("train", "valid"))
         made = [self.batch(first + i, split) for i, split in zip(range(count), splits, strict=False)]
         return [Batch._make(None if part is None else part.to(device) for part in batch) for batch in made]
-
-    def _take(self, model: TokenModel, pieces: list[Piece]) -> None:
-        """Take pieces away."""
-        assert self.silenced is not None
-        for piece in pieces:
-            self.silenced[piece.layer] = sorted({*self.silenced[piece.layer], *piece.columns})
-        silence(model, self.silenced)
-        self.quiet = 0
-
-    def _try_without(self, model: TokenModel, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Take away on trial what new batches do not miss and what they miss least of the rest, as what was taken
-        before was found not to be needed; but nothing that the run has no steps left to settle without.
-        """
-        if self.trial is not None:
-            self.trial, self.before, self.careful = None, {}, False
-        assert self.options.quiet is not None
-        if self.config.steps - step < LIMIT * self.options.prune_settle + self.options.quiet:
-            self.stage = "thin"
-        tried, batches, pieces = one_hot_copy(model), self._batches(model, step, TRIED), list[Piece]()
-        while self.stage != "thin" and not pieces:
-            whole = self.stage == "blocks"
-            if not self.careful:
-                pieces = prune(tried, batches, self.staying, whole_blocks=whole)
-            if (piece := least_needed(tried, batches, self.staying, whole_blocks=whole)) is not None:
-                pieces.append(piece)
-            if not pieces:
-                self.stage, self.staying = STAGES[STAGES.index(self.stage) + 1], []
-        if pieces:
-            self.trial, self.before = Trial(pieces, step), snapshot(model, optimizer)
-            self._take(model, pieces)
-
-    def _put_back(self, model: TokenModel, optimizer: torch.optim.Optimizer, pieces: list[Piece]) -> None:
-        """Let all be as it was before these were taken away; a single one stays, of more the next trial is of one.
-
-        The words that were wrong without them are no measure of the model that has them: as a third of each batch they
-        would break it again.
-        """
-        assert self.silenced is not None
-        self.wrong.clear()
-        restore(model, optimizer, self.before)
-        for piece in pieces:
-            self.silenced[piece.layer] = sorted(set(self.silenced[piece.layer]) - set(piece.columns))
-        self.trial, self.before, self.careful = None, {}, len(pieces) > 1
-        if len(pieces) > 1:
-            return
-        self.staying += pieces
-        if self.stage == "components":
-            self.stage = "thin"  # none that came after one which is needed was ever found not to be
 
     def figures(self) -> dict[str, float]:
         """What a line of metrics says of it."""
@@ -282,40 +202,20 @@ class Curriculum:
         """All that the next steps depend on: STATE."""
         wrong = [{**_record(word), "rights": rights} for word, rights in self.wrong.items()]
         state = {"longest": self.longest, "accuracy": self.accuracy, "quiet": self.quiet, "wrong": wrong}
-        if self.silenced is None:
-            return state
-        state |= {
-            "silenced": self.silenced,
-            "stage": self.stage,
-            "staying": [piece._asdict() for piece in self.staying],
-            "careful": self.careful,
-            "given": [_record(word) for word in self.given],
-            "answered": self.is_answered,
-        }
-        if self.trial is None:
-            return state
-        pieces = [piece._asdict() for piece in self.trial.pieces]
-        return state | {"trial": {"pieces": pieces, "step": self.trial.step}}
+        if self.pruning is not None and self.pruning.silenced is not None:
+            state["pruning"] = self.pruning.state()
+        if self.options.queries:
+            state |= {"given": [_record(word) for word in self.given], "answered": self.is_answered}
+        return state
 
     def restore(self, state: dict[str, Any], model: TokenModel) -> None:
-        """Go on from a state of this model; `before` is to follow. Raises ValueError if it is of another."""
-        pieces = [*state.get("staying", ()), *state.get("trial", {}).get("pieces", ())]
-        sizes, silenced = [mixer.output.weight.shape[1] for mixer in model.mixers], state.get("silenced")
-        columns = [(piece["layer"], piece["columns"]) for piece in pieces] + list(enumerate(silenced or ()))
-        fits = all(layer < len(sizes) and all(column < sizes[layer] for column in taken) for layer, taken in columns)
-        if not fits or (silenced is not None and len(silenced) != len(sizes)):
-            raise ValueError("`curriculum` names components that the model does not have")
-        if (stage := state.get("stage", STAGES[0])) not in STAGES:
-            raise ValueError(f"`curriculum.stage` must be one of {list(STAGES)}, got {stage!r}")
+        """Go on from a state of this model. Raises ValueError if it is of another."""
+        if self.pruning is not None and "pruning" in state:
+            self.pruning.restore(state["pruning"], model)
         self.longest, self.accuracy, self.quiet = state["longest"], state["accuracy"], state["quiet"]
         self.wrong = {_word(record): record["rights"] for record in state["wrong"]}
         self.given = [_word(record) for record in state.get("given", ())]
         self.is_answered = state.get("answered", self.options.queries == 0)
-        self.silenced, self.stage = silenced, stage
-        self.staying = [Piece(**piece) for piece in state.get("staying", ())]
-        self.trial, self.before, self.careful = None, {}, state.get("careful", False)
-        if (trial := state.get("trial")) is not None:
-            self.trial = Trial([Piece(**piece) for piece in trial["pieces"]], trial["step"])
 
     def _task(self, longest: int) -> Task:
         return self.task.with_lengths(self._shortest, longest)

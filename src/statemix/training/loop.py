@@ -53,7 +53,7 @@ from statemix.training.listeners import Listener, check_listeners, give_all, lis
 from statemix.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from statemix.training.processes import all_rows, make_accelerator, own_rows, prepare, whole, whole_model
 from statemix.training.progress import Bar, Stopwatch
-from statemix.training.pruning import heard_blocks, silence
+from statemix.training.pruning import Pruning, heard_blocks
 from statemix.training.regularization import one_hot_gates, penalty, regularized, row_entropies, strengths
 
 RESUME = ("auto", "best", "never")
@@ -277,9 +277,9 @@ class Training:
         )
         if last is not None:
             load_optimizer(self.optimizer, last)
-        if self.curriculum is not None and self.curriculum.trial is not None:
+        if (pruning := self._pruning) is not None and pruning.trial is not None:
             assert last is not None
-            self.curriculum.before = load_before(last, self.model, self.optimizer)
+            pruning.before = load_before(last, self.model, self.optimizer)
         if self.is_main:
             if self.lineage.news:
                 self.folder.reopen()
@@ -298,6 +298,10 @@ class Training:
         in_vain = self.step - self.best_step  # steps since the best validation
         impatient = config.patience is not None and in_vain >= config.patience * config.eval_every
         return self.step >= config.steps or self.is_accurate or impatient or self._is_learned()
+
+    @property
+    def _pruning(self) -> Pruning | None:
+        return None if self.curriculum is None else self.curriculum.pruning
 
     def _is_learned(self) -> bool:
         """Whether the curriculum has come to its end."""
@@ -332,7 +336,8 @@ class Training:
         self.step += 1
         if learner is not None:
             learner.observe(all_rows(accelerator, predictions), batch.targets.to(predictions.device))
-            silence(self.model, learner.silenced or [[] for _ in self.model.mixers])
+            if learner.pruning is not None:
+                learner.pruning.keep_silent(self.model)
             learner.prune(self.model, self.optimizer, self.step)
             learner.ask(self.model)
         return Outcome(loss, predictions, own.targets, grad_norm)
@@ -425,8 +430,8 @@ class Training:
             others = {}
             if carried is not None:
                 others[STATE_FILE] = {str(layer): part for layer, part in enumerate(carried)}
-            if self.curriculum is not None and self.curriculum.before:
-                others[TRIAL_FILE] = self.curriculum.before
+            if (pruning := self._pruning) is not None and pruning.before:
+                others[TRIAL_FILE] = pruning.before
             self.folder.save_checkpoint(model, moments, progress, best=is_best, others=others)
         self.stopwatch.start(self.step)
 

@@ -1,9 +1,9 @@
-"""What a model can do without, blocks and components of blocks: found on new batches, silenced, and left out."""
+"""What a model can do without, blocks and components of blocks: found on new batches, taken away on trial, left out."""
 
 import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,12 @@ from statemix.mixers import Mixer
 from statemix.mixers.linear_recurrence import LinearRecurrence
 from statemix.model import SequenceModel, TokenModel
 from statemix.tasks import IGNORE_INDEX, Batch
+from statemix.training.config import TrainConfig
 from statemix.training.evaluate import answer
 
 ONE_HOT = 1e4  # times the raw gates
+STAGES = ("blocks", "components", "thin")  # of pruning, after the first
+LIMIT = 6  # times `prune_settle`: the steps in which a run must settle without what was taken away
 Silenced = list[list[int]]  # by layer, columns of the read-out's weight (D, M N): component m of block n is m N + n
 
 
@@ -23,6 +26,143 @@ class Piece(NamedTuple):
 
     layer: int
     columns: list[int]
+
+
+class Trial(NamedTuple):
+    """What was taken away, and at which step that was."""
+
+    pieces: list[Piece]
+    step: int
+
+
+PIECE = {"layer": int, "columns": [int]}
+# the form of a pruning's state in a checkpoint, see records.py
+STATE = {
+    "silenced": [[int]],
+    "stage": str,
+    "staying": [PIECE],
+    "careful": bool,
+    "trial?": {"pieces": [PIECE], "step": int},
+}
+
+
+class Pruning:
+    """What a run has taken away of its model, and tries to do without, as `CurriculumConfig` says.
+
+    Args:
+        config: with `curriculum.prune`.
+
+    Attributes:
+        silenced: components that were taken away, by layer. None: it has not begun.
+        stage: what is taken away now, one of STAGES; "thin": all that is left was tried.
+        trial: what was taken away last, and comes back if the run does not settle without it.
+        before: weights and optimizer before that, see `snapshot`.
+        staying: what came back in this stage.
+        careful: whether only one block or component is taken away next, because more were too many.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, self.options = config, config.curriculum
+        self.silenced: Silenced | None = None
+        self.stage = STAGES[0]
+        self.trial: Trial | None = None
+        self.before: dict[str, Tensor] = {}
+        self.staying: list[Piece] = []
+        self.careful = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is taken away."""
+        return self.stage == "thin"
+
+    def is_in_vain(self, step: int) -> bool:
+        """Whether there is a trial that has taken too long."""
+        return self.trial is not None and step - self.trial.step >= LIMIT * self.options.prune_settle
+
+    def begin(self, model: TokenModel, batches: list[Batch]) -> None:
+        """Take away all blocks that the batches do not miss, if one-hot rows answer them without an error."""
+        tried = one_hot_copy(model)
+        if not errors(tried, batches):
+            self.silenced = [[] for _ in model.mixers]
+            self._take(model, prune(tried, batches, whole_blocks=True))
+
+    def try_without(self, model: TokenModel, optimizer: torch.optim.Optimizer, step: int, batches: list[Batch]) -> bool:
+        """Take away on trial what the batches do not miss and what they miss least of the rest, as what was taken
+        before was found not to be needed; but nothing that the run has no steps left to settle without.
+
+        Returns:
+            Whether there was something. If not, it is over.
+        """
+        if self.trial is not None:
+            self.trial, self.before, self.careful = None, {}, False
+        assert self.options.quiet is not None
+        if self.config.steps - step < LIMIT * self.options.prune_settle + self.options.quiet:
+            self.stage = "thin"
+        tried, pieces = one_hot_copy(model), list[Piece]()
+        while not self.is_over and not pieces:
+            whole = self.stage == "blocks"
+            if not self.careful:
+                pieces = prune(tried, batches, self.staying, whole_blocks=whole)
+            if (piece := least_needed(tried, batches, self.staying, whole_blocks=whole)) is not None:
+                pieces.append(piece)
+            if not pieces:
+                self.stage, self.staying = STAGES[STAGES.index(self.stage) + 1], []
+        if pieces:
+            self.trial, self.before = Trial(pieces, step), snapshot(model, optimizer)
+            self._take(model, pieces)
+        return bool(pieces)
+
+    def put_back(self, model: TokenModel, optimizer: torch.optim.Optimizer) -> None:
+        """Let all be as it was before the trial; what was tried alone stays, of more the next trial is of one."""
+        assert self.silenced is not None
+        assert self.trial is not None
+        restore(model, optimizer, self.before)
+        pieces = self.trial.pieces
+        for piece in pieces:
+            self.silenced[piece.layer] = sorted(set(self.silenced[piece.layer]) - set(piece.columns))
+        self.trial, self.before, self.careful = None, {}, len(pieces) > 1
+        if len(pieces) > 1:
+            return
+        self.staying += pieces
+        if self.stage == "components":
+            self.stage = "thin"  # none that came after one which is needed was ever found not to be
+
+    def keep_silent(self, model: TokenModel) -> None:
+        """Let what was taken away be away, as the optimizer moves it on."""
+        silence(model, self.silenced or [[] for _ in model.mixers])
+
+    def _take(self, model: TokenModel, pieces: list[Piece]) -> None:
+        """Take pieces away."""
+        assert self.silenced is not None
+        for piece in pieces:
+            self.silenced[piece.layer] = sorted({*self.silenced[piece.layer], *piece.columns})
+        self.keep_silent(model)
+
+    def state(self) -> dict[str, Any]:
+        """All that the next steps depend on, once it has begun: STATE."""
+        staying = [piece._asdict() for piece in self.staying]
+        state = {"silenced": self.silenced, "stage": self.stage, "staying": staying, "careful": self.careful}
+        if self.trial is None:
+            return state
+        pieces = [piece._asdict() for piece in self.trial.pieces]
+        return state | {"trial": {"pieces": pieces, "step": self.trial.step}}
+
+    def restore(self, state: dict[str, Any], model: TokenModel) -> None:
+        """Go on from a state of this model; `before` is to follow. Raises ValueError if it is of another."""
+        trial = state.get("trial", {"pieces": []})
+        sizes = [mixer.output.weight.shape[1] for mixer in model.mixers]
+        columns = [(piece["layer"], piece["columns"]) for piece in state["staying"] + trial["pieces"]]
+        columns += enumerate(state["silenced"])
+        fits = all(layer < len(sizes) and all(column < sizes[layer] for column in taken) for layer, taken in columns)
+        if not fits or len(state["silenced"]) != len(sizes):
+            raise ValueError("`curriculum.pruning` names components that the model does not have")
+        if state["stage"] not in STAGES:
+            raise ValueError(f"`curriculum.pruning.stage` must be one of {list(STAGES)}, got {state['stage']!r}")
+        self.silenced, self.stage, self.careful = state["silenced"], state["stage"], state["careful"]
+        self.staying = [Piece(**piece) for piece in state["staying"]]
+        self.trial, self.before = None, {}
+        if "trial" in state:
+            self.trial = Trial([Piece(**piece) for piece in trial["pieces"]], trial["step"])
 
 
 @torch.no_grad()
