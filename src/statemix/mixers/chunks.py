@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 
+FEW = 4  # unknowns of a system that is solved row by row: the writes of a single step, in what ONNX has operators for
+
+
 class Decays(NamedTuple):
     """Products of decays inside chunks of C steps; shapes begin with those of the logarithms, (..., C)."""
 
@@ -146,11 +149,9 @@ def delta_scan(
     decay = decays(torch.cat([logarithms[..., None], later], dim=-1).flatten(-2))  # of the C R writes of a chunk
     keys, values, beta = keys.flatten(3, 4), values.flatten(3, 4), beta.flatten(3, 4)[..., None]  # (B, H, n, C R, ...)
 
-    system = beta * (keys @ keys.mT) * decay.between  # the solver reads what is below the diagonal
+    system = beta * (keys @ keys.mT) * decay.between
     sides = torch.cat([beta * values, beta * decay.from_start[..., None] * keys], dim=-1)
-    own, of_state = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True).split(
-        [values.shape[-1], keys.shape[-1]], dim=-1
-    )
+    own, of_state = _solve(system, sides).split([values.shape[-1], keys.shape[-1]], dim=-1)
     seen = queries @ keys.mT * decay.between[..., rank - 1 :: rank, :]  # a step reads after its last write
     queries = queries * decay.from_start[..., rank - 1 :: rank, None]
     keys = (keys * decay.to_end[..., None]).mT
@@ -161,3 +162,16 @@ def delta_scan(
         outputs.append(q @ state + p @ updates)
         state = whole * state + k @ updates
     return from_chunks(torch.stack(outputs, dim=2), length), state
+
+
+def _solve(system: Tensor, sides: Tensor) -> Tensor:
+    """X of (I + L) X = sides (..., C, V), L what is below the diagonal of `system` (..., C, C)."""
+    if system.shape[-1] > FEW:
+        return torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True)
+    rows = list[Tensor]()
+    for i in range(system.shape[-1]):
+        row = sides[..., i, :]
+        for j, solved in enumerate(rows):
+            row = row - system[..., i, j, None] * solved
+        rows.append(row)
+    return torch.stack(rows, dim=-2)

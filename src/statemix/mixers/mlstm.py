@@ -133,7 +133,9 @@ def mlstm_scan(
     between, from_start = log_decays(forget.masked_fill(starts, -torch.inf))
     total = forget.cumsum(-1)
     # log decay since the start of the chunk or the last reset, before which it is `total`, falling, without the step
-    since = torch.where(starts, total - forget, torch.inf).cummin(-1).values
+    since = torch.where(starts, total - forget, torch.inf)
+    if size > 1:  # of a step it is the same, and ONNX has no such operator
+        since = since.cummin(-1).values
     since = total - since.masked_fill(since == torch.inf, 0)
 
     between = between + write[..., None, :]
