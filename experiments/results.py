@@ -23,7 +23,9 @@ import endless
 import figures
 import generation
 import relu
+import rivals
 import shakespeare
+import suite
 import torch
 from matplotlib.figure import Figure
 
@@ -209,6 +211,8 @@ PLAIN: dict[str, Callable[[Sequence[Row]], list[list[str]]]] = {
     "choose_m": choose_m.table,
     "shakespeare": shakespeare.table,
     "generation": generation.table,
+    "suite": suite.table,
+    "rivals": rivals.table,
 }
 
 if __name__ == "__main__":

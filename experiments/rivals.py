@@ -108,7 +108,7 @@ def rows(out: Path) -> list[Row]:
                     continue
                 summary, limit = read_result(run, "rivals"), TrainConfig.load(run / CONFIG_FILE).steps
                 row: Row = {"task": task, "mixer": mixer, "lr": lr, "seed": seed, "steps": summary["steps"]}
-                row |= {"quiet": summary["steps"] < limit, "mixer parameters": summary["mixer_parameters"]}
+                row |= {"quiet": int(summary["steps"] < limit), "mixer parameters": summary["mixer_parameters"]}
                 row |= {f"right at {length}": rights(summary, length) for length in LENGTHS}
                 found.append(row)
     return found
@@ -119,11 +119,11 @@ def table(found: Sequence[Row]) -> list[list[str]]:
     lines = [["task", "mixer", "parameters", "lr", *(f"right at {length}" for length in LENGTHS), "ended", "steps"]]
     for task, mixer in dict.fromkeys((row["task"], row["mixer"]) for row in found):
         of = [row for row in found if (row["task"], row["mixer"]) == (task, mixer)]
-        line = [str(task), str(mixer), f"{of[0]['mixer parameters']:,}", f"{of[0]['lr']:g}"]
+        line = [str(task), str(mixer), f"{of[0]['mixer parameters']:,.0f}", f"{of[0]['lr']:g}"]
         for length in LENGTHS:
             line.append(estimate([100 * float(row[f"right at {length}"]) for row in of], ".2f"))
-        quiet = sum(bool(row["quiet"]) for row in of)
-        lines.append([*line, f"{quiet} of {len(of)}", ", ".join(f"{row['steps']:,}" for row in of)])
+        quiet = sum(int(row["quiet"]) for row in of)
+        lines.append([*line, f"{quiet} of {len(of)}", ", ".join(f"{row['steps']:,.0f}" for row in of)])
     return lines
 
 

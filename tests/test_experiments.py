@@ -1,6 +1,7 @@
 """The experiments: their sweeps are made of valid configs, and what docs/claims/ shows is what the tables say."""
 
 import csv
+import json
 import runpy
 import sys
 from dataclasses import replace
@@ -170,7 +171,11 @@ def test_the_suite_tries_until_a_model_is_verified(tmp_path, monkeypatch):
     assert wrong_prefixes(tmp_path / "s3-2-0", 1001) > wrong_prefixes(tmp_path / "s3-2-1", 1001) == 0
     assert suite["solve"]("s3", 2, 5, tmp_path) == found | {"wrong prefixes": list(found["wrong prefixes"])}
     assert made == [2, 1002]  # nothing was tried again
-    head, row = suite["table"]([found])
+    kept = json.loads((tmp_path / "s3-2.json").read_text())
+    spent = [one[f"core seconds of {what}"] for one in kept for what in ("training", "verification")]
+    assert len(spent) == 4
+    assert found["core seconds of all tries"] == pytest.approx(sum(spent))
+    head, row = suite["table"]([found | {"wrong prefixes": 0}])
     assert dict(zip(head, row, strict=True))["verified for all lengths"] == "1 of 1"
 
 
