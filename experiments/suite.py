@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def row_of(name: str, seed: int, kept: list[dict[str, Any]]) -> dict[str, Any]:
     return {"task": name, "seed": seed, **kept[-1], "core seconds of all tries": seconds}
 
 
-def table(rows: list[dict[str, Any]]) -> list[list[str]]:
+def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Per task: how many seeds are verified, how many tries that took, and what the last try says of long words."""
     lines = [
         [

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-
 FEW = 4  # unknowns of a system that is solved row by row: the writes of a single step, in what ONNX has operators for
 
 
