@@ -167,7 +167,7 @@ def _solve(system: Tensor, sides: Tensor) -> Tensor:
     """X of (I + L) X = sides (..., C, V), L what is below the diagonal of `system` (..., C, C)."""
     if system.shape[-1] > FEW:
         return torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True)
-    rows = list[Tensor]()
+    rows: list[Tensor] = []  # `list[Tensor]()` is more than torch.compile reads
     for i in range(system.shape[-1]):
         row = sides[..., i, :]
         for j, solved in enumerate(rows):
