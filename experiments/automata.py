@@ -65,7 +65,7 @@ def recipe(states: int, number: int, mixer: Spec, *, one_hot: bool) -> TrainConf
         model=ModelConfig(d_model=D_MODEL, num_layers=2, mlp_size=128),
         curriculum=dataclasses.replace(EXACT.curriculum, prune=EXACT.curriculum.prune if one_hot else None, queries=0),
         row_entropy=0.1 if one_hot else 0.0,
-        block_dropout=0.5 if one_hot else 0.0,
+        block_dropout=EXACT.block_dropout if one_hot else 0.0,
         sharpen=EXACT.sharpen if one_hot else None,
         steps=STEPS,
         eval_every=STEPS // 5,

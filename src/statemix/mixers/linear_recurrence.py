@@ -104,7 +104,7 @@ class LinearRecurrence(Mixer):
     has_gate_rows = True
     plain_options: ClassVar = {"backend": "reference"}
     one_hot: bool  # True: `forward` takes the largest weight of each row for all of it, see `one_hot_rows`
-    heard: Tensor | None  # with `one_hot`: the blocks that the read-out has weights for; None: all of them
+    heard: Tensor | None  # only with `one_hot`: the blocks that the read-out has weights for; None: all of them
     kind: str  # of the scan: block, companion or observer
     normalization: str
     backend: str
@@ -144,8 +144,8 @@ class LinearRecurrence(Mixer):
         return one_hot_rows(normalize(self.raw_gates(x, self.heard), self.normalization, dim=-2))
 
     def _values(self, x: Tensor) -> Tensor:
-        """Values (B, T, M N or N); with `one_hot` of the blocks that are heard alone."""
-        if not self.one_hot or self.heard is None:
+        """Values (B, T, M N or N), of the blocks that are heard alone."""
+        if self.heard is None:
             values: Tensor = self.values(x)
             return values
         return _project(self.values, x, self.heard, self.state_shape[1])
@@ -154,7 +154,7 @@ class LinearRecurrence(Mixer):
         self, gates: Tensor, values: Tensor, state: Tensor | None, reset: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Of `_gates` and values, (B, T, ...), the outputs in a dtype and the final state, 0 of blocks not heard."""
-        heard = self.heard if self.one_hot else None
+        heard = self.heard
         if self.kind == "block":
             values = values.unflatten(2, (self.state_shape[0], -1))
         if heard is not None and state is not None:
@@ -182,8 +182,7 @@ class LinearRecurrence(Mixer):
 
         A row of a block that is not heard counts as one that is one-hot.
         """
-        heard = self.heard if self.one_hot else None
-        weights = normalize(self.raw_gates(x, heard), self.normalization, dim=-2).abs()
+        weights = normalize(self.raw_gates(x, self.heard), self.normalization, dim=-2).abs()
         # the slope of w ln w is infinite where a weight is zero in floating point
         logarithms = weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
         entropies = -(weights * logarithms).sum(-2).flatten(2)

@@ -18,7 +18,7 @@ from statemix.tasks import IGNORE_INDEX, Batch
 from statemix.tasks.base import Task, seed_words
 from statemix.training.config import TrainConfig
 from statemix.training.pruning import STATE as PRUNING
-from statemix.training.pruning import Pruning, Silenced, one_hot_copy
+from statemix.training.pruning import Pruning, Silenced, heard_blocks, one_hot_copy
 
 MEMORY = 0.9  # of the running accuracy, for one batch
 TRIED = 8  # batches on which blocks or components are compared
@@ -174,10 +174,13 @@ class Curriculum:
         """
         if self.is_answered or not self.is_settled:
             return
+        if len(self.given) == self.options.queries:
+            self.is_answered = True
+            return
         asked = one_hot_copy(model).cpu()
         assert isinstance(asked, SequenceModel)
         found = explore(asked, self.task.automaton(), max_states=QUERY_STATES).wrong
-        if found is None or len(found.word) > self.options.row or len(self.given) == self.options.queries:
+        if found is None or len(found.word) > self.options.row:
             self.is_answered = True
             return
         self.given.append(Word(found.word, (IGNORE_INDEX,) * (len(found.word) - 1) + (found.target,)))
@@ -197,6 +200,15 @@ class Curriculum:
         if self.silenced is not None:
             figures["silenced"] = sum(map(len, self.silenced))
         return figures | {"queries": len(self.given)} if self.options.queries else figures
+
+    def summary(self, model: TokenModel) -> dict[str, Any]:
+        """What it came to, for the end of the run: of each layer the blocks and components that are left; queries."""
+        summary: dict[str, Any] = {}
+        if self.silenced is not None:
+            layers = list(zip(model.mixers, self.silenced, strict=True))
+            summary["blocks"] = [len(heard_blocks(mixer, columns)) for mixer, columns in layers]
+            summary["components"] = [mixer.output.weight.shape[1] - len(columns) for mixer, columns in layers]
+        return summary | {"queries": len(self.given)} if self.options.queries else summary
 
     def state(self) -> dict[str, Any]:
         """All that the next steps depend on: STATE."""

@@ -53,7 +53,7 @@ from statemix.training.listeners import Listener, check_listeners, give_all, lis
 from statemix.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from statemix.training.processes import all_rows, make_accelerator, own_rows, prepare, whole, whole_model
 from statemix.training.progress import Bar, Stopwatch
-from statemix.training.pruning import Pruning, heard_blocks
+from statemix.training.pruning import Pruning
 from statemix.training.regularization import one_hot_gates, penalty, regularized, row_entropies, strengths
 
 RESUME = ("auto", "best", "never")
@@ -475,12 +475,8 @@ class Training:
         summary |= self.lineage.facts()
         if self.task.fingerprint is not None:
             summary["data"] = self.task.fingerprint
-        if self.curriculum is not None and (silenced := self.curriculum.silenced) is not None:
-            layers = list(zip(model.mixers, silenced, strict=True))
-            summary["blocks"] = [len(heard_blocks(mixer, columns)) for mixer, columns in layers]
-            summary["components"] = [mixer.output.weight.shape[1] - len(columns) for mixer, columns in layers]
-        if self.curriculum is not None and self.config.curriculum.queries:
-            summary["queries"] = len(self.curriculum.given)
+        if self.curriculum is not None:
+            summary |= self.curriculum.summary(model)
         if self.config.sharpen is not None:
             for mixer in model.mixers:
                 mixer.sharpen(self.config.sharpen)
