@@ -30,6 +30,8 @@ import torch
 from matplotlib.figure import Figure
 
 from statemix import kernels
+from statemix.benchmark.gpu.records import Records
+from statemix.benchmark.gpu.results import roofline
 from statemix.benchmark.results import plot, read_kept
 from statemix.files import write_whole
 from statemix.report.tables import align
@@ -64,8 +66,18 @@ def main() -> None:
     if (file := RESULTS / "shakespeare.csv").exists():
         save(figures.shakespeare(read(file)), "shakespeare")
     for picture in sorted((RESULTS / "bench").glob("*.png")):
-        write_whole(picture, plot(read_kept(picture.with_suffix(".json"))))
+        write_whole(picture, measured(picture))
     show("efficiency", align(efficiency(), markdown=True))
+
+
+def measured(picture: Path) -> bytes:
+    """A picture of `statemix bench` again; of a card's records those of the last conditions."""
+    if (samples := picture.with_suffix(".json")).exists():
+        return plot(read_kept(samples))
+    records = Records(picture.with_suffix(".jsonl"))
+    *_, last = records
+    conditions = last.partition("; ")[2]
+    return roofline([record for key, record in records.items() if key.endswith(conditions)], conditions)
 
 
 def save(figure: Figure, name: str) -> None:

@@ -127,7 +127,7 @@ def test_the_picture_of_the_group():
     assert axes.get_title(loc="left").replace("\n", " ") == title
     assert frames(axes) == {FAITHFUL: 6, QUOTIENT: 6}
     texts = {text.get_text(): text for text in axes.texts}
-    assert {*LABELS, "block 2\nS3", "block 1\nits sign", "block 3\nidentity", "block 0\n0 of 6"} <= texts.keys()
+    assert {*LABELS, "block 2\nS3", "block 1\nits sign", "block 3\nidentity", "block 0\n0/6"} <= texts.keys()
     heights = [texts[label].get_position()[1] for label in ("e", "(1 2)", "(0 1)", "(0 2)", "(0 1 2)", "(0 2 1)")]
     assert heights == sorted(heights)  # by class
     # the block in the order of the points looks like the group: its large weights are where those of the group are
@@ -148,7 +148,7 @@ def test_a_block_that_acts_as_no_group_shows_for_how_many_tokens_it_is_right():
     transition[4, 0, 1] = 0
     figure = group_picture(transition, group, read_blocks(transition, group))
     [axes] = figure.axes
-    assert "block 0\n5 of 6" in {text.get_text() for text in axes.texts}
+    assert "block 0\n5/6" in {text.get_text() for text in axes.texts}
     assert frames(axes) == {OTHER: 5}
 
 

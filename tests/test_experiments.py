@@ -3,6 +3,7 @@
 import csv
 import json
 import runpy
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from statemix.sizing import measure
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"
 TABLES = sorted(path.stem for path in (ROOT / "results").glob("*.csv"))
+DRAWN_ELSEWHERE = ("inside-", "quickstart")  # by experiments/inside.py and quickstart.py, from runs
 AGAINST_THE_CLOCK = {"generation", "shakespeare"}  # each wants the whole machine: one run of each
 
 
@@ -101,6 +103,20 @@ def test_the_page_shows_the_plain_tables_too(results):
 def test_the_page_shows_the_measured_speeds(results):
     page, content = results["fill"]("efficiency", results["align"](results["efficiency"](), markdown=True))
     assert content == page.read_text(), "run `make results`"
+
+
+def test_results_draws_every_picture_again_and_leaves_the_pages_as_they_are(results, tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    shutil.copytree(ROOT / "docs" / "claims", tmp_path / "docs" / "claims")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["results.py"])
+    pictures = {path for path in tmp_path.rglob("*.png") if not path.name.startswith(DRAWN_ELSEWHERE)}
+    for path in pictures:
+        path.write_bytes(b"")
+    results["main"]()
+    assert [path.name for path in pictures if not path.read_bytes().startswith(b"\x89PNG")] == []
+    for page in (tmp_path / "docs" / "claims").iterdir():
+        assert page.read_text() == (ROOT / "docs" / "claims" / page.name).read_text(), page.name
 
 
 def test_an_automaton_is_verified_once(tmp_path):

@@ -89,7 +89,7 @@ class Block(NamedTuple):
     @property
     def head(self) -> str:
         """The head names the block and what it acts as or, if that is no group, how many of the tokens it has right."""
-        tokens = f"{sum(self.right)} of {len(self.right)}" if self.verdict == NONE else self.verdict
+        tokens = f"{sum(self.right)}/{len(self.right)}" if self.verdict == NONE else self.verdict
         return f"block {self.number}\n{tokens}"
 
 
