@@ -6,11 +6,12 @@
 Automata of 4 to 32 states over 2 to 4 symbols, each with a mixer of its own weights. A success is one that
 `statemix.verify` finds equal at every length; a run is verified once, and its answer kept beside it.
 
-Why two layers: a one-hot row of gates copies, new component i is old component f(i). After a word x_1 ... x_t component
-i holds what was in f_1(f_2(... f_t(i))) at the start: it says what an automaton of the components says of the word read
-backwards. For a group that is no matter; but of most automata of S states the one of the reversed words has many more.
-What a first layer says may choose the gates of a second, and cascades of permutations and resets follow any automaton
-(Krohn and Rhodes 1965). Columns with a single one, as of pd_ssm, need one layer of S components.
+A one-hot row of gates copies: a component holds, after a word, what another held before its last symbol, or a value of
+that symbol. So what a component says of the automaton's state is a function of it that follows from the read-out by
+going back symbol by symbol, and a block that is to answer alone needs a component for each of these functions, as many
+as `components` counts: of the automaton read backwards there are many more states than of itself. Columns with a single
+one, as of pd_ssm, need one layer of S components. Rivals have no states that come again bit for bit: none is ever found
+equal, and what is left to compare is how many of 256 words they answer without an error.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from statemix import TrainConfig, records
+from statemix.analysis.automata import NONE, Automaton
 from statemix.mixers.linear_recurrence import LinearRecurrence
 from statemix.model import SequenceModel
 from statemix.report.tables import align
@@ -34,13 +36,16 @@ from statemix.training.config import ModelConfig
 from statemix.verify import VERDICT_FILE, write_verdict
 
 STATES, DRAWS = (4, 8, 16, 32), {"quick": 20, "full": 50}
-RIVAL_STATES = {"quick": (4, 8), "full": STATES}  # a rival as large as the larger ones takes minutes a run
-D_MODEL, NUM_BLOCKS, STEPS = 64, 16, 2_000
+# rivals at quick: a run of PD-SSM or DeltaProduct takes minutes
+RIVAL_STATES, RIVAL_DRAWS = {"quick": (4,), "full": STATES}, {"quick": 5, "full": 50}
+BLOCK_SIZE, NUM_BLOCKS, D_MODEL = 16, 16, 64
+STEPS = {4: 2_500, 8: 600, 16: 600, 32: 600}  # of 2,048 tokens; fewer where no block can be right alone
+MANY = 1_000  # functions, where counting them ends; the table says "many"
 # rivals have as many parameters as the BD-LRU of the same automaton
 RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
     "PD-SSM": ("pd_ssm", {}),
     "LSTM": ("lstm", {}),
-    "DeltaProduct, rank 2": ("delta_product", {}),
+    "DeltaProduct, rank 2": ("delta_product", {"chunk_size": 16}),
     "Mamba-2": ("mamba2", {"state_dim": 16}),
     "LRU": ("lru", {}),
 }
@@ -62,13 +67,19 @@ def recipe(states: int, number: int, mixer: Spec, *, one_hot: bool) -> TrainConf
             "start": True,
         },
         mixer=dict(mixer),
-        model=ModelConfig(d_model=D_MODEL, num_layers=2, mlp_size=128),
-        curriculum=dataclasses.replace(EXACT.curriculum, prune=EXACT.curriculum.prune if one_hot else None, queries=0),
+        model=ModelConfig(d_model=D_MODEL, mlp_size=2 * D_MODEL),
+        curriculum=dataclasses.replace(
+            EXACT.curriculum,
+            prune=EXACT.curriculum.prune if one_hot else None,
+            prune_after=50 if one_hot else 500,
+            queries=0,
+        ),
         row_entropy=0.1 if one_hot else 0.0,
+        gate_noise=0.5 if one_hot else 0.0,
         block_dropout=EXACT.block_dropout if one_hot else 0.0,
         sharpen=EXACT.sharpen if one_hot else None,
-        steps=STEPS,
-        eval_every=STEPS // 5,
+        steps=STEPS[states],
+        eval_every=STEPS[states] // 5,
         eval_sequences=256,
         test_lengths=(40, 256),
         seed=number,
@@ -79,16 +90,35 @@ def configs(budget: str) -> dict[str, TrainConfig]:
     """Every automaton with BD-LRU and with each rival; the smallest first."""
     made = {}
     for states in STATES:
-        own: Spec = {"name": "bd_lru", "num_blocks": NUM_BLOCKS, "block_size": min(states + 1, 16)}
+        own: Spec = {"name": "bd_lru", "num_blocks": NUM_BLOCKS, "block_size": BLOCK_SIZE}
         size, _ = measure(own, D_MODEL)
         mixers = {"BD-LRU": own}
         for label, (name, options) in RIVALS.items() if states in RIVAL_STATES[budget] else ():
             mixers[label] = solve(name, D_MODEL, budget=size, **options).spec
         for number in range(DRAWS[budget]):
-            for label, mixer in mixers.items():
+            for label, mixer in list(mixers.items())[: None if number < RIVAL_DRAWS[budget] else 1]:
                 config = recipe(states, number, mixer, one_hot=mixer is own)
                 made[f"{label}, {states} states, seed {number}"] = config
     return made
+
+
+def components(automaton: Automaton) -> int:
+    """How many components of a block suffice to follow an automaton whose output is one of the state it comes to.
+
+    They hold functions of the state: what it says, and with each function what that will be after each symbol. One that
+    is the same at every state is a value of the symbol and needs none. Counting ends at MANY.
+    """
+    moves = automaton.transitions[:-1]  # without the state before the start token
+    symbols = [x for x in range(moves.shape[1]) if (moves[:, x] >= 0).all()]
+    says = {int(moves[q, x]): int(automaton.outputs[q, x]) for q in range(len(moves)) for x in symbols}
+    pending = [tuple(says.get(q, NONE) for q in range(len(moves)))]  # nothing leads back to the first state of some
+    functions: set[tuple[int, ...]] = set()
+    while pending and len(functions) < MANY:
+        function = pending.pop()
+        if len(set(function)) > 1 and function not in functions:
+            functions.add(function)
+            pending += [tuple(function[q] for q in moves[:, x].tolist()) for x in symbols]
+    return len(functions)
 
 
 def verified(run: Run) -> Row:
@@ -105,6 +135,7 @@ def verified(run: Run) -> Row:
         "mixer": run.config.mixer["name"],
         "states of the automaton": run.config.task["num_states"],
         "seed": run.config.seed,
+        "components that suffice": components(build_task(run.config.task).automaton()),
         "outcome": found["outcome"],
         "states explored": found["states"],
         "sequences right at 256": run.summary["test"]["256"]["sequence_accuracy"],
@@ -123,15 +154,27 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     groups: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["mixer"], int(row["states of the automaton"])), []).append(row)
-    lines = [["mixer", "states", "draws", "equal at every length", "rate", "differ", "undecided", "right at 256"]]
+    head = [
+        "mixer",
+        "states",
+        "components that suffice",
+        "draws",
+        "equal at every length",
+        "rate",
+        "differ",
+        "undecided",
+    ]
+    lines = [[*head, "without an error at 256"]]
     for (mixer, states), of in sorted(groups.items()):
         equal, differ, undecided = (
             sum(row["outcome"] == outcome for row in of) for outcome in ("equal", "differs", "undecided")
         )
         low, high = wilson(equal, len(of))
         right = sum(float(row["sequences right at 256"]) == 1 for row in of)
+        needed = sorted(int(row["components that suffice"]) for row in of)
+        names = ["many" if number >= MANY else str(number) for number in dict.fromkeys((needed[0], needed[-1]))]
         counts = [len(of), equal, f"{equal / len(of):.2f} ({low:.2f}-{high:.2f})", differ, undecided, right]
-        lines.append([mixer, *map(str, [states, *counts])])
+        lines.append([mixer, *map(str, [states, " to ".join(names), *counts])])
     return lines
 
 

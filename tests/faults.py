@@ -362,6 +362,22 @@ FAULTS = (
         select="goes_on_where",
     ),
     Fault(
+        name="the noise of gates stays on the weights",
+        file="src/statemix/training/regularization.py",
+        old="                weight.copy_(own)",
+        new="                own.copy_(weight)",
+        tests="tests/test_training_regularization.py",
+        select="noise_is_on",
+    ),
+    Fault(
+        name="the noise of gates is the same at each step",
+        file="src/statemix/training/regularization.py",
+        old="manual_seed(hash((seed, step)))",
+        new="manual_seed(hash((seed, 0)))",
+        tests="tests/test_training_regularization.py",
+        select="noise_is_on",
+    ),
+    Fault(
         name="what is dropped depends on the caller's random state",
         file="src/statemix/training/regularization.py",
         old="            torch.manual_seed(hash((config.seed, step, process)))\n",

@@ -89,7 +89,7 @@ def flags() -> list[str]:
 def test_help_names_every_field_option_and_name(capsys):
     status, text, errors = call(capsys, "train", "--help-all")
     assert (status, errors) == (0, "")
-    assert len(flags()) == 48
+    assert len(flags()) == 49
     options = [f"--task.{name}" for name in ("group", "seq-len", "generators")]
     options += [f"--mixer.{name}" for name in ("num-blocks", "block-size", "normalization", "selective", "backend")]
     for flag in [*flags(), *options, "--config", "--preset", "--out", "--resume", *HOW]:
@@ -287,7 +287,7 @@ EVERY_FLAG = """--task=permutation --task.group A4xZ5 --task.seq-len 6 --task.ge
     --optimizer.schedule linear
     --steps 7 --batch-size 6 --seed 5 --eval-every 4 --eval-sequences 3 --test-lengths 2 1 --log-every 9
     --train-sequences 8 --patience 2 --stop-accuracy 0.75
-    --mixed-precision bf16 --accumulate 3 --row-entropy 0.5 --block-dropout 0.25"""
+    --mixed-precision bf16 --accumulate 3 --row-entropy 0.5 --block-dropout 0.25 --gate-noise 0.5"""
 
 
 THERE = "--resume=never --tracker wandb --init-from other --lengthen"
@@ -329,6 +329,7 @@ def test_every_flag_sets_its_field(capsys):
             accumulate=3,
             row_entropy=0.5,
             block_dropout=0.25,
+            gate_noise=0.5,
         ),
         "there",
     )

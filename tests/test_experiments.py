@@ -9,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from model_helpers import solved_model
 
 from statemix import TrainConfig, train
+from statemix.analysis.automata import NONE, Automaton
 from statemix.runs.read import find_runs
 from statemix.sizing import measure
 
@@ -136,8 +138,19 @@ def test_an_automaton_is_verified_once(tmp_path):
     again = automata["verified"](run)
     assert again == row | {"outcome": "equal"}
     assert written.read_text() == kept
-    assert automata["table"]([row, again])[1:] == [["bd_lru", "4", "2", "1", "0.50 (0.09-0.91)", "1", "0", "0"]]
+    assert automata["table"]([row, again])[1:] == [["bd_lru", "4", "10", "2", "1", "0.50 (0.09-0.91)", "1", "0", "0"]]
     assert automata["wilson"](0, 20) == (0, pytest.approx(0.161, abs=1e-3))
+
+
+def test_a_block_needs_a_component_for_each_function_of_the_state():
+    """A shift register of 3 bits, of which the oldest is said: each of them is to be held."""
+    components = runpy.run_path(str(EXPERIMENTS / "automata.py"), run_name="automata")["components"]
+    moves = np.array([[(2 * state + bit) % 8 for bit in (0, 1, 1)] for state in range(8)])
+    moves[:, 2] = NONE  # the start token
+    said = np.where(moves == NONE, NONE, moves >> 2)
+    assert components(Automaton(moves, said).preceded_by(2)) == 3
+    parity = np.array([[0, 1, NONE], [1, 0, NONE]])
+    assert components(Automaton(parity, parity).preceded_by(2)) == 2  # even, and odd
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ NOT_DEFAULT = [
     TrainConfig(optimizer=OptimizerConfig(clip=None)),
     TrainConfig(optimizer=OptimizerConfig(schedule="linear", muon_lr=0.02)),
     TrainConfig(task={"name": "text", "test": 0.0, "tokenizer": "characters"}, accumulate=4, carry=True),
-    TrainConfig(train_lengths=(4, 16), row_entropy=0.1, block_dropout=0.5),
+    TrainConfig(train_lengths=(4, 16), row_entropy=0.1, block_dropout=0.5, gate_noise=0.25),
     TrainConfig(
         task={"name": "parity", "start": True},
         curriculum=CurriculumConfig(2, 1.5, 0.9, 64, 0.2, 8, 3, 9, 4),

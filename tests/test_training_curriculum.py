@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shutil
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -863,6 +864,9 @@ def test_what_presses_on_a_step_follows_the_curriculum():
     assert strengths(config, 0, learner) == Strengths(hidden=0.0, entropy=0.1)
     assert strengths(config, 0, None) == Strengths(hidden=0.25, entropy=0.0)
     assert strengths(config, 150, None) == Strengths(hidden=0.0, entropy=0.05)
+    noisy = dataclasses.replace(config, gate_noise=0.5)
+    assert strengths(noisy, 199, learner).noise == 0.5
+    assert strengths(noisy, 199, SimpleNamespace(silenced=[[]], at_last=True)).noise == 0
 
 
 # ---- config

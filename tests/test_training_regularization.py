@@ -15,9 +15,10 @@ from statemix.training.regularization import (
     dropout_seed,
     entropy_weight,
     hidden_blocks,
-    hidden_share,
+    noisy_gates,
     penalty,
     row_entropies,
+    strengths,
 )
 
 MIXERS = [
@@ -75,9 +76,37 @@ def test_what_is_dropped_is_of_the_seed_the_step_and_the_process():
 
 
 def test_the_schedules_turn_in_the_middle():
-    config = small_config(steps=8, row_entropy=0.4, block_dropout=0.5)
+    config = small_config(steps=8, row_entropy=0.4, block_dropout=0.5, gate_noise=0.3)
     assert [entropy_weight(config, step) for step in (0, 4, 5, 6, 8)] == pytest.approx([0, 0, 0.1, 0.2, 0.4])
-    assert [hidden_share(config, step) for step in (0, 3, 4, 7)] == [0.5, 0.5, 0, 0]
+    found = [strengths(config, step, None) for step in (0, 3, 4, 7)]
+    assert [strong.hidden for strong in found] == [0.5, 0.5, 0, 0]
+    assert [strong.noise for strong in found] == [0.3, 0.3, 0, 0]
+
+
+@pytest.mark.parametrize("mixer", MIXERS, ids=["block", "companion", "observer"])
+def test_noise_is_on_raw_gates_while_it_lasts(mixer):
+    torch.manual_seed(0)
+    model = SequenceModel(5, 16, 2, mixer)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def moved(size, seed, step):
+        with noisy_gates(model, size, seed, step):
+            return {key: value - before[key] for key, value in model.state_dict().items()}
+
+    first = moved(0.5, seed=1, step=7)
+    for key, change in first.items():
+        if "raw_gates.projection.weight" in key:
+            assert change.std().item() == pytest.approx(0.5, rel=0.2)
+        else:
+            assert not change.any()
+    assert all(torch.equal(change, first[key]) for key, change in moved(0.5, seed=1, step=7).items())
+    gates = next(key for key in first if "raw_gates.projection.weight" in key)
+    for other in (moved(0.5, seed=2, step=7), moved(0.5, seed=1, step=8)):
+        assert not torch.allclose(other[gates], first[gates], atol=0.1)
+    assert not moved(0.0, seed=1, step=7)[gates].any()
+    with pytest.raises(KeyError), noisy_gates(model, 0.5, 1, 7):
+        raise KeyError
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_the_penalty_is_of_batches_without_an_error_alone():
@@ -114,7 +143,9 @@ def test_blocks_are_hidden_in_the_first_half_of_training(tmp_path, shares):
 
 def test_a_resumed_run_hides_the_same_blocks(tmp_path):
     """With dropout beside it: both draw from the same stream of the step."""
-    config = small_config(steps=8, eval_every=2, block_dropout=0.5, model=ModelConfig(d_model=8, dropout=0.1))
+    config = small_config(
+        steps=8, eval_every=2, block_dropout=0.5, gate_noise=0.1, model=ModelConfig(d_model=8, dropout=0.1)
+    )
     whole = run(tmp_path / "whole", config)
     with pytest.raises(Stopped):
         run(tmp_path / "stopped", config, stop_before=3)
@@ -133,6 +164,12 @@ def test_the_config_keeps_the_names_of_older_runs():
     [
         ({"block_dropout": 1.0}, "`block_dropout` must be in [0, 1), got 1.0."),
         ({"block_dropout": -0.1}, "`block_dropout` must be in [0, 1), got -0.1."),
+        ({"gate_noise": -0.1}, "`gate_noise` must be at least 0 and finite, got -0.1."),
+        ({"gate_noise": float("inf")}, "`gate_noise` must be at least 0 and finite, got inf."),
+        (
+            {"gate_noise": 0.1, "mixer": {"name": "lstm", "hidden_size": 4}},
+            "`gate_noise` must be 0 for a mixer without rows of gates, got 0.1.",
+        ),
         (
             {"block_dropout": 0.1, "mixer": {"name": "lstm", "hidden_size": 4}},
             "`block_dropout` must be 0 for a mixer without blocks, got 0.1.",

@@ -255,5 +255,6 @@ def _fitted(task: Spec, mixer: Spec | None) -> dict[str, Any]:
         "model": ModelConfig(d_model=fit.d_model, num_layers=fit.num_layers, mlp_size=2 * fit.d_model),
         "row_entropy": fit.row_entropy if kind.has_gate_rows else 0.0,
         "block_dropout": EXACT.block_dropout if kind.has_gate_rows else 0.0,
+        "gate_noise": EXACT.gate_noise if kind.has_gate_rows else 0.0,
         "sharpen": EXACT.sharpen if kind.sharpens(options) else None,
     }

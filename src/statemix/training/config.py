@@ -172,6 +172,7 @@ LATER = {
     "block_dropout": 0.0,
     "carry": False,
     "curriculum": {part.name: part.default for part in dataclasses.fields(CurriculumConfig)},
+    "gate_noise": 0.0,
     "sharpen": None,
     "row_entropy": 0.0,
     "train_lengths": (),
@@ -206,6 +207,10 @@ class TrainConfig:
             each sequence and step, in the first half of training, with a curriculum before its last length: what one
             block gets wrong others cannot make up for then, so each has to be right by itself. Of a mixer with rows of
             gates alone.
+        gate_noise: standard deviation of normal noise on the weights of raw gates, another in each step, in the first
+            half of training, with a curriculum until its pruning begins: a row of gates stays what it is only if its
+            largest leads by more than the noise, so rows become one-hot where a penalty leaves them blurred. Of a mixer
+            with rows of gates alone.
         seed: of the initial weights and the training stream. Validation and test data are the same for every seed.
         eval_every: steps between validations; each also writes a checkpoint.
         patience: training ends after so many validations in a row without a lower loss. None: after `steps`.
@@ -239,6 +244,7 @@ class TrainConfig:
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     row_entropy: float = 0.0
     block_dropout: float = 0.0
+    gate_noise: float = 0.0
     seed: int = 0
     eval_every: int = 100
     patience: int | None = None
@@ -304,6 +310,8 @@ class TrainConfig:
             task.automaton()
         _require("block_dropout", hidden, 0 <= hidden < 1, "in [0, 1)")
         _require("block_dropout", hidden, rows or not hidden, "0 for a mixer without blocks")
+        _require("gate_noise", self.gate_noise, 0 <= self.gate_noise < math.inf, "at least 0 and finite")
+        _require("gate_noise", self.gate_noise, rows or not self.gate_noise, "0 for a mixer without rows of gates")
         sharpen, sharpens = self.sharpen, MIXERS[self.mixer["name"]].sharpens(self.mixer)
         _require("sharpen", sharpen, sharpen is None or 0 < sharpen < math.inf, "above 0 and finite")
         _require("sharpen", sharpen, sharpens or sharpen is None, "None for a mixer without rows of softmax")

@@ -16,7 +16,7 @@ from statemix.training.optimizer import learning_rate
 FREE = ("dropout", "init_std")  # options of a model that its trained weights do not depend on
 FREE_OF_MIXER = ("backend", "recompute")  # and of a mixer: how it is computed
 
-SCHEDULED = ("train_lengths", "row_entropy", "block_dropout")  # what goes by the share of the steps taken
+SCHEDULED = ("train_lengths", "row_entropy", "block_dropout", "gate_noise")  # what goes by the share of the steps taken
 
 
 class Lineage:

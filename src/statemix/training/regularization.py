@@ -1,4 +1,4 @@
-"""What training adds to a step besides the loss of its task: dropout, hidden blocks, and the entropy of gates."""
+"""What training adds to a step besides the loss of its task: dropout, hidden blocks, noise and entropy of gates."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -24,29 +24,27 @@ def entropy_weight(config: TrainConfig, step: int) -> float:
     return config.row_entropy * max(0.0, 2 * step / config.steps - 1)
 
 
-def hidden_share(config: TrainConfig, step: int) -> float:
-    """The share of the blocks that are hidden in a step: `block_dropout` in the first half of training, then 0."""
-    return config.block_dropout if 2 * step < config.steps else 0.0
-
-
 class Strengths(NamedTuple):
-    """Of a training step: the share of hidden blocks, the weight of the rows' entropy, what was taken away, from which
-    on rows are one-hot, and what the learning rate is multiplied by.
+    """Of a training step: the share of hidden blocks, the weight of the rows' entropy, the size of the noise of gates,
+    what was taken away, from which on rows are one-hot, and what the learning rate is multiplied by.
     """
 
     hidden: float
     entropy: float
+    noise: float = 0.0
     silenced: Silenced | None = None
     learning_rate: float = 1.0
 
 
 def strengths(config: TrainConfig, step: int, curriculum: Curriculum | None) -> Strengths:
     """Those of a step: by halves of training, or by where the curriculum is."""
+    hidden, noise = config.block_dropout, config.gate_noise
     if curriculum is None:
-        return Strengths(hidden_share(config, step), entropy_weight(config, step))
+        in_first_half = 2 * step < config.steps
+        return Strengths(hidden * in_first_half, entropy_weight(config, step), noise * in_first_half)
     if curriculum.silenced is not None:
-        return Strengths(0.0, config.row_entropy, curriculum.silenced, config.curriculum.prune_lr)
-    return Strengths(0.0 if curriculum.at_last else config.block_dropout, config.row_entropy)
+        return Strengths(0.0, config.row_entropy, 0.0, curriculum.silenced, config.curriculum.prune_lr)
+    return Strengths(0.0 if curriculum.at_last else hidden, config.row_entropy, noise)
 
 
 @contextlib.contextmanager
@@ -58,6 +56,7 @@ def regularized(
         row_entropies(model, enabled=strong.entropy > 0) as entropies,
         hidden_blocks(model, strong.hidden),
         one_hot_gates(model, strong.silenced),
+        noisy_gates(model, strong.noise, config.seed, step),
         dropout_seed(config, step, process),
     ):
         yield entropies
@@ -101,6 +100,27 @@ def hidden_blocks(model: TokenModel, share: float) -> Iterator[None]:
     finally:
         for handle in hooks:
             handle.remove()
+
+
+@contextlib.contextmanager
+def noisy_gates(model: TokenModel, size: float, seed: int, step: int) -> Iterator[None]:
+    """While it lasts, normal noise of this standard deviation is on the weights of raw gates, by seed and step.
+
+    It is the same in every process, and for all parts of a batch: gradients are those at the weights that are moved.
+    """
+    layers = [mixer.raw_gates.projection for mixer in model.mixers if isinstance(mixer, LinearRecurrence)]
+    weights = [layer.weight for layer in layers if layer is not None and size > 0]
+    before = [weight.detach().clone() for weight in weights]
+    generator = torch.Generator().manual_seed(hash((seed, step)))
+    with torch.no_grad():
+        for weight in weights:
+            weight += size * torch.randn(weight.shape, generator=generator).to(weight)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, own in zip(weights, before, strict=True):
+                weight.copy_(own)
 
 
 @contextlib.contextmanager
