@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import automata
 import choose_m
 import endless
 import figures
@@ -225,6 +226,7 @@ PLAIN: dict[str, Callable[[Sequence[Row]], list[list[str]]]] = {
     "generation": generation.table,
     "suite": suite.table,
     "rivals": rivals.table,
+    "automata": automata.table,
 }
 
 if __name__ == "__main__":
