@@ -18,11 +18,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import automata
 import choose_m
 import endless
 import figures
 import generation
+import random_automata
 import relu
 import rivals
 import shakespeare
@@ -226,7 +226,7 @@ PLAIN: dict[str, Callable[[Sequence[Row]], list[list[str]]]] = {
     "generation": generation.table,
     "suite": suite.table,
     "rivals": rivals.table,
-    "automata": automata.table,
+    "random_automata": random_automata.table,
 }
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def results():
 
 @pytest.mark.parametrize("budget", ["quick", "full"])
 def test_every_sweep_is_of_valid_configs_and_has_seeds(results, budget):
-    for name in (*results["CLAIMS"], "automata"):
+    for name in (*results["CLAIMS"], "random_automata"):
         configs = runpy.run_path(str(EXPERIMENTS / f"{name}.py"), run_name=name)["configs"](budget)
         assert all(isinstance(config, TrainConfig) for config in configs.values())
         seeds = {config.seed for config in configs.values()}
@@ -122,7 +122,7 @@ def test_results_draws_every_picture_again_and_leaves_the_pages_as_they_are(resu
 
 
 def test_an_automaton_is_verified_once(tmp_path):
-    automata = runpy.run_path(str(EXPERIMENTS / "automata.py"), run_name="automata")
+    automata = runpy.run_path(str(EXPERIMENTS / "random_automata.py"), run_name="random_automata")
     made = automata["configs"]("quick")
     assert sum(label.startswith("BD-LRU, 32 states") for label in made) >= 20
     assert len({config.to_json() for config in made.values()}) == len(made)
@@ -146,7 +146,7 @@ def test_an_automaton_is_verified_once(tmp_path):
 
 def test_a_block_needs_a_component_for_each_function_of_the_state():
     """A shift register of 3 bits, of which the oldest is said: each of them is to be held."""
-    components = runpy.run_path(str(EXPERIMENTS / "automata.py"), run_name="automata")["components"]
+    components = runpy.run_path(str(EXPERIMENTS / "random_automata.py"), run_name="random_automata")["components"]
     moves = np.array([[(2 * state + bit) % 8 for bit in (0, 1, 1)] for state in range(8)])
     moves[:, 2] = NONE  # the start token
     said = np.where(moves == NONE, NONE, moves >> 2)

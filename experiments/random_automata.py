@@ -1,7 +1,7 @@
 """Random automata: how often is one learned from labelled words so that it is right at every length?
 
-    statemix sweep experiments/automata.py --budget quick --out runs/automata
-    python experiments/automata.py runs/automata          verifies every run, writes results/automata.csv
+    statemix sweep experiments/random_automata.py --budget quick --out runs/random_automata
+    python experiments/random_automata.py runs/random_automata      verify every run, write results/random_automata.csv
 
 Automata of 4 to 32 states over 2 to 4 symbols, each with a mixer of its own weights. A success is one that
 `statemix.verify` finds equal at every length; a run is verified once, and its answer kept beside it.
@@ -127,7 +127,7 @@ def verified(run: Run) -> Row:
             if isinstance(mixer, LinearRecurrence):
                 mixer.sharpen(EXACT.sharpen or 1)
         write_verdict(explore(model, build_task(run.config.task).automaton()), run.folder)
-    found = records.read(path, {"outcome": str, "states": int}, "automata")
+    found = records.read(path, {"outcome": str, "states": int}, "random_automata")
     scores = run.summary.get("sharpened", run.summary["test"])["256"]
     return {
         "mixer": run.config.mixer["name"],
@@ -185,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
     rows = [verified(run) for run in find_runs([parser.parse_args().runs])]
-    write_table(rows, Path("results"), "automata")
+    write_table(rows, Path("results"), "random_automata")
     print(align(table(rows), markdown=True))
 
 
