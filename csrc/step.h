@@ -20,6 +20,8 @@ constexpr int kStepRows = 3;  // and 16
 
 constexpr int64_t kBytesPerThread = 1 << 18;  // of weights: below, waiting for another thread takes longer than it saves
 
+constexpr int64_t kRowsTogether = 32;  // of a weight, that all rows of the batch meet while they are in the cache
+
 constexpr int64_t kRowsAhead = 8;  // of a weight: read once, it comes as fast as it is asked for
 
 // A team of threads, as one of them sees it.
@@ -84,21 +86,31 @@ STATEMIX_INLINE void four_by(const Affine<T>& p, int64_t r, int64_t end, int64_t
   }
 }
 
+// For the rows of a weight from `begin` on. A function of its own for each `Rows`: together they would not fit the registers.
+template <class T, int Rows>
+STATEMIX_NOINLINE void some_by(const Affine<T>& p, int64_t begin, int64_t end, int64_t b) {
+  int64_t r = begin;
+  for (; r + 4 <= end; r += 4) four_by<T, Rows>(p, r, r + 4, b);
+  if (r < end) four_by<T, Rows>(p, r, end, b);
+}
+
 // This thread's share of the rows of the weight, for all rows of the batch.
 template <class T>
 STATEMIX_NOINLINE void multiply(Team team, int64_t batch, const Affine<T>& p) {
-  const int64_t end = team.end(p.count);
-  for (int64_t r = team.begin(p.count); r < end; r += 4)
+  const int64_t last = team.end(p.count);
+  for (int64_t r = team.begin(p.count); r < last; r += kRowsTogether) {
+    const int64_t end = std::min(r + kRowsTogether, last);
     for (int64_t b = 0; b < batch; b += kStepRows) switch (std::min<int64_t>(batch - b, kStepRows)) {
-        case 1: four_by<T, 1>(p, r, end, b); break;
-        case 2: four_by<T, 2>(p, r, end, b); break;
+        case 1: some_by<T, 1>(p, r, end, b); break;
+        case 2: some_by<T, 2>(p, r, end, b); break;
 #if defined(__AVX512F__) || defined(__aarch64__)
-        case 3: four_by<T, 3>(p, r, end, b); break;
-        case 4: four_by<T, 4>(p, r, end, b); break;
-        case 5: four_by<T, 5>(p, r, end, b); break;
+        case 3: some_by<T, 3>(p, r, end, b); break;
+        case 4: some_by<T, 4>(p, r, end, b); break;
+        case 5: some_by<T, 5>(p, r, end, b); break;
 #endif
-        default: four_by<T, kStepRows>(p, r, end, b);
+        default: some_by<T, kStepRows>(p, r, end, b);
       }
+  }
 }
 
 inline int64_t rows_of(const LayerCall& p) { return p.kind == kBlock ? p.order : 1; }
