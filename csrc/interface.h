@@ -5,8 +5,8 @@
 
 namespace statemix {
 
-constexpr int kInterface = 9;  // counts the changes of these structs and of what the entry points return
-constexpr int kMaxOrder = 64;  // largest block size or order served
+constexpr int kInterface = 10;  // counts the changes of these structs and of what the entry points return
+constexpr int kMaxOrder = 64;   // largest block size or order served
 
 enum Kind : int32_t { kBlock = 0, kCompanion = 1, kObserver = 2 };
 enum Normalization : int32_t { kSoftmax = 0, kSigmoid, kRelu, kTanh, kSilu, kLinear, kNone };
@@ -39,6 +39,7 @@ struct LayerCall {
   int32_t kind, normalization, storage, threads;
   const void *x, *gate_weight, *gate_bias, *value_weight, *output_weight, *initial_state;
   const uint8_t* reset;
+  const void* visibility;  // (B, N) or null: what the read-out sees of each block is multiplied by it
   void *y, *final_state, *states;
   void* kept;  // raw gates and values of every step; null: the backward computes them again
   const void *grad_y, *grad_final_state;

@@ -198,7 +198,29 @@ struct Pass {
                       false);
   }
 
-  // The rows that the read-out of `count` steps sees: in place, or a copy in `buffer` where a reset cuts the companion's lags.
+  // Rows of states, or of gradients of them, times the visibility of their blocks: `numbers` of each, `stride` apart.
+  void show(int64_t b, int64_t count, int64_t numbers, const T* from, int64_t stride, T* to) const {
+    const T* const visibility = (const T*)p.visibility + b * s.blocks;
+    for (int64_t v = 0; v < s.tiles; ++v) {
+      const int64_t n = v * s.lanes, end = (v + 1) * s.shown * s.lanes;
+      const V<T> seen = load_lanes(visibility + n, int(std::min(s.blocks - n, s.lanes)));
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t lag = 0; lag < numbers; lag += s.kept)
+          for (int64_t k = lag + v * s.shown * s.lanes; k < lag + end; k += s.lanes)
+            store(to + r * numbers + k, load(from + r * stride + k) * seen);
+    }
+  }
+
+  // The rows that the read-out of `count` steps sees: in place, or a copy in `buffer`.
+  const T* seen(int64_t b, int64_t t0, int64_t count, T* buffer, int64_t& stride) const {
+    const T* const all = lags(b, t0, count, buffer, stride);
+    if (!p.visibility) return all;
+    show(b, count, s.depth, all, stride, buffer);
+    stride = s.depth;
+    return buffer;
+  }
+
+  // As `seen`, where all blocks are visible: a copy only where a reset cuts the companion's lags.
   const T* lags(int64_t b, int64_t t0, int64_t count, T* buffer, int64_t& stride) const {
     stride = s.kept;
     if (!s.companion) return states(b, t0);
@@ -240,11 +262,11 @@ struct Pass {
     }
 
     int64_t stride;
-    const T* const seen = lags(b, t0, count, lag_buffer, stride);
+    const T* const shown = seen(b, t0, count, lag_buffer, stride);
     T* const y = (T*)p.y + (b * s.length + t0) * s.width;
     T* const to = narrow ? y : lag_buffer + chunk * s.depth;
     product<T, false>(
-        {count, s.padded_width, s.depth, seen, stride, packed.out, kPanel<T>, s.depth * kPanel<T>, nullptr, 0, to, s.padded_width},
+        {count, s.padded_width, s.depth, shown, stride, packed.out, kPanel<T>, s.depth * kPanel<T>, nullptr, 0, to, s.padded_width},
         false);
     if (!narrow)
       for (int64_t r = 0; r < count; ++r) std::copy(to + r * s.padded_width, to + r * s.padded_width + s.width, y + r * s.width);
@@ -286,6 +308,7 @@ struct Pass {
     const int64_t depth = Packed<T>::back_depth(s);
     product<T, false>({count, s.kept, depth, seen, stride, packed.out_back, kPanel<T>, depth * kPanel<T>, nullptr, 0, to, s.kept},
                       false);
+    if (p.visibility) show(b, count, s.kept, to, s.kept, to);
   }
 
   // Per thread: columns x padded_width for the input weights, width x depth for the output's, columns for the bias.
@@ -364,8 +387,8 @@ struct Pass {
         store(grad_bias + c, total);
       }
     int64_t stride;
-    const T* const seen = lags(b, t0, count, cut_rows, stride);
-    product<T, true>({s.width, s.depth, count, grad_y, s.row_pitch, seen, stride, kPanel<T>, grad_out, s.depth, grad_out, s.depth},
+    const T* const shown = seen(b, t0, count, cut_rows, stride);
+    product<T, true>({s.width, s.depth, count, grad_y, s.row_pitch, shown, stride, kPanel<T>, grad_out, s.depth, grad_out, s.depth},
                      true);
     product<T, false>({count, s.padded_width, s.columns, gates, s.pitch, packed.in_back, kPanel<T>, s.columns * kPanel<T>, nullptr,
                        0, narrow ? grad_x : x, narrow ? s.padded_width : s.row_pitch},

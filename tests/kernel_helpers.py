@@ -31,21 +31,25 @@ class LayerProblem:
     inputs: dict[str, Tensor]
     reset: Tensor | None
     cotangents: tuple[Tensor, Tensor]
+    visibility: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "LayerProblem":
         inputs = {name: function(x) for name, x in self.inputs.items()}
-        return LayerProblem(self.mixer, inputs, self.reset, tuple(function(x) for x in self.cotangents))
+        cotangents = tuple(function(x) for x in self.cotangents)
+        visibility = None if self.visibility is None else function(self.visibility)
+        return LayerProblem(self.mixer, inputs, self.reset, cotangents, visibility)
 
     def split(self, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
         return inputs["x"], tuple(inputs[name] for name in WEIGHTS), inputs.get("state")
 
     def fused(self, inputs: dict[str, Tensor] | None = None, recompute: bool | None = None) -> tuple[Tensor, Tensor]:
         options = {"normalization": self.mixer.normalization, "kind": self.mixer.kind, "recompute": recompute}
-        order = self.mixer.state_shape[0]
-        return kernels.layer(*self.split(self.inputs if inputs is None else inputs), self.reset, order=order, **options)
+        order, given = self.mixer.state_shape[0], self.split(self.inputs if inputs is None else inputs)
+        return kernels.layer(*given, self.reset, self.visibility, order=order, **options)
 
     def by_the_loop(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         x, weights, state = self.split(inputs)
+        self.mixer._visibility = lambda x: self.visibility  # in place of one that is drawn
         return functional_call(self.mixer, dict(zip(WEIGHTS, weights, strict=True)), (x, state, self.reset))
 
     def results(self, function: Callable, *options, outputs: tuple[int, ...] = (0, 1)) -> dict[str, Tensor]:
@@ -74,6 +78,7 @@ def make_layer_problem(
     normalization: str = "softmax",
     with_state: bool = True,
     with_reset: bool = False,
+    with_visibility: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> LayerProblem:
     """Random weights and inputs, rounded to `dtype`. In every other block the decay is slow: see `make_raw_gates`."""
@@ -101,7 +106,10 @@ def make_layer_problem(
     with torch.device("meta"):
         mixer = make_layer(kind, blocks, width, order, normalization=normalization, backend="reference")
     cotangents = normal(batch, length, width), normal(batch, order, blocks)
-    return LayerProblem(mixer, inputs, reset, cotangents).map(lambda x: x.to(dtype))
+    visibility = None
+    if with_visibility:
+        visibility = normal(batch, blocks) * (torch.rand(batch, blocks, generator=generator) < 0.5)
+    return LayerProblem(mixer, inputs, reset, cotangents, visibility).map(lambda x: x.to(dtype))
 
 
 SHIFTED = {"odd offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)}

@@ -12,7 +12,6 @@ from helpers import LAYOUTS, SCANS, TOLERANCE, assert_close, relative_error
 from kernel_helpers import WEIGHTS, LayerProblem, make_layer, make_layer_problem
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
@@ -48,13 +47,11 @@ def served(monkeypatch) -> list[str]:
 
 def call(problem: LayerProblem, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The mixer as users call it, with these weights."""
-    x, weights, state = problem.split(inputs)
-    mixer = problem.mixer
-    mixer.backend = "gpu"
+    problem.mixer.backend = "gpu"
     try:
-        return functional_call(mixer, dict(zip(WEIGHTS, weights, strict=True)), (x, state, problem.reset))
+        return problem.by_the_loop(inputs)
     finally:
-        mixer.backend = "reference"
+        problem.mixer.backend = "reference"
 
 
 def results(problem: LayerProblem, **options) -> dict[str, Tensor]:
@@ -111,6 +108,18 @@ def test_a_layer_equals_its_parts_around_the_loop(served, kind, case):
     assert actual["final state"].dtype == torch.float32
     expected = problem.expected()
     assert actual.keys() == expected.keys()
+    for what, result in actual.items():
+        assert_close(result, expected[what], what)
+
+
+@each_kind
+def test_blocks_that_the_read_out_does_not_see_go_on(served, kind):
+    case = Case(3, 5, 16, 40, 2, "softmax", True, True)
+    problem = make_layer_problem(
+        torch.Generator().manual_seed(0), kind, dtype=torch.float32, with_visibility=True, **case._asdict()
+    )
+    actual, expected = results(problem), problem.expected()
+    assert served == [kind]
     for what, result in actual.items():
         assert_close(result, expected[what], what)
 

@@ -101,6 +101,25 @@ def test_resets_at_every_kind_of_place_equal_the_loop(generator, kind, recompute
     assert_results(problem.results(problem.fused, recompute), problem.expected())
 
 
+HIDDEN = {
+    "one tile": Case(3, 5, 16, 31, 2, "softmax", True, False),
+    "more than a tile, in chunks": Case(5, 33, 5, 300, 3, "softmax", True, True),
+    "one block": Case(1, 1, 1, 65, 2, "sigmoid", False, False),
+    "many gates": Case(16, 17, 40, 40, 1, "tanh", True, True),
+}
+
+
+@each_instruction_set
+@each_kind
+@pytest.mark.parametrize("case", HIDDEN.values(), ids=HIDDEN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_blocks_that_the_read_out_does_not_see_go_on(generator, instruction_set, kind, case, dtype):
+    problem = make_layer_problem(generator, kind, dtype=dtype, with_visibility=True, **case._asdict())
+    expected = problem.expected()
+    for recompute in (False, True):
+        assert_results(problem.results(problem.fused, recompute), expected)
+
+
 @pytest.mark.parametrize("kind", ["companion", "observer"])
 def test_lags_longer_than_a_chunk_equal_the_loop(generator, kind):
     sizes = {"order": 64, "blocks": 128, "width": 5, "length": 100, "batch": 1}  # chunks of 24 steps

@@ -34,6 +34,22 @@ def test_a_module_is_the_operator(generator, kind, recompute):
         assert torch.equal(result, expected)
 
 
+@each_kind
+@pytest.mark.parametrize("length", [1, 40])
+def test_hidden_blocks_are_those_of_the_parts(generator, kind, length, monkeypatch):
+    mixer, problem = make_mixer(generator, kind, blocks=17, length=length, with_reset=length > 1)
+    mixer.hidden, results, calls = 0.5, [], []
+    monkeypatch.setattr(layers, "_layer", lambda *given, call=layers._layer: calls.append(given) or call(*given))
+    for mixer.backend in ("auto", "reference"):
+        torch.manual_seed(3)
+        results.append(mixer(problem.inputs["x"], problem.inputs["state"], problem.reset))
+    assert len(calls) == (length > 1)  # a step of one token goes by its parts then
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other.detach())
+    mixer.hidden = 0.0
+    assert relative_error(mixer(problem.inputs["x"], problem.inputs["state"], problem.reset)[0], results[0][0]) > 0.1
+
+
 @each_instruction_set
 @each_kind
 @pytest.mark.parametrize("batch", [1, 3, 8, 9])
@@ -85,11 +101,12 @@ def test_autocast_keeps_a_float32_state(generator, kind):
 @each_kind
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch 2.14's own opcheck
 def test_the_operators_pass_opcheck(generator, kind):
-    problem = make_layer_problem(generator, kind, order=2, blocks=3, width=4, length=5, with_reset=True)
+    sizes = {"order": 2, "blocks": 3, "width": 4, "length": 5}
+    problem = make_layer_problem(generator, kind, **sizes, with_reset=True, with_visibility=True)
     x, weights, state = problem.split({name: x.requires_grad_() for name, x in problem.inputs.items()})
     inputs = (x, *weights, state)
-    for reset, keep in ((problem.reset, True), (None, False)):
-        arguments = (*inputs, reset, "softmax", kind, keep)
+    for reset, visibility, keep in ((problem.reset, problem.visibility, True), (None, None, False)):
+        arguments = (*inputs, reset, visibility, "softmax", kind, keep)
         checks = torch.library.opcheck(torch.ops.statemix.layer_forward, arguments)
         assert set(checks.values()) == {"SUCCESS"}
         with torch.no_grad():
@@ -99,6 +116,7 @@ def test_the_operators_pass_opcheck(generator, kind):
             torch.ones_like(final_state) if keep else None,
             *(x.detach() for x in inputs),
             reset,
+            visibility,
             states,
             kept,
             "softmax",

@@ -19,6 +19,7 @@ def layer(
     weights: Weights,
     state: Tensor | None,
     reset: Tensor | None,
+    visibility: Tensor | None = None,
     *,
     normalization: str,
     kind: str,
@@ -32,6 +33,8 @@ def layer(
         weights: of the raw gates (rows (M+1) N, D), their bias, of the values (rows N, D) and of the output (D, M N),
             rows = M for a block scan and 1 otherwise, all in the dtype of x.
         state, reset: as in `Mixer.forward`.
+        visibility: (B, N), in the dtype of x: what the read-out sees of each block is multiplied by it, and nothing
+            else. It has no gradient. Ones if None.
         normalization: of the raw gates.
         kind: "block", "companion" or "observer".
         order: M.
@@ -47,7 +50,7 @@ def layer(
     if recompute is None:  # an exported program is for all sizes
         recompute = not torch.compiler.is_exporting() and gates > KEPT_BYTES
     keep = not recompute and torch.is_grad_enabled()
-    y, final_state, _, _ = _layer(x, *weights, state.to(x.dtype), reset, normalization, kind, keep)
+    y, final_state, _, _ = _layer(x, *weights, state.to(x.dtype), reset, visibility, normalization, kind, keep)
     return y, final_state
 
 
@@ -59,15 +62,16 @@ def _layer_forward(
     output_weight: Tensor,
     initial_state: Tensor,
     reset: Tensor | None,
+    visibility: Tensor | None,
     normalization: str,
     kind: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, initial_state, reset = dense(x), dense(initial_state), _dense(reset)
+    x, initial_state, reset, visibility = dense(x), dense(initial_state), _dense(reset), _dense(visibility)
     weights = dense(gate_weight), dense(gate_bias), dense(value_weight), dense(output_weight)
     used = instruction_set()  # once: another thread may choose another while this one makes room
     results = _layer_results(x, initial_state, kind, keep, used)
-    problem = _layer_problem(x, weights, initial_state, reset, normalization, kind)
+    problem = _layer_problem(x, weights, initial_state, reset, visibility, normalization, kind)
     problem.y, problem.final_state, problem.states, problem.kept = map(address, results)
     library().run("statemix_layer_forward", problem, used)
     return results
@@ -88,15 +92,16 @@ def _layer_backward(
     output_weight: Tensor,
     initial_state: Tensor,
     reset: Tensor | None,
+    visibility: Tensor | None,
     states: Tensor,
     kept: Tensor,
     normalization: str,
     kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, initial_state, reset = dense(x), dense(initial_state), _dense(reset)
+    x, initial_state, reset, visibility = dense(x), dense(initial_state), _dense(reset), _dense(visibility)
     weights = dense(gate_weight), dense(gate_bias), dense(value_weight), dense(output_weight)
     grad_y, grad_final_state = dense(grad_y), _dense(grad_final_state)
-    problem = _layer_problem(x, weights, initial_state, reset, normalization, kind)
+    problem = _layer_problem(x, weights, initial_state, reset, visibility, normalization, kind)
     problem.states, problem.kept = address(states), address(kept)
     problem.grad_y, problem.grad_final_state = address(grad_y), address(grad_final_state)
     grads = _layer_grads(x, gate_weight, gate_bias, value_weight, output_weight, initial_state)
@@ -133,7 +138,7 @@ def _layer_derivative(
     if grad_y is None:
         grad_y = torch.zeros_like(saved[0])
     grads = _differentiate_layer(grad_y, grad_final_state, *saved, ctx.normalization, ctx.kind)
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
 _layer = Operator("layer_forward", _layer_forward, _layer_forward_fake, _save_layer, _layer_derivative)
@@ -167,7 +172,13 @@ def _layer_grads(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
 
 
 def _layer_problem(
-    x: Tensor, weights: Weights, state: Tensor, reset: Tensor | None, normalization: str, kind: str
+    x: Tensor,
+    weights: Weights,
+    state: Tensor,
+    reset: Tensor | None,
+    visibility: Tensor | None,
+    normalization: str,
+    kind: str,
 ) -> LayerCall:
     """The struct of a layer with its inputs, all dense."""
     gate_weight, gate_bias, value_weight, output_weight = weights
@@ -189,6 +200,7 @@ def _layer_problem(
         output_weight=address(output_weight),
         initial_state=address(state),
         reset=address(reset),
+        visibility=address(visibility),
     )
 
 

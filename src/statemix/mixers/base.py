@@ -45,6 +45,7 @@ class Mixer(nn.Module):
     d_model: int
     state_shape: tuple[int, int]
     output: nn.Linear
+    hidden: float = 0.0  # share of the blocks that `output` does not see, of each sequence others; with `has_gate_rows`
 
     @classmethod
     def width_step(cls, options: Mapping[str, Any]) -> int:

@@ -59,7 +59,7 @@ class BDLRU(LinearRecurrence):
         check_half_life("BDLRU", gate_half_life)
         self.d_model, self.state_shape, self.kind = d_model, (block_size, num_blocks), "block"
         self.normalization, self.backend, self.recompute = normalization, backend, recompute
-        self.one_hot, self.heard = False, None
+        self.one_hot, self.hidden, self.heard = False, 0.0, None
         # rows [i, j, n] of the projection carry old component j to new component i of block n; j = M is the input gate
         self.raw_gates = RawGates(d_model, (block_size, block_size + 1, num_blocks), selective)
         self.values = nn.Linear(d_model, block_size * num_blocks, bias=False)

@@ -65,7 +65,7 @@ class HLRU(LinearRecurrence):
         check_half_life("HLRU", gate_half_life)
         self.d_model, self.state_shape, self.form, self.kind = d_model, (order, num_channels), form, form
         self.normalization, self.backend, self.recompute = normalization, backend, recompute
-        self.one_hot, self.heard = False, None
+        self.one_hot, self.hidden, self.heard = False, 0.0, None
         self.raw_gates = RawGates(
             d_model, (order + 1, num_channels), selective
         )  # [j, n]: lag j + 1; j = M the input gate

@@ -56,6 +56,10 @@ def _recurrence_step(mixer: "LinearRecurrence", weights: tuple[Tensor, ...]) -> 
 
 
 def _allowed_on_cpu(mixer: "LinearRecurrence") -> bool:
+    return _allowed_hidden(mixer) and not mixer.hidden
+
+
+def _allowed_hidden(mixer: "LinearRecurrence") -> bool:
     return mixer.backend in ("auto", "cpu") and mixer.state_shape[0] <= kernels.MAX_ORDER and not mixer.one_hot
 
 
@@ -71,12 +75,13 @@ RECURRENCE = fused.Part(
         "values": fused.LINEAR,
         "output": fused.LINEAR,
     },
-    settings=["normalization", "kind", "backend", "state_shape", "one_hot"],
+    settings=["normalization", "kind", "backend", "state_shape", "one_hot", "hidden"],
     allows=_allowed_on_cpu,
     calls=["forward", "mix"],
     arrange=_recurrence_step,
 )
 ROWS = RECURRENCE.without("output", allows=lambda mixer: True)  # its raw gates and values, by whatever engine
+HIDDEN_RECURRENCE = RECURRENCE.on(fused.CPU, allows=_allowed_hidden, arrange=lambda mixer, weights: weights)
 RECURRENCE_ON_GPU = RECURRENCE.on(fused.GPU, allows=_allowed_on_gpu, arrange=lambda mixer, weights: weights)
 
 
@@ -115,14 +120,15 @@ class LinearRecurrence(Mixer):
 
     def mix(self, x: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `Mixer.forward`."""
+        visibility = self._visibility(x)
         if x.shape[1] == 1 and reset is None and (stepped := self._fused_step(x[:, 0], state)) is not None:
             return stepped[0][:, None], stepped[1]
         # below, packing the weights for the fused products takes longer than the products; an exported program is for
         # all sizes
         long = torch.compiler.is_exporting() or x.shape[0] * x.shape[1] >= 32
-        if long and (fused_results := self._fused_mix(x, state, reset)) is not None:
+        if long and (fused_results := self._fused_mix(x, state, reset, visibility)) is not None:
             return fused_results
-        return self._scan(self._gates(x), self._values(x), state, reset, x.dtype)
+        return self._scan(self._gates(x), self._values(x), state, reset, visibility, x.dtype)
 
     def shares_rows(self, positions: int) -> bool:
         """Unless its raw gates are not to be kept, or are no function of x."""
@@ -134,7 +140,16 @@ class LinearRecurrence(Mixer):
 
     def mix_rows(self, rows: Rows, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `Mixer.mix_rows`."""
-        return self._scan(rows.each(self._gates), rows.each(self._values), state, reset, rows.table.dtype)
+        visibility = self._visibility(rows.places)
+        dtype = rows.table.dtype
+        return self._scan(rows.each(self._gates), rows.each(self._values), state, reset, visibility, dtype)
+
+    def _visibility(self, x: Tensor) -> Tensor | None:
+        """What the read-out sees of each block, (B, N): a share `hidden` of them not at all, and more of the others."""
+        if self.hidden == 0:
+            return None
+        seen = torch.rand(len(x), self.state_shape[1], device=x.device) >= self.hidden
+        return seen.to(self.output.weight.dtype) / (1 - self.hidden)
 
     def _gates(self, x: Tensor) -> Tensor:
         """Raw gates; with `one_hot` the weights themselves."""
@@ -151,7 +166,13 @@ class LinearRecurrence(Mixer):
         return _project(self.values, x, self.heard, self.state_shape[1])
 
     def _scan(
-        self, gates: Tensor, values: Tensor, state: Tensor | None, reset: Tensor | None, dtype: torch.dtype
+        self,
+        gates: Tensor,
+        values: Tensor,
+        state: Tensor | None,
+        reset: Tensor | None,
+        visibility: Tensor | None,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         """Of `_gates` and values, (B, T, ...), the outputs in a dtype and the final state, 0 of blocks not heard."""
         heard = self.heard
@@ -171,6 +192,9 @@ class LinearRecurrence(Mixer):
         if self.kind == "companion":
             states = lagged_states(states, state, reset, self.state_shape[0])
         states = states.to(dtype)
+        if visibility is not None:
+            seen = visibility if heard is None else visibility[:, heard]
+            states = states * seen[:, None, None].to(dtype)
         if heard is None:
             return self.output(states.flatten(2)), final_state
         weight = self.output.weight.unflatten(1, (-1, self.state_shape[1]))[..., heard].flatten(1)
@@ -219,13 +243,16 @@ class LinearRecurrence(Mixer):
         """A_t (B, T, N, M, M) and a0_t (B, T, N, M) at every step of x (B, T, D): see `analysis.transitions`."""
         return transitions(self.raw_gates(x), normalization=self.normalization, kind=self.kind)
 
-    def _fused_mix(self, x: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    def _fused_mix(
+        self, x: Tensor, state: Tensor | None, reset: Tensor | None, visibility: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
         """`mix` by the kernels for a layer, or None where they do not serve."""
         on_gpu = x.is_cuda or self.backend == "gpu"  # "auto" never takes the emulator
-        part = RECURRENCE_ON_GPU if on_gpu else RECURRENCE
+        on_cpu = RECURRENCE if visibility is None else HIDDEN_RECURRENCE
+        part = RECURRENCE_ON_GPU if on_gpu else on_cpu
         if not fused.serves(part.engine, x, state, reset) or (inputs := part.inputs(self)) is None:
             return None
-        weights = inputs if on_gpu else inputs.weights
+        weights = inputs.weights if part is RECURRENCE else inputs
         if weights[0].dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             return None
         if on_gpu:
@@ -236,6 +263,7 @@ class LinearRecurrence(Mixer):
                 weights,
                 state,
                 reset,
+                visibility,
                 normalization=self.normalization,
                 kind=self.kind,
                 order=self.state_shape[0],
@@ -245,6 +273,7 @@ class LinearRecurrence(Mixer):
             weights,
             state,
             reset,
+            visibility,
             normalization=self.normalization,
             kind=self.kind,
             order=self.state_shape[0],

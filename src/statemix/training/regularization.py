@@ -1,7 +1,7 @@
 """What training adds to a step besides the loss of its task: dropout, hidden blocks, noise and entropy of gates."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -83,23 +83,14 @@ def dropout_seed(config: TrainConfig, step: int, process: int) -> Iterator[None]
 @contextlib.contextmanager
 def hidden_blocks(model: TokenModel, share: float) -> Iterator[None]:
     """While the model runs, a share of each layer's blocks is zero to its read-out, for a whole sequence each."""
-
-    def hide(blocks: int) -> Callable[[nn.Module, tuple[Tensor, ...]], Tensor]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-            states = inputs[0].unflatten(2, (-1, blocks))  # (B, T, M or 1, N)
-            kept = torch.rand(len(states), 1, 1, blocks, device=states.device) >= share
-            return (states * kept / (1 - share)).flatten(2)
-
-        return hook
-
-    # the fused layer makes way for hooks
     mixers = _with_gate_rows(model) if share > 0 else []
-    hooks = [mixer.output.register_forward_pre_hook(hide(mixer.state_shape[1])) for mixer in mixers]
+    for mixer in mixers:
+        mixer.hidden = share
     try:
         yield
     finally:
-        for handle in hooks:
-            handle.remove()
+        for mixer in mixers:
+            mixer.hidden = 0.0
 
 
 @contextlib.contextmanager

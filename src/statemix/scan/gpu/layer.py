@@ -27,6 +27,7 @@ def layer(
     weights: Weights,
     state: Tensor | None,
     reset: Tensor | None,
+    visibility: Tensor | None = None,
     *,
     normalization: str,
     kind: str,
@@ -36,8 +37,8 @@ def layer(
 
     Args:
         x: (B, T, D), float32, bfloat16 or float16.
-        weights, state, reset, normalization, kind, order: as in `kernels.layer`. The weights have the dtype of x
-            unless autocast is on.
+        weights, state, reset, visibility, normalization, kind, order: as in `kernels.layer`. The weights have the dtype
+            of x unless autocast is on.
 
     Returns:
         y (B, T, D), and the state after the last step, (B, M, N), float32.
@@ -53,6 +54,9 @@ def layer(
     else:
         initial_state = pad(state.float().transpose(1, 2), (0, filled - order, 0, filled_blocks - blocks))
     states, final_state = _scan(columns, initial_state, reset, normalization, kind, order)
+    if visibility is not None:
+        seen = pad(visibility.to(states.dtype), (0, filled_blocks - blocks))[:, None]
+        states = states * (seen if kind == "companion" else seen[..., None])
     shown = _lags(states, reset, order) if kind == "companion" else states.flatten(2)
     return linear(shown, output_weight), final_state[:, :blocks, :order].transpose(1, 2)
 
