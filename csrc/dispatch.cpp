@@ -84,17 +84,29 @@ STATEMIX_EXPORT int statemix_vector_bytes(int index) { return kInstructionSets[i
 STATEMIX_EXPORT int statemix_as_it_was(const SnapshotCall* call) { return all_as_they_were(*call); }
 STATEMIX_EXPORT int statemix_interface() { return kInterface; }
 
+// The first number that is outside [0, end), counted from 1; 0 if there is none.
+static int64_t first_outside(const int64_t* numbers, int64_t count, int64_t end) {
+  for (int64_t i = 0; numbers && i < count; ++i)
+    if (numbers[i] < 0 || numbers[i] >= end) return i + 1;
+  return 0;
+}
+
 // Each kernel returns 0, or -n where it found no memory for n bytes: then nothing was done.
 STATEMIX_EXPORT int64_t statemix_scan_forward(int index, const ScanCall* p) { return run(&Kernels::scan_forward, index, *p); }
 STATEMIX_EXPORT int64_t statemix_scan_backward(int index, const ScanCall* p) { return run(&Kernels::scan_backward, index, *p); }
-STATEMIX_EXPORT int64_t statemix_layer_forward(int index, const LayerCall* p) { return run(&Kernels::layer_forward, index, *p); }
-STATEMIX_EXPORT int64_t statemix_layer_backward(int index, const LayerCall* p) { return run(&Kernels::layer_backward, index, *p); }
 STATEMIX_EXPORT int64_t statemix_layer_step(int index, const LayerCall* p) { return run(&Kernels::layer_step, index, *p); }
 STATEMIX_EXPORT int64_t statemix_pair_step(int index, const PairCall* p) { return run(&Kernels::pair_step, index, *p); }
 STATEMIX_EXPORT int64_t statemix_gated(int index, const GatedCall* p) { return run(&Kernels::gated, index, *p); }
-// Or b + 1 where the token of row b is outside the vocabulary: then too nothing was done.
+// Or which token, counted from 1, is outside the vocabulary, and which place outside the table: then too nothing was done.
 STATEMIX_EXPORT int64_t statemix_model_step(int index, const ModelCall* p) {
-  for (int64_t b = 0; b < p->readout.batch; ++b)
-    if (p->tokens[b] < 0 || p->tokens[b] >= p->vocabulary) return b + 1;
-  return run(&Kernels::model_step, index, *p);
+  const int64_t outside = first_outside(p->tokens, p->readout.batch, p->vocabulary);
+  return outside ? outside : run(&Kernels::model_step, index, *p);
+}
+STATEMIX_EXPORT int64_t statemix_layer_forward(int index, const LayerCall* p) {
+  const int64_t outside = first_outside(p->places, p->batch * p->length, p->table_rows);
+  return outside ? outside : run(&Kernels::layer_forward, index, *p);
+}
+STATEMIX_EXPORT int64_t statemix_layer_backward(int index, const LayerCall* p) {
+  const int64_t outside = first_outside(p->places, p->batch * p->length, p->table_rows);
+  return outside ? outside : run(&Kernels::layer_backward, index, *p);
 }

@@ -5,7 +5,7 @@
 
 namespace statemix {
 
-constexpr int kInterface = 10;  // counts the changes of these structs and of what the entry points return
+constexpr int kInterface = 11;  // counts the changes of these structs and of what the entry points return
 constexpr int kMaxOrder = 64;   // largest block size or order served
 
 enum Kind : int32_t { kBlock = 0, kCompanion = 1, kObserver = 2 };
@@ -32,13 +32,15 @@ struct ScanCall {
 };
 
 // A whole layer: raw gates and values from x, the scan, and the read-out. All tensors are contiguous.
+// Where x has few different rows it may be a table of them, (table_rows, D), with `places` (B, T), whose numbers are below that.
 // gate_weight (rows (M+1) N, D), gate_bias, value_weight (rows N, D), output_weight (D, M N): the rows and columns as in ScanCall.
 // The states and the kept raw gates have a layout of their own, see layer.h.
 struct LayerCall {
-  int64_t batch, length, width, order, blocks;
+  int64_t batch, length, width, order, blocks, table_rows;
   int32_t kind, normalization, storage, threads;
   const void *x, *gate_weight, *gate_bias, *value_weight, *output_weight, *initial_state;
   const uint8_t* reset;
+  const int64_t* places;   // null: x is (B, T, D)
   const void* visibility;  // (B, N) or null: what the read-out sees of each block is multiplied by it
   void *y, *final_state, *states;
   void* kept;  // raw gates and values of every step; null: the backward computes them again

@@ -3,6 +3,9 @@
 // A chunk's raw gates and values are one product, which lands in cache, where the scan eats it. In the backward the gradient of the
 // raw gates is consumed by its own products before it leaves the cache. Threads share chunks as in scans.h.
 //
+// Where x is a table of its rows, the raw gates, values and weights are made once for each of these and read from there at every
+// step; the gradients of all steps of a row are added up before they go through the products.
+//
 // Inside, blocks come in tiles of one vector, padded with blocks of zero weights. Per step, per tile:
 //   gates   [(row, gate)..., value of each row][lane]          `columns` numbers per step
 //   states  [shown component][lane]                            `kept` numbers per step
@@ -28,12 +31,13 @@ constexpr int64_t kLeastRows = 96, kMostRows = 240;
 template <class T>
 struct Shape {
   static constexpr int64_t lanes = STATEMIX_VECTOR_BYTES / sizeof(T), line = 64 / sizeof(T);
-  int64_t batch, length, width, order, blocks, rows, gates, shown, slots, tiles, columns, kept, margin, depth, padded_width;
+  int64_t batch, length, width, order, blocks, table, rows, gates, shown, slots, tiles, columns, kept, margin, depth, padded_width;
   int64_t pitch, row_pitch;  // between rows of a chunk in scratch: an odd number of cache lines, so that a column meets all sets
   bool companion;
 
   explicit Shape(const LayerCall& p)
-      : batch(p.batch), length(p.length), width(p.width), order(p.order), blocks(p.blocks), companion(p.kind == kCompanion) {
+      : batch(p.batch), length(p.length), width(p.width), order(p.order), blocks(p.blocks), table(p.places ? p.table_rows : 0),
+        companion(p.kind == kCompanion) {
     rows = p.kind == kBlock ? order : 1, gates = order + 1, shown = companion ? 1 : order;
     slots = rows * gates + rows;
     tiles = (blocks + lanes - 1) / lanes;
@@ -147,7 +151,8 @@ struct Pass {
   const int64_t chunk, chunks, at_once, per_step;
   V<T>* carries;
   std::atomic<int64_t>* progress;
-  T* sums = nullptr;  // backward: per thread, the gradients of the weights in the inside layout
+  T* sums = nullptr;   // backward: per thread, the gradients of the weights in the inside layout
+  T* table = nullptr;  // raw gates and values of each row of the table, `pitch` apart
 
   Pass(const LayerCall& p, bool is_backward)
       : p(p), s(p), recur(recurrence<T>(p.kind, p.order, p.normalization)), packed(s, !is_backward || !p.kept, is_backward),
@@ -156,6 +161,53 @@ struct Pass {
     carries = (V<T>*)scratch(kCarry, s.batch * s.tiles * 2 * s.order * sizeof(V<T>));
     progress = (std::atomic<int64_t>*)scratch(kProgress, s.batch * s.tiles * sizeof(std::atomic<int64_t>));
     for (int64_t i = 0; i < s.batch * s.tiles; ++i) new (&progress[i]) std::atomic<int64_t>(0);
+    if (s.table) table = (T*)scratch(kTable, s.table * (s.pitch + 2 * s.row_pitch) * sizeof(T) + s.tiles * table_bytes());
+  }
+
+  // ---- a table in place of x: its rows, padded rows of x and of its gradient, weights
+
+  size_t table_bytes() const { return in_place ? 0 : weights_size<T>(s.table, per_step, is_backward) * sizeof(T); }
+  T* table_x() const { return table + s.table * s.pitch; }
+  T* table_grad_x() const { return table_x() + s.table * s.row_pitch; }
+  Weights<T> table_weights(int64_t v) const {
+    T* const q = table + v * s.slots * s.lanes;
+    if (in_place) return {q, q, q, s.pitch};
+    char* const room = (char*)(table_grad_x() + s.table * s.row_pitch);
+    return weights_in<T>(room + v * table_bytes(), s.table, per_step, is_backward);
+  }
+  const int64_t* places(int64_t b, int64_t t) const { return p.places + b * s.length + t; }
+
+  // This thread's share of what all steps read.
+  void fill_table(int64_t thread, int64_t threads) const {
+    const int64_t first = share(s.table, thread, threads), end = share(s.table, thread + 1, threads);
+    project((const T*)p.x + first * s.width, end - first, table + first * s.pitch, s.pitch);
+    barrier(threads);
+    for (int64_t v = share(s.tiles, thread, threads); v < share(s.tiles, thread + 1, threads); ++v) {
+      Steps<T> steps{};
+      steps.count = int(s.table), steps.order = int(s.order), steps.normalization = p.normalization;
+      steps.gates = {table + v * s.slots * s.lanes, s.pitch, s.lanes};
+      (is_backward ? recur.weigh_to_return : recur.weigh)(steps, int(s.rows), table_weights(v));
+    }
+    barrier(threads);
+  }
+
+  // This thread's share of the way from the gradients of the table's raw gates and values to those of weights and x.
+  void through_table(int64_t thread, int64_t threads) const {
+    T *const grads = sums + sums_size() - s.table * s.columns, *const grad_bias = grads - s.columns;
+    for (int64_t i = share(s.table * s.columns, thread, threads); i < share(s.table * s.columns, thread + 1, threads); ++i)
+      for (int64_t other = 1; other < threads; ++other) grads[i] += grads[i + other * sums_size()];
+    const int64_t row = share(s.table, thread, threads), rows = share(s.table, thread + 1, threads) - row;
+    read_rows((const T*)p.x + row * s.width, rows, table_x() + row * s.row_pitch);
+    barrier(threads);
+    const int64_t column = share(s.columns, thread, threads), columns = share(s.columns, thread + 1, threads) - column;
+    T* const grad_in = sums + column * s.padded_width;
+    product<T, true>({columns, s.padded_width, s.table, grads + column, s.columns, table_x(), s.row_pitch, kPanel<T>, nullptr, 0,
+                      grad_in, s.padded_width},
+                     true);
+    for (int64_t r = 0; r < s.table; ++r)
+      for (int64_t c = column; c < column + columns; ++c) grad_bias[c] += grads[r * s.columns + c];
+    through_input(grads + row * s.columns, s.columns, rows, table_grad_x() + row * s.row_pitch, (T*)p.grad_x + row * s.width);
+    barrier(threads);
   }
 
   // Row t of the states of sequence b; t may be down to -margin.
@@ -185,17 +237,33 @@ struct Pass {
     Steps<T> steps{};
     steps.count = int(count), steps.order = int(s.order), steps.normalization = p.normalization;
     steps.reset = p.reset ? reset(b) + t : nullptr;
+    steps.places = s.table ? places(b, t) : nullptr;
     steps.gates = {gates + v * s.slots * s.lanes, stride, s.lanes};
     steps.values = {steps.gates.at + per_step * s.lanes, stride, s.lanes};
     steps.states = {states(b, t) + v * s.shown * s.lanes, s.kept, s.lanes};
     return steps;
   }
 
-  // raw gates and values of steps t0 .. t0 + count - 1
-  void project(int64_t b, int64_t t0, int64_t count, T* to, int64_t stride) const {
-    product<T, false>({count, s.columns, s.width, (const T*)p.x + (b * s.length + t0) * s.width, s.width, packed.in, kPanel<T>,
-                       s.width * kPanel<T>, packed.bias, 0, to, stride},
-                      false);
+  // Raw gates and values of `count` rows of x.
+  void project(const T* x, int64_t count, T* to, int64_t stride) const {
+    product<T, false>(
+        {count, s.columns, s.width, x, s.width, packed.in, kPanel<T>, s.width * kPanel<T>, packed.bias, 0, to, stride}, false);
+  }
+
+  // Rows of x that vectors may read to their end.
+  void read_rows(const T* from, int64_t count, T* to) const {
+    for (; count > 0; --count, from += s.width, to += s.row_pitch)
+      for (int64_t d = 0; d < s.padded_width; ++d) to[d] = d < s.width ? from[d] : T(0);
+  }
+
+  // Gradients of `count` rows of raw gates and values to those of x; `room` is for rows with padding.
+  void through_input(const T* grads, int64_t pitch, int64_t count, T* room, T* grad_x) const {
+    const bool narrow = s.width == s.padded_width;
+    product<T, false>({count, s.padded_width, s.columns, grads, pitch, packed.in_back, kPanel<T>, s.columns * kPanel<T>, nullptr, 0,
+                       narrow ? grad_x : room, narrow ? s.padded_width : s.row_pitch},
+                      true);
+    if (!narrow)
+      for (int64_t r = 0; r < count; ++r) std::copy(room + r * s.row_pitch, room + r * s.row_pitch + s.width, grad_x + r * s.width);
   }
 
   // Rows of states, or of gradients of them, times the visibility of their blocks: `numbers` of each, `stride` apart.
@@ -242,17 +310,18 @@ struct Pass {
     const int64_t t0 = turn * chunk, count = std::min(chunk, s.length - t0);
     const bool narrow = s.width == s.padded_width;  // then y can be written where it belongs
     T* const lag_buffer = buffer + chunk * s.pitch;
-    T* const gates = p.kept ? (T*)p.kept + (b * s.length + t0) * s.columns : buffer;
+    T* const gates = s.table ? table : p.kept ? (T*)p.kept + (b * s.length + t0) * s.columns : buffer;
     const int64_t pitch = p.kept ? s.columns : s.pitch;
-    project(b, t0, count, gates, pitch);
+    if (!s.table) project((const T*)p.x + (b * s.length + t0) * s.width, count, gates, pitch);
 
     for (int64_t v = 0; v < s.tiles; ++v) {
       V<T>* const carry = carries + (b * s.tiles + v) * 2 * s.order;
       std::atomic<int64_t>& done = progress[b * s.tiles + v];
       for (int64_t t = 0; t < count; t += at_once) {
-        const Steps<T> steps = steps_of(b, t0 + t, std::min(at_once, count - t), v, gates + t * pitch, pitch);
-        const Weights<T> w = in_place ? Weights<T>{steps.gates.at, steps.gates.at, steps.gates.at, pitch} : buffer_weights;
-        recur.weigh(steps, int(s.rows), w);
+        const Steps<T> steps = steps_of(b, t0 + t, std::min(at_once, count - t), v, s.table ? table : gates + t * pitch, pitch);
+        T* const q = steps.gates.at;
+        const Weights<T> w = s.table ? table_weights(v) : in_place ? Weights<T>{q, q, q, pitch} : buffer_weights;
+        if (!s.table) recur.weigh(steps, int(s.rows), w);
         if (t == 0) wait_for(done, turn);
         if (t == 0 && turn == 0) start(b, v, carry);
         recur.forward(steps, w, carry);
@@ -311,8 +380,8 @@ struct Pass {
     if (p.visibility) show(b, count, s.kept, to, s.kept, to);
   }
 
-  // Per thread: columns x padded_width for the input weights, width x depth for the output's, columns for the bias.
-  int64_t sums_size() const { return s.columns * s.padded_width + s.width * s.depth + s.columns; }
+  // Per thread: columns x padded_width for the input weights, width x depth for the output's, columns for the bias, the table's.
+  int64_t sums_size() const { return s.columns * s.padded_width + s.width * s.depth + s.columns + s.table * s.columns; }
 
   // Numbers of what a chunk works on: as forward_chunk and backward_chunk lay them out.
   int64_t chunk_size() const {
@@ -323,7 +392,6 @@ struct Pass {
 
   void backward_chunk(int64_t b, int64_t turn, T* gates, Weights<T> buffer_weights, T* sum) const {
     const int64_t t0 = (chunks - 1 - turn) * chunk, count = std::min(chunk, s.length - t0), window = s.companion ? s.order - 1 : 0;
-    const bool narrow = s.width == s.padded_width;
     const int64_t rows = std::max(chunk, s.margin);
     T* const grad_states = gates + chunk * s.pitch;
     T* const grad_y = grad_states + rows * s.kept;
@@ -333,9 +401,10 @@ struct Pass {
 
     read_grad_y(b, t0, count + window, grad_y);
     through_output(b, t0, count, grad_y, cut_rows, grad_states);
+    const T* const x_rows = (const T*)p.x + (b * s.length + t0) * s.width;
     const T* const raw = p.kept ? (const T*)p.kept + (b * s.length + t0) * s.columns : gates;
     const int64_t raw_pitch = p.kept ? s.columns : s.pitch;
-    if (!p.kept) project(b, t0, count, gates, s.pitch);
+    if (!p.kept && !s.table) project(x_rows, count, gates, s.pitch);
 
     for (int64_t v = 0; v < s.tiles; ++v) {
       V<T>* const carry = carries + (b * s.tiles + v) * 2 * s.order;
@@ -343,14 +412,15 @@ struct Pass {
       const int64_t state_at = v * s.shown * s.lanes;
       for (int64_t pieces = (count + at_once - 1) / at_once, piece = pieces - 1; piece >= 0; --piece) {
         const int64_t t = piece * at_once;
-        Steps<T> steps = steps_of(b, t0 + t, std::min(at_once, count - t), v, const_cast<T*>(raw) + t * raw_pitch, raw_pitch);
+        T* const made = s.table ? table : const_cast<T*>(raw) + t * raw_pitch;
+        Steps<T> steps = steps_of(b, t0 + t, std::min(at_once, count - t), v, made, raw_pitch);
         steps.before = before;
         steps.grad_states = {grad_states + t * s.kept + state_at, s.kept, s.lanes};
         steps.grad_gates = {gates + t * s.pitch + v * s.slots * s.lanes, s.pitch, s.lanes};
         steps.grad_values = {steps.grad_gates.at + per_step * s.lanes, s.pitch, s.lanes};
         T* const q = steps.gates.at;
-        const Weights<T> w = in_place ? Weights<T>{q, q, q, raw_pitch} : buffer_weights;
-        if (!in_place || !p.kept) recur.weigh_to_return(steps, int(s.rows), w);
+        const Weights<T> w = s.table ? table_weights(v) : in_place ? Weights<T>{q, q, q, raw_pitch} : buffer_weights;
+        if (!s.table && (!in_place || !p.kept)) recur.weigh_to_return(steps, int(s.rows), w);
         for (int64_t i = 0; i < s.order; ++i)
           if (s.companion)
             before[i] = cut(b, t0 + t - 1 - i, t0 + t - 1) ? V<T>{} : load(states(b, t0 + t - 1 - i) + state_at);
@@ -367,34 +437,31 @@ struct Pass {
       done.store(turn + 1, std::memory_order_release);
     }
 
-    T* const grad_x = (T*)p.grad_x + (b * s.length + t0) * s.width;
-    T* const grad_in = sum;
-    T* const grad_out = grad_in + s.columns * s.padded_width;
-    T* const grad_bias = grad_out + s.width * s.depth;
-    // rows of x that vectors may read to their end
-    for (int64_t r = 0; r < count; ++r) {
-      const T* from = (const T*)p.x + (b * s.length + t0 + r) * s.width;
-      for (int64_t d = 0; d < s.padded_width; ++d) x[r * s.row_pitch + d] = d < s.width ? from[d] : T(0);
-    }
-    product<T, true>({s.columns, s.padded_width, count, gates, s.pitch, x, s.row_pitch, kPanel<T>, grad_in, s.padded_width, grad_in,
-                      s.padded_width},
-                     true);
-    constexpr int64_t few = 8;
-    for (int64_t r = 0; r < count; r += few)
-      for (int64_t c = 0; c < s.columns; c += width<T>) {
-        V<T> total = load(grad_bias + c);
-        for (int64_t i = r; i < std::min(r + few, count); ++i) total += load(gates + i * s.pitch + c);
-        store(grad_bias + c, total);
-      }
+    T* const grad_out = sum + s.columns * s.padded_width;
     int64_t stride;
     const T* const shown = seen(b, t0, count, cut_rows, stride);
     product<T, true>({s.width, s.depth, count, grad_y, s.row_pitch, shown, stride, kPanel<T>, grad_out, s.depth, grad_out, s.depth},
                      true);
-    product<T, false>({count, s.padded_width, s.columns, gates, s.pitch, packed.in_back, kPanel<T>, s.columns * kPanel<T>, nullptr,
-                       0, narrow ? grad_x : x, narrow ? s.padded_width : s.row_pitch},
-                      true);
-    if (!narrow)
-      for (int64_t r = 0; r < count; ++r) std::copy(x + r * s.row_pitch, x + r * s.row_pitch + s.width, grad_x + r * s.width);
+    T* const grad_bias = grad_out + s.width * s.depth;
+    if (s.table) {
+      for (int64_t r = 0; r < count; ++r) {
+        T* const to = grad_bias + s.columns + *places(b, t0 + r) * s.columns;
+        for (int64_t c = 0; c < s.columns; c += width<T>) store(to + c, load(to + c) + load(gates + r * s.pitch + c));
+      }
+    } else {
+      read_rows(x_rows, count, x);
+      product<T, true>(
+          {s.columns, s.padded_width, count, gates, s.pitch, x, s.row_pitch, kPanel<T>, sum, s.padded_width, sum, s.padded_width},
+          true);
+      constexpr int64_t few = 8;
+      for (int64_t r = 0; r < count; r += few)
+        for (int64_t c = 0; c < s.columns; c += width<T>) {
+          V<T> total = load(grad_bias + c);
+          for (int64_t i = r; i < std::min(r + few, count); ++i) total += load(gates + i * s.pitch + c);
+          store(grad_bias + c, total);
+        }
+      through_input(gates, s.pitch, count, x, (T*)p.grad_x + (b * s.length + t0) * s.width);
+    }
 
     if (turn == chunks - 1 && s.companion) {  // the read-out saw the initial lags too
       read_grad_y(b, -s.order, s.order + window, grad_y);
@@ -440,12 +507,14 @@ struct Pass {
       T* const sum = is_backward ? sums + thread * sums_size() : nullptr;
       if (is_backward) std::fill(sum, sum + sums_size(), T(0));
       barrier(threads);
+      if (s.table) fill_table(thread, threads);
       for (int64_t item = thread; item < items; item += threads)
         if (is_backward)
           backward_chunk(item % s.batch, item / s.batch, room, weights, sum);
         else
           forward_chunk(item % s.batch, item / s.batch, room, weights);
       barrier(threads);
+      if (is_backward && s.table) through_table(thread, threads);
       if (is_backward) write_sums(thread, threads);
     });
   }
@@ -455,7 +524,7 @@ template <class T>
 void advise(const LayerCall& p, bool is_backward) {
   const Shape<T> s(p);
   const size_t x_bytes = size_t(s.batch * s.length * s.width) * sizeof(T);
-  if (is_backward) return use_large_pages(p.grad_x, x_bytes);
+  if (is_backward) return use_large_pages(p.grad_x, s.table ? 0 : x_bytes);
   use_large_pages(p.y, x_bytes);
   use_large_pages(p.states, size_t(s.batch * (s.margin + s.length) * s.kept) * sizeof(T));
   use_large_pages(p.kept, size_t(s.batch * s.length * s.columns) * sizeof(T));

@@ -13,7 +13,7 @@ namespace {
 
 constexpr size_t kLargePage = size_t(1) << 21;
 
-enum Slot { kScan, kWeights, kCarry, kProgress, kPacked, kChunk, kSums, kStep, kNormed, kSlots };
+enum Slot { kScan, kWeights, kCarry, kProgress, kPacked, kChunk, kTable, kSums, kStep, kNormed, kSlots };
 
 // A fresh tensor of many megabytes costs a page fault for every 4 KiB at its first touch; in pages of 2 MiB it does not.
 inline void use_large_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {

@@ -51,6 +51,8 @@ struct Steps {
   int64_t next;  // how many steps on the next call's inputs lie: a stride between steps is not foreseen by the hardware
   Array gates, values, states;  // gates: row is the stride of row-major (i, j)
   const uint8_t* reset;         // of these steps, or null
+  const int64_t* places;        // which row of a table the weights and values of each step are; null: its own
+  STATEMIX_INLINE int64_t row(int64_t t) const { return places ? places[t] : t; }
   // for the backward
   const V<T>* before;  // the state that enters the first step (companion: M lags, the newest first)
   Array grad_states, grad_gates, grad_values;
@@ -259,11 +261,12 @@ STATEMIX_NOINLINE void forward(const Steps<T> steps, Weights<T> w, V<T>* carry) 
   for (int i = 0; i < order; ++i) h[i] = carry[i], lost[i] = carry[order + i];
 
   for (int t = 0; t < steps.count; ++t) {
-    const auto weight = [q = w.q + t * w.step](int j) { return load(q + j * kSlot<T>); };
+    const int64_t at = steps.row(t);
+    const auto weight = [q = w.q + at * w.step](int j) { return load(q + j * kSlot<T>); };
     if (steps.reset && steps.reset[t])
       for (int i = 0; i < order; ++i) h[i] = lost[i] = V<T>{};
     if constexpr (kind == kObserver) {
-      const V<T> top = h[0], top_lost = lost[0], v = load(steps.values(t, 0));
+      const V<T> top = h[0], top_lost = lost[0], v = load(steps.values(at, 0));
       const V<T> entering = weight(order) * v + flags.part(weight(order), v);
       for (int j = 0; j < order; ++j) {
         const V<T> q = weight(j);
@@ -279,8 +282,8 @@ STATEMIX_NOINLINE void forward(const Steps<T> steps, Weights<T> w, V<T>* carry) 
       V<T> peak = absolute<T>(h[0]);
       for (int i = 1; i < order; ++i) peak = larger<T>(peak, absolute<T>(h[i]));
       for (int i = 0; i < rows; ++i) {
-        const V<T> v = load(steps.values(t, i)), entering = weight(i * gates + order);
-        __builtin_prefetch(steps.values(t + steps.next, i), 0, 2);
+        const V<T> v = load(steps.values(at, i)), entering = weight(i * gates + order);
+        __builtin_prefetch(steps.values(at + steps.next, i), 0, 2);
         __builtin_prefetch(steps.states(t + kAhead, i), 1, 3);
         // rest in two sums, so that the new state waits for as little as can be
         V<T> rest[2] = {entering * v, {}}, base = flags.part(entering, v);
@@ -353,21 +356,22 @@ STATEMIX_NOINLINE void backward(const Steps<T> steps, Weights<T> w, V<T>* carry)
       h[i] = load(steps.states(t, i));
     }
 
-    const auto weight = [q = w.q + t * w.step](int g) { return load(q + g * kSlot<T>); };
+    const int64_t at = steps.row(t), sooner = t > 0 ? steps.row(t - 1) : -1;
+    const auto weight = [q = w.q + at * w.step](int g) { return load(q + g * kSlot<T>); };
     // dL/dz of gate g from the adjoint times the weight, sp, the adjoint s, u and the mean of u (or of s u, then s = 1)
     const auto grad_gate = [&](int g, V<T> sp, V<T> si, V<T> ug, V<T> mean) {
       __builtin_prefetch(steps.grad_gates(t - kAhead, g), 1, 3);
-      __builtin_prefetch(w.q + (t - 1) * w.step + g * kSlot<T>, 0, 3);  // a layer's kept weights come from far
+      __builtin_prefetch(w.q + sooner * w.step + g * kSlot<T>, 0, 3);  // a layer's kept weights come from far
       if constexpr (softmax)
         store(steps.grad_gates(t, g), sp * (ug - mean));
       else
         store(steps.grad_gates(t, g),
-              si * load(w.d + t * w.step + g * kSlot<T>) * (ug - load(w.sign + sign_step * (t * w.step + g * kSlot<T>)) * mean));
+              si * load(w.d + at * w.step + g * kSlot<T>) * (ug - load(w.sign + sign_step * (at * w.step + g * kSlot<T>)) * mean));
     };
     // every weight is read before its gradient is written: they may share their place
     if constexpr (kind == kObserver) {
       // weight j feeds component j: dL/dp_j = s_j h[0], and s_0 v for the input gate
-      const V<T> v = load(steps.values(t, 0)), entering = weight(order), one = splat(T(1));
+      const V<T> v = load(steps.values(at, 0)), entering = weight(order), one = splat(T(1));
       const V<T> sv = s[0] * v;
       V<T> mean = entering * sv + flags.part(entering, sv);
       base[0] = rest[0] = V<T>{};
@@ -384,9 +388,9 @@ STATEMIX_NOINLINE void backward(const Steps<T> steps, Weights<T> w, V<T>* carry)
       store(steps.grad_values(t, 0), entering * s[0] + flags.part(entering, s[0]));
     } else {
       for (int i = 0; i < rows; ++i) {
-        __builtin_prefetch(steps.values(t + steps.next, i), 0, 2);
+        __builtin_prefetch(steps.values(at + steps.next, i), 0, 2);
         __builtin_prefetch(steps.grad_values(t - kAhead, i), 1, 3);
-        const V<T> v = load(steps.values(t, i)), q = weight(i * gates + order), sp = q * s[i] + flags.part(q, s[i]);
+        const V<T> v = load(steps.values(at, i)), q = weight(i * gates + order), sp = q * s[i] + flags.part(q, s[i]);
         grad_gate(i * gates + order, sp, s[i], v, h[i]);
         store(steps.grad_values(t, i), sp);
       }

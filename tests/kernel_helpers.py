@@ -32,12 +32,13 @@ class LayerProblem:
     reset: Tensor | None
     cotangents: tuple[Tensor, Tensor]
     visibility: Tensor | None = None
+    places: Tensor | None = None  # then x is a table of its rows
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "LayerProblem":
         inputs = {name: function(x) for name, x in self.inputs.items()}
         cotangents = tuple(function(x) for x in self.cotangents)
         visibility = None if self.visibility is None else function(self.visibility)
-        return LayerProblem(self.mixer, inputs, self.reset, cotangents, visibility)
+        return LayerProblem(self.mixer, inputs, self.reset, cotangents, visibility, self.places)
 
     def split(self, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
         return inputs["x"], tuple(inputs[name] for name in WEIGHTS), inputs.get("state")
@@ -45,10 +46,11 @@ class LayerProblem:
     def fused(self, inputs: dict[str, Tensor] | None = None, recompute: bool | None = None) -> tuple[Tensor, Tensor]:
         options = {"normalization": self.mixer.normalization, "kind": self.mixer.kind, "recompute": recompute}
         order, given = self.mixer.state_shape[0], self.split(self.inputs if inputs is None else inputs)
-        return kernels.layer(*given, self.reset, self.visibility, order=order, **options)
+        return kernels.layer(*given, self.reset, self.visibility, self.places, order=order, **options)
 
     def by_the_loop(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         x, weights, state = self.split(inputs)
+        x = x if self.places is None else x[self.places]
         self.mixer._visibility = lambda x: self.visibility  # in place of one that is drawn
         return functional_call(self.mixer, dict(zip(WEIGHTS, weights, strict=True)), (x, state, self.reset))
 
@@ -79,6 +81,7 @@ def make_layer_problem(
     with_state: bool = True,
     with_reset: bool = False,
     with_visibility: bool = False,
+    table_rows: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> LayerProblem:
     """Random weights and inputs, rounded to `dtype`. In every other block the decay is slow: see `make_raw_gates`."""
@@ -109,7 +112,11 @@ def make_layer_problem(
     visibility = None
     if with_visibility:
         visibility = normal(batch, blocks) * (torch.rand(batch, blocks, generator=generator) < 0.5)
-    return LayerProblem(mixer, inputs, reset, cotangents, visibility).map(lambda x: x.to(dtype))
+    places = None
+    if table_rows:
+        inputs["x"] = normal(table_rows, width)
+        places = torch.randint(table_rows, (batch, length), generator=generator)
+    return LayerProblem(mixer, inputs, reset, cotangents, visibility, places).map(lambda x: x.to(dtype))
 
 
 SHIFTED = {"odd offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)}

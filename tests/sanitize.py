@@ -69,7 +69,7 @@ def run(orders: Sequence[int] = ORDERS, blocks: Sequence[int] = BLOCKS) -> None:
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             run_scan(make_problem(generator, kind, dtype=dtype, **options), arrange)
         for dtype in (torch.float32, torch.float64):
-            options["with_visibility"] = dtype == torch.float64
+            options |= {"with_visibility": dtype == torch.float64, "table_rows": (order + count) % 3}
             run_layer(make_layer_problem(generator, kind, width=width, dtype=dtype, **options), arrange)
     run_pairs()
     run_readouts()
@@ -92,9 +92,9 @@ def run_scan(problem, arrange) -> None:
 
 def run_layer(problem, arrange) -> None:
     expected, laid_out = problem.expected(), problem.map(lambda x: arrange(x) if x.ndim > 1 else x)
-    first = dataclasses.replace(
-        problem, inputs=problem.inputs | {"x": problem.inputs["x"][:, :1]}, reset=None, visibility=None
-    )
+    x = problem.inputs["x"] if problem.places is None else problem.inputs["x"][problem.places]
+    first = problem.inputs | {"x": x[:, :1]}
+    first = dataclasses.replace(problem, inputs=first, reset=None, visibility=None, places=None)
     (y, _), (x, weights, state) = first.by_the_loop(first.map(Tensor.double).inputs), first.split(first.inputs)
     state = x.new_zeros(len(x), *problem.mixer.state_shape) if state is None else state
     for instruction_set in kernels.instruction_sets():

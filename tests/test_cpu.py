@@ -405,7 +405,7 @@ assert (kernels.instruction_set() if "cpu" in available_backends() else None) ==
 
 
 # struct -> how many fields it has
-STRUCTS = {"ScanCall": 23, "LayerCall": 29, "PairCall": 8, "ReadoutCall": 10, "ModelCall": 7, "GatedCall": 8}
+STRUCTS = {"ScanCall": 23, "LayerCall": 31, "PairCall": 8, "ReadoutCall": 10, "ModelCall": 7, "GatedCall": 8}
 STRUCTS |= {"Place": 10, "Look": 4, "SnapshotCall": 11}
 
 

@@ -120,6 +120,48 @@ def test_blocks_that_the_read_out_does_not_see_go_on(generator, instruction_set,
         assert_results(problem.results(problem.fused, recompute), expected)
 
 
+TABLES = {  # with how many rows
+    "one row": (1, Case(3, 5, 16, 31, 2, "softmax", True, True)),
+    "more rows than a sequence has steps": (40, Case(2, 3, 5, 9, 2, "softmax", False, False)),
+    "more than a tile, in chunks": (7, Case(5, 33, 5, 300, 3, "softmax", True, True)),
+    "many gates": (3, Case(16, 17, 40, 40, 1, "softmax", True, True)),
+    "sigmoid": (5, Case(1, 33, 16, 65, 2, "sigmoid", True, True)),
+    "relu": (5, Case(4, 17, 16, 65, 2, "relu", True, True)),
+    "tanh": (5, Case(4, 17, 16, 65, 2, "tanh", True, True)),
+    "silu": (5, Case(4, 17, 16, 65, 2, "silu", True, True)),
+    "linear": (5, Case(4, 17, 16, 65, 2, "linear", True, True)),
+    "none": (5, Case(4, 17, 16, 31, 2, "none", True, True)),
+}
+
+
+@each_instruction_set
+@each_kind
+@pytest.mark.parametrize(("rows", "case"), TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize("with_visibility", [False, True])
+def test_a_table_of_rows_equals_the_loop(generator, instruction_set, kind, rows, case, with_visibility):
+    sizes = case._asdict() | {"table_rows": rows, "with_visibility": with_visibility}
+    for dtype in (torch.float32, torch.float64):
+        problem = make_layer_problem(generator, kind, dtype=dtype, **sizes)
+        assert_results(problem.results(problem.fused), problem.expected())
+
+
+@each_kind
+def test_a_table_of_rows_is_what_the_rows_are_to_the_bit(generator, kind):
+    problem = make_layer_problem(generator, kind, length=300, table_rows=7, with_reset=True, dtype=torch.float32)
+    inputs = problem.inputs | {"x": problem.inputs["x"][problem.places]}
+    whole = dataclasses.replace(problem, inputs=inputs, places=None)
+    for one, other in zip(problem.fused(), whole.fused(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("wrong", [-1, 7, 2**62])
+def test_a_place_outside_the_table_is_refused(generator, wrong):
+    problem = make_layer_problem(generator, "block", table_rows=7)
+    problem.places[1, 3] = wrong
+    with pytest.raises(IndexError, match=rf"^layer: `places` must be in \[0, 7\), got {wrong}\.$"):
+        problem.fused()
+
+
 @pytest.mark.parametrize("kind", ["companion", "observer"])
 def test_lags_longer_than_a_chunk_equal_the_loop(generator, kind):
     sizes = {"order": 64, "blocks": 128, "width": 5, "length": 100, "batch": 1}  # chunks of 24 steps

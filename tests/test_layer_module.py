@@ -104,9 +104,14 @@ def test_the_operators_pass_opcheck(generator, kind):
     sizes = {"order": 2, "blocks": 3, "width": 4, "length": 5}
     problem = make_layer_problem(generator, kind, **sizes, with_reset=True, with_visibility=True)
     x, weights, state = problem.split({name: x.requires_grad_() for name, x in problem.inputs.items()})
-    inputs = (x, *weights, state)
-    for reset, visibility, keep in ((problem.reset, problem.visibility, True), (None, None, False)):
-        arguments = (*inputs, reset, visibility, "softmax", kind, keep)
+    rows = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+    for of_x, reset, visibility, places, keep in (
+        (x, problem.reset, problem.visibility, None, True),
+        (x, None, None, None, False),
+        (x[:, 0].detach().requires_grad_(), problem.reset, None, rows, False),
+    ):
+        inputs = (of_x, *weights, state)
+        arguments = (*inputs, reset, visibility, places, "softmax", kind, keep)
         checks = torch.library.opcheck(torch.ops.statemix.layer_forward, arguments)
         assert set(checks.values()) == {"SUCCESS"}
         with torch.no_grad():
@@ -117,6 +122,7 @@ def test_the_operators_pass_opcheck(generator, kind):
             *(x.detach() for x in inputs),
             reset,
             visibility,
+            places,
             states,
             kept,
             "softmax",

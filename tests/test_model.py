@@ -226,8 +226,10 @@ def no_table(model: SequenceModel, tokens) -> bool:
 
 def test_where_a_table_does_not_serve(generator, monkeypatch):
     model, tokens = build(generator), draw(generator, 5, 20)
+    assert no_table(model, torch.zeros(1, 31, dtype=torch.int64))  # a step, too
+    assert not no_table(model, torch.zeros(1, 32, dtype=torch.int64))
     with torch.no_grad():
-        assert no_table(model, tokens)  # one operator is faster
+        assert not no_table(model, tokens)
     assert no_table(model, torch.arange(V)[None].repeat(1, 3))  # fewer positions than four a token
     assert not no_table(model, torch.arange(V)[None].repeat(1, 4))
     assert no_table(build(generator).bfloat16(), tokens)
@@ -235,16 +237,24 @@ def test_where_a_table_does_not_serve(generator, monkeypatch):
         assert no_table(model, tokens)
     double = Doubled(**build(generator).config)
     assert no_table(double, tokens)
-    for recompute in (True, None):
-        other = build(generator)
-        other.layers[0].mixer.recompute = recompute
-        assert no_table(other, tokens) == (recompute is True)
-    monkeypatch.setattr("statemix.kernels.KEPT_BYTES", 1000)
-    assert no_table(model, tokens)
-    model.layers[0].mixer.recompute = False
-    assert not no_table(model, tokens)
     model.recompute = True
     assert no_table(model, tokens)
+
+
+def test_where_the_kernels_read_no_table_it_is_as_long_as_the_sequence(generator, monkeypatch):
+    model, tokens = build(generator), draw(generator, 5, 20)
+    mixer = model.layers[0].mixer
+    mixer.backend = "reference"
+    with torch.no_grad():
+        assert no_table(model, tokens)  # one operator is faster
+    for mixer.recompute in (True, None):
+        assert no_table(model, tokens) == (mixer.recompute is True)
+    monkeypatch.setattr("statemix.kernels.KEPT_BYTES", 1000)
+    assert no_table(model, tokens)
+    mixer.recompute = False
+    assert not no_table(model, tokens)
+    for mixer.backend, mixer.recompute in (("auto", True), ("auto", None)):
+        assert not no_table(model, tokens)
 
 
 # ---- logits at some steps alone

@@ -133,16 +133,21 @@ class Part:
 
     def plainly_called(self, module: nn.Module) -> bool:
         """Whether a call of the module runs its forward and nothing else."""
+        attributes = module.__dict__
+        if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
+            return False
+        if attributes["_backward_hooks"] or attributes["_backward_pre_hooks"]:
+            return False
+        return self.runs_its_own(module)
+
+    def runs_its_own(self, module: nn.Module) -> bool:
+        """Whether a call of the module, its hooks aside, runs the functions that its class had when it was declared."""
         attributes, functions = module.__dict__, self._functions.get(type(module))
         if functions is None or type(module).__call__ is not nn.Module.__call__:
             return False
         for name in self._own_calls:  # not every torch traces isdisjoint, and this takes no longer
             if name in attributes:
                 return False
-        if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
-            return False
-        if attributes["_backward_hooks"] or attributes["_backward_pre_hooks"]:
-            return False
         return all(getattr(owner, name) is function for owner, name, function in functions)
 
     def inputs(self, module: nn.Module) -> Any:

@@ -20,7 +20,8 @@ from statemix.gates import check_dense
 from statemix.mixers.base import Rows, check_flags, check_mask, check_sizes
 from statemix.specs import NotImportedError, Spec, options
 
-POSITIONS_PER_TOKEN = 4  # from so many on a first layer's raw gates are a table
+# from so many on a first layer's raw gates are a table: of all tokens, and of each
+POSITIONS, POSITIONS_PER_TOKEN = 32, 4
 CONFIG_FILE, WEIGHTS_FILE = "model.json", "model.safetensors"
 
 
@@ -73,8 +74,8 @@ class TokenModel(Stack):
         Where a word has more tokens than there are, what the first mixer makes of a token is made once for each, and
         not at every step: its raw gates are most of its work, and become a table.
         """
-        trained = tokens.is_cpu and torch.is_grad_enabled() and not self.recompute and not fused.transformed()
-        if not trained or type(self)._embedded is not TokenModel._embedded:
+        plain = tokens.is_cpu and not self.recompute and not fused.transformed()
+        if not plain or tokens.numel() < POSITIONS or type(self)._embedded is not TokenModel._embedded:
             return None
         plain = fused.EMBEDDING.plainly_called(self.embedding) and fused.EMBEDDING.reads(self.embedding)
         if not plain or not self._all_layers()[0].shares_rows(tokens.numel()):

@@ -20,6 +20,7 @@ def layer(
     state: Tensor | None,
     reset: Tensor | None,
     visibility: Tensor | None = None,
+    places: Tensor | None = None,
     *,
     normalization: str,
     kind: str,
@@ -29,12 +30,14 @@ def layer(
     """A whole layer: raw gates W x_t + b and values from x, the scan, and the read-out, chunk of time by chunk of time.
 
     Args:
-        x: (B, T, D), float32 or float64, contiguous or not.
+        x: (B, T, D), float32 or float64, contiguous or not; with `places` a table of its rows, (V, D).
         weights: of the raw gates (rows (M+1) N, D), their bias, of the values (rows N, D) and of the output (D, M N),
             rows = M for a block scan and 1 otherwise, all in the dtype of x.
         state, reset: as in `Mixer.forward`.
         visibility: (B, N), in the dtype of x: what the read-out sees of each block is multiplied by it, and nothing
             else. It has no gradient. Ones if None.
+        places: (B, T), integers: which row of the table x is at each step. What is made of a row alone is then made
+            once for each row, its raw gates and their weights too, and nothing of it is kept.
         normalization: of the raw gates.
         kind: "block", "companion" or "observer".
         order: M.
@@ -43,14 +46,19 @@ def layer(
 
     Returns:
         y (B, T, D) and the state after the last step (B, M, N).
+
+    Raises:
+        IndexError: a place is none of the table.
     """
+    batch, length = _steps(x, places)
     if state is None:
-        state = x.new_zeros(x.shape[0], order, weights[3].shape[1] // order)
-    gates = x.shape[0] * x.shape[1] * weights[0].shape[0] * x.element_size()
+        state = x.new_zeros(batch, order, weights[3].shape[1] // order)
+    gates = batch * length * weights[0].shape[0] * x.element_size()
     if recompute is None:  # an exported program is for all sizes
         recompute = not torch.compiler.is_exporting() and gates > KEPT_BYTES
-    keep = not recompute and torch.is_grad_enabled()
-    y, final_state, _, _ = _layer(x, *weights, state.to(x.dtype), reset, visibility, normalization, kind, keep)
+    keep = not recompute and places is None and torch.is_grad_enabled()
+    state = state.to(x.dtype)
+    y, final_state, _, _ = _layer(x, *weights, state, reset, visibility, places, normalization, kind, keep)
     return y, final_state
 
 
@@ -63,23 +71,27 @@ def _layer_forward(
     initial_state: Tensor,
     reset: Tensor | None,
     visibility: Tensor | None,
+    places: Tensor | None,
     normalization: str,
     kind: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, initial_state, reset, visibility = dense(x), dense(initial_state), _dense(reset), _dense(visibility)
+    x, initial_state, reset = dense(x), dense(initial_state), _dense(reset)
+    visibility, places = _dense(visibility), _dense(places)
     weights = dense(gate_weight), dense(gate_bias), dense(value_weight), dense(output_weight)
     used = instruction_set()  # once: another thread may choose another while this one makes room
-    results = _layer_results(x, initial_state, kind, keep, used)
-    problem = _layer_problem(x, weights, initial_state, reset, visibility, normalization, kind)
+    results = _layer_results(x, initial_state, places, kind, keep, used)
+    problem = _layer_problem(x, weights, initial_state, reset, visibility, places, normalization, kind)
     problem.y, problem.final_state, problem.states, problem.kept = map(address, results)
-    library().run("statemix_layer_forward", problem, used)
+    if outside := library().run("statemix_layer_forward", problem, used):  # counted from 1
+        assert places is not None
+        raise IndexError(f"layer: `places` must be in [0, {len(x)}), got {places.flatten()[outside - 1]}.")
     return results
 
 
 def _layer_forward_fake(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    initial_state, (kind, keep) = others[4], others[-2:]
-    return _layer_results(x, initial_state, kind, keep, instruction_set())
+    initial_state, places, (kind, keep) = others[4], others[7], others[-2:]
+    return _layer_results(x, initial_state, places, kind, keep, instruction_set())
 
 
 def _layer_backward(
@@ -93,15 +105,17 @@ def _layer_backward(
     initial_state: Tensor,
     reset: Tensor | None,
     visibility: Tensor | None,
+    places: Tensor | None,
     states: Tensor,
     kept: Tensor,
     normalization: str,
     kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, initial_state, reset, visibility = dense(x), dense(initial_state), _dense(reset), _dense(visibility)
+    x, initial_state, reset = dense(x), dense(initial_state), _dense(reset)
+    visibility, places = _dense(visibility), _dense(places)
     weights = dense(gate_weight), dense(gate_bias), dense(value_weight), dense(output_weight)
     grad_y, grad_final_state = dense(grad_y), _dense(grad_final_state)
-    problem = _layer_problem(x, weights, initial_state, reset, visibility, normalization, kind)
+    problem = _layer_problem(x, weights, initial_state, reset, visibility, places, normalization, kind)
     problem.states, problem.kept = address(states), address(kept)
     problem.grad_y, problem.grad_final_state = address(grad_y), address(grad_final_state)
     grads = _layer_grads(x, gate_weight, gate_bias, value_weight, output_weight, initial_state)
@@ -136,9 +150,9 @@ def _layer_derivative(
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     if grad_y is None:
-        grad_y = torch.zeros_like(saved[0])
+        grad_y = saved[0].new_zeros(*_steps(saved[0], saved[8]), saved[0].shape[-1])
     grads = _differentiate_layer(grad_y, grad_final_state, *saved, ctx.normalization, ctx.kind)
-    return *grads, None, None, None, None, None
+    return *grads, None, None, None, None, None, None
 
 
 _layer = Operator("layer_forward", _layer_forward, _layer_forward_fake, _save_layer, _layer_derivative)
@@ -147,12 +161,20 @@ _differentiate_layer = Operator(
 )
 
 
-def _layer_shapes(x: Tensor, state: Tensor, kind: str, used: str) -> tuple[torch.Size, torch.Size]:
+def _steps(x: Tensor, places: Tensor | None) -> tuple[int, int]:
+    """B and T."""
+    batch, length = x.shape[:2] if places is None else places.shape
+    return batch, length
+
+
+def _layer_shapes(
+    x: Tensor, state: Tensor, places: Tensor | None, kind: str, used: str
+) -> tuple[torch.Size, torch.Size]:
     """Shapes of the states and of the kept raw gates and values: `Shape` of csrc/layer.h.
 
     Blocks lie in vectors of the instruction set used, the last axis; the third last is how many hold all of them.
     """
-    batch, length, order, blocks = x.shape[0], x.shape[1], state.shape[1], state.shape[2]
+    (batch, length), (_, order, blocks) = _steps(x, places), state.shape
     lanes = library().vector_bytes[used] // x.element_size()
     tiles, rows = -(-blocks // lanes), order if kind == "block" else 1
     margin, shown = (order, 1) if kind == "companion" else (1, order)
@@ -162,9 +184,12 @@ def _layer_shapes(x: Tensor, state: Tensor, kind: str, used: str) -> tuple[torch
     )
 
 
-def _layer_results(x: Tensor, state: Tensor, kind: str, keep: bool, used: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    states, kept = _layer_shapes(x, state, kind, used)
-    return x.new_empty(x.shape), state.new_empty(state.shape), x.new_empty(states), x.new_empty(kept if keep else (0,))
+def _layer_results(
+    x: Tensor, state: Tensor, places: Tensor | None, kind: str, keep: bool, used: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    states, kept = _layer_shapes(x, state, places, kind, used)
+    y = x.new_empty(*_steps(x, places), x.shape[-1])
+    return y, state.new_empty(state.shape), x.new_empty(states), x.new_empty(kept if keep else (0,))
 
 
 def _layer_grads(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -177,18 +202,20 @@ def _layer_problem(
     state: Tensor,
     reset: Tensor | None,
     visibility: Tensor | None,
+    places: Tensor | None,
     normalization: str,
     kind: str,
 ) -> LayerCall:
     """The struct of a layer with its inputs, all dense."""
     gate_weight, gate_bias, value_weight, output_weight = weights
-    batch, order, blocks = state.shape
+    (batch, length), (_, order, blocks) = _steps(x, places), state.shape
     return LayerCall(
         batch=batch,
-        length=x.shape[1],
-        width=x.shape[2],
+        length=length,
+        width=x.shape[-1],
         order=order,
         blocks=blocks,
+        table_rows=0 if places is None else len(x),
         kind=KINDS[kind],
         normalization=NORMALIZATIONS[normalization],
         storage=STORAGES[x.dtype],
@@ -200,6 +227,7 @@ def _layer_problem(
         output_weight=address(output_weight),
         initial_state=address(state),
         reset=address(reset),
+        places=address(places),
         visibility=address(visibility),
     )
 

@@ -18,7 +18,7 @@ MAX_ORDER = 64  # kMaxOrder in csrc/interface.h
 LIBRARY = "statemix_cpu.so"
 INSTRUCTION_SET_VARIABLE = "STATEMIX_INSTRUCTION_SET"
 
-INTERFACE = 10  # kInterface in csrc/interface.h
+INTERFACE = 11  # kInterface in csrc/interface.h
 KINDS = {"block": 0, "companion": 1, "observer": 2}
 NORMALIZATIONS = {name: record.code for name, record in gates.NORMALIZATIONS.items()}
 FUNCTIONS = (
@@ -54,11 +54,13 @@ class LayerCall(ctypes.Structure):
     """What a layer is called with. The fields are those of `LayerCall` in csrc/interface.h."""
 
     _fields_ = (
-        [(name, ctypes.c_int64) for name in ("batch", "length", "width", "order", "blocks")]
+        [(name, ctypes.c_int64) for name in ("batch", "length", "width", "order", "blocks", "table_rows")]
         + [(name, ctypes.c_int32) for name in ("kind", "normalization", "storage", "threads")]
-        + _pointers("x", "gate_weight", "gate_bias", "value_weight", "output_weight", "initial_state", "reset")
-        + _pointers("visibility", "y", "final_state", "states", "kept", "grad_y", "grad_final_state", "grad_x")
-        + _pointers("grad_gate_weight", "grad_gate_bias", "grad_value_weight", "grad_output_weight")
+        + _pointers(
+            "x", "gate_weight", "gate_bias", "value_weight", "output_weight", "initial_state", "reset", "places"
+        )
+        + _pointers("visibility", "y", "final_state", "states", "kept", "grad_y", "grad_final_state")
+        + _pointers("grad_x", "grad_gate_weight", "grad_gate_bias", "grad_value_weight", "grad_output_weight")
         + _pointers("grad_initial_state")
     )
 

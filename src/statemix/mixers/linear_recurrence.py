@@ -131,8 +131,12 @@ class LinearRecurrence(Mixer):
         return self._scan(self._gates(x), self._values(x), state, reset, visibility, x.dtype)
 
     def shares_rows(self, positions: int) -> bool:
-        """Unless its raw gates are not to be kept, or are no function of x."""
-        if self.raw_gates.projection is None or not ROWS.reads(self):
+        """Where a kernel reads the table; else in training, unless the raw gates at full length are not to be kept."""
+        if self.raw_gates.projection is None or not ROWS.runs_its_own(self) or not ROWS.reads(self):
+            return False
+        if (HIDDEN_RECURRENCE if self.hidden else RECURRENCE).reads(self):
+            return True
+        if not torch.is_grad_enabled():  # one operator is faster
             return False
         weight = self.raw_gates.projection.weight
         size = positions * len(weight) * weight.element_size()
@@ -140,8 +144,9 @@ class LinearRecurrence(Mixer):
 
     def mix_rows(self, rows: Rows, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `Mixer.mix_rows`."""
-        visibility = self._visibility(rows.places)
-        dtype = rows.table.dtype
+        visibility, dtype = self._visibility(rows.places), rows.table.dtype
+        if (fused_results := self._fused_mix(rows.table, state, reset, visibility, rows.places)) is not None:
+            return fused_results
         return self._scan(rows.each(self._gates), rows.each(self._values), state, reset, visibility, dtype)
 
     def _visibility(self, x: Tensor) -> Tensor | None:
@@ -244,12 +249,19 @@ class LinearRecurrence(Mixer):
         return transitions(self.raw_gates(x), normalization=self.normalization, kind=self.kind)
 
     def _fused_mix(
-        self, x: Tensor, state: Tensor | None, reset: Tensor | None, visibility: Tensor | None
+        self,
+        x: Tensor,
+        state: Tensor | None,
+        reset: Tensor | None,
+        visibility: Tensor | None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:
-        """`mix` by the kernels for a layer, or None where they do not serve."""
+        """`mix`, or with places of rows x `mix_rows`, by the kernels for a layer; None where they do not serve."""
         on_gpu = x.is_cuda or self.backend == "gpu"  # "auto" never takes the emulator
         on_cpu = RECURRENCE if visibility is None else HIDDEN_RECURRENCE
         part = RECURRENCE_ON_GPU if on_gpu else on_cpu
+        if on_gpu and places is not None:
+            return None
         if not fused.serves(part.engine, x, state, reset) or (inputs := part.inputs(self)) is None:
             return None
         weights = inputs.weights if part is RECURRENCE else inputs
@@ -274,6 +286,7 @@ class LinearRecurrence(Mixer):
             state,
             reset,
             visibility,
+            places,
             normalization=self.normalization,
             kind=self.kind,
             order=self.state_shape[0],
