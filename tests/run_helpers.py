@@ -3,21 +3,26 @@
 import builtins
 import contextlib
 import copy
+import csv
 import errno
+import functools
 import importlib
 import io
 import json
+import operator
 import os
+import random
 import re
+import shutil
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from helpers import PROCESSES
 
 from statemix import TrainConfig, train
 from statemix.files import digest_of, manifest_of
-from statemix.tasks import PermutationComposition
 from statemix.training.config import ModelConfig, OptimizerConfig
 
 TRAIN = importlib.import_module("statemix.training.loop")  # as an attribute, statemix.training.loop is the function
@@ -49,23 +54,37 @@ class Stopped(Exception):
 
 def run(out: Path, config: TrainConfig, resume: str = "auto", stop_before: int | None = None, **options):
     """train() on one thread, with a stand-in for the picture, which takes longer than all the rest."""
-    sample = PermutationComposition.sample
+    train_step = TRAIN.Training.train_step
 
-    def stopping_sample(self, split, batch_size, *, seed=0, index=0):
-        if split == "train" and index == stop_before:
+    def stopping_step(training):
+        if training.step == stop_before:
             raise Stopped
-        return sample(self, split, batch_size, seed=seed, index=index)
+        return train_step(training)
 
     threads = torch.get_num_threads()
     with (
         mock.patch.object(TRAIN, "plot_curves", lambda runs, path, **_: Path(path).write_bytes(b"a picture")),
-        mock.patch.object(PermutationComposition, "sample", stopping_sample),
+        mock.patch.object(TRAIN.Training, "train_step", stopping_step),
     ):
         torch.set_num_threads(1)
         try:
             return train(config, out, resume=resume, **{"progress": False} | options)
         finally:
             torch.set_num_threads(threads)
+
+
+def stopped(out: Path, config: TrainConfig, before: int, **options) -> Path:
+    """The folder of a run that was stopped before a step."""
+    with pytest.raises(Stopped):
+        run(out, config, stop_before=before, **options)
+    return out
+
+
+def run_in_parts(out: Path, config: TrainConfig, *stops: int, **options):
+    """run(), stopped before each of these steps and resumed after it."""
+    for before in stops:
+        stopped(out, config, before, **options)
+    return run(out, config, **options)
 
 
 def snapshot(out: Path) -> dict[str, bytes | None]:
@@ -101,6 +120,17 @@ def differing(out: Path, reference: Path) -> list[str]:
 
 def extra(out: Path, reference: Path) -> list[str]:
     return sorted(snapshot(out).keys() - snapshot(reference).keys())
+
+
+def assert_same_files(out: Path, reference: Path) -> None:
+    """Hold a run to another one: it has the same files, and no more."""
+    assert differing(out, reference) == []
+    assert extra(out, reference) == []
+
+
+def refused(message: str):
+    """Expects a ValueError whose message this regular expression finds."""
+    return pytest.raises(ValueError, match=message)
 
 
 @contextlib.contextmanager
@@ -162,11 +192,22 @@ def disk(out: Path, kinds: set[str], at: int = 0, failure=None):
         yield changes
 
 
-def seal(checkpoint: Path) -> None:
-    """Write the manifest of a checkpoint anew: it was made as it is now."""
-    names = json.loads((checkpoint / "manifest.json").read_text())["sha256"]
-    digests = {name: digest_of(checkpoint / name) for name in names}
-    (checkpoint / "manifest.json").write_bytes(manifest_of(digests))
+def seal(folder: Path) -> None:
+    """Write the manifest of a checkpoint or run anew: it was made as it is now."""
+    names = json.loads((folder / "manifest.json").read_text())["sha256"]
+    digests = {name: digest_of(folder / name) for name in names}
+    (folder / "manifest.json").write_bytes(manifest_of(digests))
+
+
+def edit_json(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def disk_is_full():
@@ -184,10 +225,46 @@ def cut(share):
     return lambda path: path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
 
 
+def of_another_model(path: Path) -> None:
+    shutil.copy(path.with_name("optimizer.safetensors"), path)
+    seal(path.parent)
+
+
+DAMAGED_TENSORS = [  # what befalls a file of a checkpoint, and what is told of it
+    (cut(0.5), "is damaged: its sha256 is not the one in manifest.json"),
+    (Path.unlink, "is missing, which manifest.json has."),
+    (of_another_model, "is of another model"),
+]
+
+
 def ten_steps(**changes) -> TrainConfig:
     """The learning rate grows to an absurd one, so that each validation is far worse than the one before."""
     small = {"steps": 10, "eval_every": 4, "log_every": 3, "test_lengths": (5, 12)}
     return small_config(**small | {"optimizer": OptimizerConfig(lr=30.0, warmup=1.0)} | changes)
+
+
+def write_documents(folder: Path, seed: int = 0, letters: str = "abcdé \n", shortest: int = 20) -> str:
+    """Ten documents, each ten characters longer than the one before; some characters have two bytes."""
+    rng = random.Random(seed)
+    folder.mkdir(exist_ok=True)
+    for number in range(10):
+        content = "".join(rng.choice(letters) for _ in range(shortest + 10 * number))
+        (folder / f"{number}.txt").write_text(content, encoding="utf-8")
+    return str(folder)
+
+
+def text_config(source: str, **changes) -> TrainConfig:
+    """1,600 parameters, windows of 12 tokens, 6 steps, checkpoints at 3 and 6."""
+    task = {"name": "text", "source": source, "tokenizer": "characters", "seq_len": 12, "valid": 0.2, "test": 0.1}
+    small = {
+        "task": task | changes.pop("task", {}),
+        "model": ModelConfig(d_model=8, num_layers=2),
+        "optimizer": OptimizerConfig(lr=0.02, warmup=0.0),
+        "steps": 6,
+        "eval_every": 3,
+        "eval_sequences": 100,
+    }
+    return small_config(**small | changes)
 
 
 LSTM = {"name": "lstm", "hidden_size": 3}
@@ -197,11 +274,19 @@ def tiny(seed: int, **changes) -> TrainConfig:
     return small_config(seed=seed, mixer=LSTM, **changes)
 
 
+WIDE = {"name": "bd_lru", "num_blocks": 6, "block_size": 3}
+ROWS_OF_GATES = [
+    WIDE,
+    WIDE | {"selective": False},
+    {"name": "h_lru", "num_channels": 6, "order": 3},
+    {"name": "h_lru", "num_channels": 6, "order": 3, "form": "observer"},
+]
+each_kind_of_rows = pytest.mark.parametrize("mixer", ROWS_OF_GATES, ids=str)
+
 LONG = tiny(99, steps=200, eval_every=10, log_every=10)
 ENDLESS = tiny(99, steps=1_000_000, eval_every=10, log_every=10)  # stopped, however fast the machine
-NO_TEST = tiny(
-    50, task={"name": "permutation", "group": "Z3", "seq_len": 5}, test_lengths=(2,)
-)  # has no such sequences
+Z3 = {"name": "permutation", "group": "Z3", "seq_len": 5}
+NO_TEST = tiny(50, task=Z3, test_lengths=(2,))  # has no such sequences
 
 
 def fields_of(value, path=()):
@@ -232,14 +317,11 @@ EDITS = {  # what becomes of a field, as JSON text: `"key": ` and the old value 
 def edited(content: dict, path: tuple, edit: str) -> str:
     """The JSON text of a content in which a field is edited."""
     content = copy.deepcopy(content)
-    target = content
-    for key in path[:-1]:
-        target = target[key]
-    value, key = target[path[-1]], path[-1]
+    *outer, key = path
+    target = functools.reduce(operator.getitem, outer, content)
+    value, target[key] = target[key], "HERE"
     if isinstance(key, int):
-        target[key] = "HERE"
         return json.dumps(content).replace('"HERE"', EDITS[edit]("", value))
-    target[key] = "HERE"
     text, new = json.dumps(content), EDITS[edit](f"{json.dumps(key)}: ", value)
     here = f'{json.dumps(key)}: "HERE"'
     return text.replace(f"{here}, ", new and f"{new}, ").replace(f", {here}", new and f", {new}").replace(here, new)
