@@ -20,15 +20,19 @@ from run_helpers import (
     CHANGES,
     NEEDING_SPACE,
     Stopped,
+    assert_same_files,
     cut,
     differing,
     disk,
     disk_is_full,
+    edit_json,
     extra,
+    refused,
     run,
     small_config,
     snapshot,
     start,
+    stopped,
 )
 
 from statemix import SequenceModel, TrainConfig, train
@@ -77,16 +81,20 @@ def reference(config, tmp_path_factory):
 @pytest.fixture(scope="module")
 def half_way(config, tmp_path_factory):
     """A run stopped after step 2 of 3: the last checkpoint is step-2, the best is step-1."""
-    out = tmp_path_factory.mktemp("half_way") / "run"
-    with contextlib.suppress(Stopped):
-        run(out, config, stop_before=2)
+    out = stopped(tmp_path_factory.mktemp("half_way") / "run", config, 2)
     assert json.loads((out / "checkpoints.json").read_text()) == {"last": "step-2", "best": "step-1"}
     return out
 
 
+@pytest.fixture
+def out(half_way, tmp_path):
+    """A copy of it, to be changed."""
+    return shutil.copytree(half_way, tmp_path / "run")
+
+
 @pytest.fixture(scope="module")
 def killed(config, reference, tmp_path_factory):
-    """For every change a run makes to its files: (what differs, what is left over) when it was killed there."""
+    """For every change a run makes to its files: what differs or is left over when it was killed there."""
     folder = tmp_path_factory.mktemp("killed")
     with disk(folder / "run", CHANGES) as changes:
         run(folder / "run", config)
@@ -98,9 +106,9 @@ def killed(config, reference, tmp_path_factory):
     for out in outs:
         try:
             run(out, config)
-            outcomes[out.name] = differing(out, reference), extra(out, reference)
-        except Exception as error:  # told by the tests, with the moment
-            outcomes[out.name] = [repr(error)], []
+            outcomes[out.name] = differing(out, reference) + extra(out, reference)
+        except Exception as error:  # told by the test, with the moment
+            outcomes[out.name] = [repr(error)]
     return outcomes
 
 
@@ -119,12 +127,8 @@ def test_the_kills_hit_every_kind_of_moment(killed):
     assert any(re.fullmatch(r"write \.checkpoints\.json.+", moment) for moment in moments)
 
 
-def test_a_run_killed_at_any_change_ends_as_one_never_stopped(killed):
-    assert {moment: names for moment, (names, _) in killed.items() if names} == {}
-
-
-def test_a_run_killed_at_any_change_leaves_no_other_file(killed):
-    assert {moment: names for moment, (_, names) in killed.items() if names} == {}
+def test_a_run_killed_at_any_change_ends_as_one_never_stopped_and_leaves_no_other_file(killed):
+    assert {moment: names for moment, names in killed.items() if names} == {}
 
 
 def test_a_run_killed_many_times_ends_as_one_never_stopped(config, reference, tmp_path):
@@ -204,8 +208,8 @@ def test_a_full_disk_at_any_change_loses_nothing(config, reference, tmp_path):
         if last is not None:
             SequenceModel.load(last)
         run(out, config)
-        if differing(out, reference) or extra(out, reference):
-            problems[f"{at}: {what}"] = f"differ: {differing(out, reference)}, left over: {extra(out, reference)}"
+        if names := differing(out, reference) + extra(out, reference):
+            problems[f"{at}: {what}"] = f"differ or are left over: {names}"
     assert problems == {}
 
 
@@ -229,10 +233,7 @@ def test_what_gets_its_name_is_on_the_disk_and_the_pointer_comes_last(tmp_path):
 
         return call
 
-    with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(os, "fsync", syncing))
-        for kind in ("rename", "replace"):
-            patches.enter_context(mock.patch.object(os, kind, renaming(getattr(os, kind))))
+    with mock.patch.multiple(os, fsync=syncing, rename=renaming(os.rename), replace=renaming(os.replace)):
         run(tmp_path / "run", small_config())
     assert missing == []
     names = [name for name in renamed if name.startswith(("step-", "checkpoints"))]
@@ -248,9 +249,8 @@ def run_with_small_files(limit: int, answer: Path, out: Path, config: TrainConfi
         answer.write_text(str(error))
 
 
-def test_a_write_that_the_system_refuses_in_the_middle_loses_nothing(config, half_way, reference, tmp_path):
-    out, answer = tmp_path / "run", tmp_path / "answer"
-    shutil.copytree(half_way, out)
+def test_a_write_that_the_system_refuses_in_the_middle_loses_nothing(config, out, reference, tmp_path):
+    answer = tmp_path / "answer"
     limit = (out / "step-2" / "model.safetensors").stat().st_size - 1
     assert limit > (out / "config.json").stat().st_size
     assert exit_code(start(run_with_small_files, limit, answer, out, config)) == 0
@@ -262,132 +262,19 @@ def test_a_write_that_the_system_refuses_in_the_middle_loses_nothing(config, hal
     [partial] = out.glob(".step-3.*.partial")
     assert (partial / "model.safetensors").stat().st_size == limit  # it did stop in the middle
     run(out, config)
-    assert differing(out, reference) == []
-    assert extra(out, reference) == []
+    assert_same_files(out, reference)
 
 
 def holding(text):
     return lambda path: path.write_text(text)
 
 
-def without_step(path):
-    state = json.loads(path.read_text())
-    del state["step"]
-    path.write_text(json.dumps(state))
+def edited(change):
+    return lambda path: edit_json(path, change)
 
 
 def of_another_model(path):
     shutil.copy(path.parent / "model.safetensors", path)
-
-
-LAST = "step-2"
-DAMAGES = {
-    "weights cut": (f"{LAST}/model.safetensors", cut(0.5)),
-    "weights cut by a byte": (f"{LAST}/model.safetensors", cut(0.9999)),
-    "weights empty": (f"{LAST}/model.safetensors", cut(0)),
-    "weights missing": (f"{LAST}/model.safetensors", Path.unlink),
-    "optimizer cut": (f"{LAST}/optimizer.safetensors", cut(0.5)),
-    "optimizer empty": (f"{LAST}/optimizer.safetensors", cut(0)),
-    "optimizer missing": (f"{LAST}/optimizer.safetensors", Path.unlink),
-    "optimizer of another kind": (f"{LAST}/optimizer.safetensors", of_another_model),
-    "model.json missing": (f"{LAST}/model.json", Path.unlink),
-    "train.json cut": (f"{LAST}/train.json", cut(0.5)),
-    "train.json empty": (f"{LAST}/train.json", cut(0)),
-    "train.json missing": (f"{LAST}/train.json", Path.unlink),
-    "train.json a list": (f"{LAST}/train.json", holding("[]")),
-    "train.json an object": (f"{LAST}/train.json", holding("{}")),
-    "train.json without the step": (f"{LAST}/train.json", without_step),
-    "checkpoint missing": (LAST, shutil.rmtree),
-    "checkpoints.json cut": ("checkpoints.json", cut(0.5)),
-    "checkpoints.json empty": ("checkpoints.json", cut(0)),
-    "checkpoints.json a list": ("checkpoints.json", holding("[]")),
-    "checkpoints.json an object": ("checkpoints.json", holding("{}")),
-    "checkpoints.json with a number": ("checkpoints.json", holding('{"last": 2, "best": 1}')),
-    "checkpoints.json no text": ("checkpoints.json", lambda path: path.write_bytes(b"\xff\x00")),
-    "metrics.jsonl with a damaged line": ("metrics.jsonl", lambda path: path.write_text("{\n" + path.read_text())),
-    "result.json cut": ("result.json", holding('{"parameters": 12')),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_named_and_nothing_is_changed(config, half_way, tmp_path, damage):
-    name, spoil = DAMAGES[damage]
-    out = tmp_path / "run"
-    shutil.copytree(half_way, out)
-    spoil(out / name)
-    before = snapshot(out)
-    # of a damaged train.json, to name the checkpoint is enough
-    with pytest.raises(ValueError, match=re.escape(str(out / name.removesuffix("/train.json")))):
-        run(out, config)
-    assert snapshot(out) == before
-
-
-@pytest.mark.parametrize("damage", ["weights cut", "checkpoints.json cut", "train.json a list", "checkpoint missing"])
-def test_a_damaged_run_starts_again_when_told_to(config, half_way, reference, tmp_path, damage):
-    name, spoil = DAMAGES[damage]
-    out = tmp_path / "run"
-    shutil.copytree(half_way, out)
-    spoil(out / name)
-    run(out, config, resume="never")
-    assert differing(out, reference) == []
-    assert extra(out, reference) == []
-
-
-def test_a_half_deleted_run_is_not_taken_for_a_finished_one(config, reference, tmp_path):
-    """resume="never" deletes the old run first; wherever that fails, the new run must be trained to its end."""
-    other = small_config(seed=config.seed + 1)
-    run(tmp_path / "other", other)
-    shutil.copytree(reference, tmp_path / "run")
-    with disk(tmp_path / "run", DELETIONS) as deletions:
-        run(tmp_path / "run", other, resume="never")
-    wrong = {}
-    for at, what in enumerate(deletions, start=1):
-        out = tmp_path / str(at)
-        shutil.copytree(reference, out)
-        with disk(out, DELETIONS, at, disk_is_broken), pytest.raises(RuntimeError, match="Input/output error"):
-            run(out, other, resume="never")
-        expected = tmp_path / "other"
-        try:
-            with contextlib.suppress(Stopped):
-                run(out, other, stop_before=2)
-            run(out, other)
-        except ValueError:  # the old run still counts, and says so; then it must be whole
-            with pytest.raises(ValueError, match="was made with seed="):
-                run(out, other)
-            run(out, config)
-            expected = reference
-        if names := differing(out, expected):
-            wrong[f"{at}: {what}"] = names
-    assert wrong == {}
-
-
-@pytest.mark.parametrize("lost", ["checkpoints.json", "metrics.jsonl"])
-def test_a_lost_file_deletes_nothing(config, half_way, tmp_path, lost):
-    out = tmp_path / "run"
-    shutil.copytree(half_way, out)
-    (out / lost).unlink()
-    before = snapshot(out)
-    with pytest.raises(ValueError, match=r"no checkpoints\.json|metrics\.jsonl' is missing"):
-        run(out, config)
-    assert snapshot(out) == before
-
-
-@pytest.mark.parametrize("name", ["config.json", "result.json", "step-7/thesis.txt"])
-def test_a_folder_that_never_held_a_run_keeps_files_with_our_names(config, tmp_path, name):
-    out = tmp_path / "run"
-    (out / name).parent.mkdir(parents=True)
-    (out / name).write_text("mine")
-    with pytest.raises(ValueError, match=rf"'{out}' has '{name.partition('/')[0]}' and no checkpoints\.json"):
-        run(out, config)
-    assert (out / name).read_text() == "mine"
-
-
-def test_a_damaged_best_checkpoint_is_found_before_training_goes_on(config, half_way, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(half_way, out)
-    cut(0.5)(out / "step-1" / "model.safetensors")
-    with pytest.raises(ValueError, match=r"step-1/model\.safetensors' is damaged: its sha256 is not"):
-        run(out, config)
 
 
 def flip_a_bit(path):
@@ -418,87 +305,153 @@ def doubled_loss(path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def another_number(key):
-    def change(path):
-        content = json.loads(path.read_text())
-        content[key] += 1
-        path.write_text(json.dumps(content, indent=2) + "\n")
-
-    return change
+def under_its_name(path):
+    shutil.rmtree(path.parent)
+    path.parent.with_name("step-1").rename(path.parent)
 
 
-def renamed_over(path):
-    shutil.rmtree(path)
-    (path.parent / "step-1").rename(path)
-
-
-LIES = {  # each is of the right form: what is wrong, the file that is changed, how, and the file that the error names
-    "a bit of the weights": (f"{LAST}/model.safetensors", flip_a_bit, None),
-    "a bit of the moments": (f"{LAST}/optimizer.safetensors", flip_a_bit, None),
-    "a bit of the best weights": ("step-1/model.safetensors", flip_a_bit, None),
-    "another step": (f"{LAST}/train.json", replacing('"step": 2', '"step": 3'), None),
-    "another best loss": (f"{LAST}/train.json", another_number("best_loss"), None),
-    "an older checkpoint under the name of the last": (LAST, renamed_over, f"{LAST}/train.json"),
-    "an empty manifest": (f"{LAST}/manifest.json", holding('{"sha256": {}}'), None),
-    "a manifest of a file elsewhere": (f"{LAST}/manifest.json", replacing('"train.json"', '"../train.json"'), None),
-    "another best checkpoint": ("checkpoints.json", replacing("step-1", "step-2"), None),
-    "a pointer to a folder elsewhere": ("checkpoints.json", replacing("step-2", "../run/step-2"), None),
-    "another number in the metrics": ("metrics.jsonl", doubled_loss, None),
-    "the metrics without their first line": ("metrics.jsonl", without_line(0), None),
-    "the metrics without their last line": ("metrics.jsonl", without_line(-1), None),
-    "the metrics cut": ("metrics.jsonl", cut(0.9), None),
+LAST, BAD_LINE = "step-2", "metrics.jsonl with a damaged line"
+DAMAGES = {
+    "weights cut": (f"{LAST}/model.safetensors", cut(0.5)),
+    "weights cut by a byte": (f"{LAST}/model.safetensors", cut(0.9999)),
+    "weights empty": (f"{LAST}/model.safetensors", cut(0)),
+    "weights missing": (f"{LAST}/model.safetensors", Path.unlink),
+    "optimizer cut": (f"{LAST}/optimizer.safetensors", cut(0.5)),
+    "optimizer empty": (f"{LAST}/optimizer.safetensors", cut(0)),
+    "optimizer missing": (f"{LAST}/optimizer.safetensors", Path.unlink),
+    "optimizer of another kind": (f"{LAST}/optimizer.safetensors", of_another_model),
+    "model.json missing": (f"{LAST}/model.json", Path.unlink),
+    "train.json cut": (f"{LAST}/train.json", cut(0.5)),
+    "train.json empty": (f"{LAST}/train.json", cut(0)),
+    "train.json missing": (f"{LAST}/train.json", Path.unlink),
+    "train.json a list": (f"{LAST}/train.json", holding("[]")),
+    "train.json an object": (f"{LAST}/train.json", holding("{}")),
+    "train.json without the step": (f"{LAST}/train.json", edited(lambda state: state.pop("step"))),
+    "checkpoint missing": (LAST, shutil.rmtree),
+    "checkpoints.json cut": ("checkpoints.json", cut(0.5)),
+    "checkpoints.json empty": ("checkpoints.json", cut(0)),
+    "checkpoints.json a list": ("checkpoints.json", holding("[]")),
+    "checkpoints.json an object": ("checkpoints.json", holding("{}")),
+    "checkpoints.json with a number": ("checkpoints.json", holding('{"last": 2, "best": 1}')),
+    "checkpoints.json no text": ("checkpoints.json", lambda path: path.write_bytes(b"\xff\x00")),
+    BAD_LINE: ("metrics.jsonl", lambda path: path.write_text("{\n" + path.read_text())),
+    "metrics.jsonl missing": ("metrics.jsonl", Path.unlink),
+    "result.json cut": ("result.json", holding('{"parameters": 12')),
+    # each of the right form, but not as it was written
+    "a bit of the weights": (f"{LAST}/model.safetensors", flip_a_bit),
+    "a bit of the moments": (f"{LAST}/optimizer.safetensors", flip_a_bit),
+    "a bit of the best weights": ("step-1/model.safetensors", flip_a_bit),
+    "half of the best weights": ("step-1/model.safetensors", cut(0.5)),
+    "another step": (f"{LAST}/train.json", replacing('"step": 2', '"step": 3')),
+    "another best loss": (f"{LAST}/train.json", edited(lambda state: state.update(best_loss=9.0))),
+    "an older checkpoint under the name of the last": (f"{LAST}/train.json", under_its_name),
+    "an empty manifest": (f"{LAST}/manifest.json", holding('{"sha256": {}}')),
+    "a manifest of a file elsewhere": (f"{LAST}/manifest.json", replacing('"train.json"', '"../train.json"')),
+    "another best checkpoint": ("checkpoints.json", replacing("step-1", "step-2")),
+    "a pointer to a folder elsewhere": ("checkpoints.json", replacing("step-2", "../run/step-2")),
+    "another number in the metrics": ("metrics.jsonl", doubled_loss),
+    "the metrics without their first line": ("metrics.jsonl", without_line(0)),
+    "the metrics without their last line": ("metrics.jsonl", without_line(-1)),
+    "the metrics cut": ("metrics.jsonl", cut(0.9)),
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_what_is_not_as_it_was_written_is_named_and_nothing_is_changed(config, half_way, tmp_path, lie):
-    name, spoil, told = LIES[lie]
-    out = tmp_path / "run"
-    shutil.copytree(half_way, out)
-    spoil(out / name)
+def assert_refused_and_kept(out: Path, config: TrainConfig, message: str) -> None:
     before = snapshot(out)
-    with pytest.raises(ValueError, match=rf"^train: '{re.escape(str(out / (told or name)))}' is damaged: "):
+    with refused(message):
         run(out, config)
     assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named_and_nothing_is_changed(config, out, damage):
+    name, spoil = DAMAGES[damage]
+    spoil(out / name)
+    told = "' is damaged: " if (out / name).exists() else "'.* is missing"
+    assert_refused_and_kept(out, config, rf"^train: '{re.escape(str(out / name))}{told}")
+
+
+STARTED_AGAIN = ["weights cut", "checkpoints.json cut", "train.json a list", "checkpoint missing", BAD_LINE]
+
+
+@pytest.mark.parametrize("damage", STARTED_AGAIN)
+def test_a_damaged_run_starts_again_when_told_to(config, out, reference, damage):
+    name, spoil = DAMAGES[damage]
+    spoil(out / name)
+    run(out, config, resume="never")
+    assert_same_files(out, reference)
+
+
+def test_a_half_deleted_run_is_not_taken_for_a_finished_one(config, reference, tmp_path):
+    """resume="never" deletes the old run first; wherever that fails, the new run must be trained to its end."""
+    other = small_config(seed=config.seed + 1)
+    run(tmp_path / "other", other)
+    shutil.copytree(reference, tmp_path / "run")
+    with disk(tmp_path / "run", DELETIONS) as deletions:
+        run(tmp_path / "run", other, resume="never")
+    assert_same_files(tmp_path / "run", tmp_path / "other")
+    wrong = {}
+    for at, what in enumerate(deletions, start=1):
+        out = tmp_path / str(at)
+        shutil.copytree(reference, out)
+        with disk(out, DELETIONS, at, disk_is_broken), pytest.raises(RuntimeError, match="Input/output error"):
+            run(out, other, resume="never")
+        expected = tmp_path / "other"
+        try:
+            with contextlib.suppress(Stopped):
+                run(out, other, stop_before=2)
+            run(out, other)
+        except ValueError:  # the old run still counts, and says so; then it must be whole
+            with refused("was made with seed="):
+                run(out, other)
+            run(out, config)
+            expected = reference
+        if names := differing(out, expected):
+            wrong[f"{at}: {what}"] = names
+    assert wrong == {}
+
+
+def test_a_lost_pointer_deletes_nothing(config, out):
+    (out / "checkpoints.json").unlink()
+    assert_refused_and_kept(out, config, r"no checkpoints\.json")
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json", "step-7/thesis.txt"])
+def test_a_folder_that_never_held_a_run_keeps_files_with_our_names(config, tmp_path, name):
+    out = tmp_path / "run"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("mine")
+    assert_refused_and_kept(out, config, rf"'{out}' has '{name.partition('/')[0]}' and no checkpoints\.json")
 
 
 @pytest.fixture(scope="module")
 def other_seed(config, tmp_path_factory):
     """A run of another seed, stopped after step 2, too."""
-    out = tmp_path_factory.mktemp("other_seed") / "run"
-    with contextlib.suppress(Stopped):
-        run(out, small_config(seed=config.seed + 1), stop_before=2)
-    return out
+    return stopped(tmp_path_factory.mktemp("other_seed") / "run", small_config(seed=config.seed + 1), 2)
 
 
-def test_text_is_not_generated_from_another_checkpoint_under_the_name_of_the_best(half_way, other_seed, tmp_path):
+def test_text_is_not_generated_from_another_checkpoint_under_the_name_of_the_best(out, other_seed):
     """Each is whole, and true to its own manifest."""
-    out = tmp_path / "run"
-    shutil.copytree(half_way, out)
-    assert find_checkpoint(out) == out / "step-1"
-    shutil.rmtree(out / "step-1")
-    shutil.copytree(out / "step-2", out / "step-1")
-    told = (
-        rf"^generate: '{re.escape(str(out))}/step-1/train\.json' is damaged: `step` must be that of its folder, got 2"
-    )
-    with pytest.raises(ValueError, match=told):
-        find_checkpoint(out)
-    shutil.rmtree(out / "step-1")
-    shutil.copytree(other_seed / "step-1", out / "step-1")
-    told = rf"^generate: checkpoint '{re.escape(str(out))}/step-1' is of another run than '.*/config\.json': .* seed="
-    with pytest.raises(ValueError, match=told):
-        find_checkpoint(out)
-    assert find_checkpoint(out / "step-1") == out / "step-1"  # as it was asked for
+    best = out / "step-1"
+    path = re.escape(str(best))
+    assert find_checkpoint(out) == best
+    for source, told in (
+        (out / "step-2", rf"'{path}/train\.json' is damaged: `step` must be that of its folder, got 2"),
+        (other_seed / "step-1", rf"checkpoint '{path}' is of another run than '.*/config\.json': .* seed="),
+    ):
+        shutil.rmtree(best)
+        shutil.copytree(source, best)
+        with refused(f"^generate: {told}"):
+            find_checkpoint(out)
+    assert find_checkpoint(best) == best  # as it was asked for
 
 
 FILES = ["model.json", "model.safetensors", "optimizer.safetensors", "train.json", "manifest.json"]
 
 
 @pytest.mark.parametrize("name", [*FILES[1:], "metrics.jsonl", ""])
-def test_a_file_of_another_run_is_refused(config, half_way, other_seed, tmp_path, name):
+def test_a_file_of_another_run_is_refused(config, out, other_seed, name):
     """The file model.json is the same in both; "" is the whole checkpoint, which is true to itself."""
-    out = tmp_path / "run"
-    shutil.copytree(half_way, out)
     assert sorted(path.name for path in (out / LAST).iterdir()) == sorted(FILES)
     path = out / name if name == "metrics.jsonl" else out / LAST / name
     theirs = other_seed / path.relative_to(out)
@@ -509,37 +462,27 @@ def test_a_file_of_another_run_is_refused(config, half_way, other_seed, tmp_path
         shutil.rmtree(path)
         shutil.copytree(theirs, path)
         message = r"metrics\.jsonl' is damaged: it does not begin with the lines up to step-2\."
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         run(out, config)
 
 
 @pytest.mark.parametrize("damage", ["weights cut", "train.json an object", "checkpoint missing", "model.json missing"])
-def test_an_older_checkpoint_that_is_whole_is_offered_and_taken(config, half_way, reference, tmp_path, damage):
+def test_an_older_checkpoint_that_is_whole_is_offered_and_taken(config, out, reference, damage):
     name, spoil = DAMAGES[damage]
-    out = tmp_path / "run"
-    shutil.copytree(half_way, out)
     spoil(out / name)
-    offer = (
-        rf" '{re.escape(str(out))}/step-1' is whole: --resume=best goes on from there, --resume=never starts again\.$"
-    )
-    with pytest.raises(ValueError, match=offer):
+    older = re.escape(str(out / "step-1"))
+    with refused(rf" '{older}' is whole: --resume=best goes on from there, --resume=never starts again\.$"):
         run(out, config)
-    with contextlib.suppress(Stopped):
-        run(out, config, resume="best", stop_before=2)
+    stopped(out, config, 2, resume="best")
     run(out, config)
-    assert differing(out, reference) == []
-    assert extra(out, reference) == []
+    assert_same_files(out, reference)
 
 
-def test_where_no_checkpoint_is_whole_none_is_offered(config, half_way, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(half_way, out)
+def test_where_no_checkpoint_is_whole_none_is_offered(config, out):
     for name in (LAST, "step-1"):
         flip_a_bit(out / name / "model.safetensors")
     for resume in ("auto", "best"):
-        with pytest.raises(
-            ValueError, match=r"model\.safetensors' is damaged: .*json\. Use --resume=never to start again"
-        ):
+        with refused(r"model\.safetensors' is damaged: .*json\. Use --resume=never to start again"):
             run(out, config, resume=resume)
 
 
@@ -550,39 +493,33 @@ def test_a_finished_run_goes_back_to_its_best_checkpoint(tmp_path):
     assert first.summary["best_step"] == 1
     flip_a_bit(tmp_path / "run" / "step-4" / "optimizer.safetensors")
     shutil.copytree(tmp_path / "run", tmp_path / "stopped")
-    with pytest.raises(ValueError, match="--resume=best"):
+    with refused("--resume=best"):
         run(tmp_path / "run", config)
     again = run(tmp_path / "run", config, resume="best")
     assert again.summary | {"train_tokens_per_s": 0} == first.summary | {"train_tokens_per_s": 0}
-    with contextlib.suppress(Stopped):
-        run(tmp_path / "stopped", config, resume="best", stop_before=2)
+    stopped(tmp_path / "stopped", config, 2, resume="best")
     assert not (tmp_path / "stopped" / "result.json").exists()  # it was of what is being trained again
     run(tmp_path / "stopped", config)
     assert differing(tmp_path / "stopped", tmp_path / "run") == []
 
 
-def test_a_checkpoint_of_an_older_version_is_refused(config, half_way, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(half_way, out)
+def test_a_checkpoint_of_an_older_version_is_refused(config, out):
     for name in (LAST, "step-1"):
         (out / name / "manifest.json").unlink()
-    message = (
-        rf"^train: '{re.escape(str(out / LAST))}' has no manifest\.json: it is of an older version\. Use --resume="
-    )
-    with pytest.raises(ValueError, match=message):
+    last = re.escape(str(out / LAST))
+    with refused(rf"^train: '{last}' has no manifest\.json: it is of an older version\. Use --resume="):
         run(out, config)
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "result.json"])
 def test_a_result_that_is_not_as_it_was_written_is_refused(config, reference, tmp_path, name):
-    out = tmp_path / "run"
-    shutil.copytree(reference, out)
+    out = shutil.copytree(reference, tmp_path / "run")
     path = out / name
     path.write_text(re.sub(r"(0\.\d*)\d", r"\g<1>3", path.read_text(), count=1))
     path.write_text(path.read_text() + (" " if snapshot(out)[name] == snapshot(reference)[name] else ""))
-    with pytest.raises(ValueError, match=rf"^train: '{re.escape(str(path))}' is damaged: "):
+    with refused(rf"^train: '{re.escape(str(path))}' is damaged: "):
         run(out, config)
-    with pytest.raises(ValueError, match=rf"^runs: '{re.escape(str(path))}' is damaged: its sha256 is not the one in"):
+    with refused(rf"^runs: '{re.escape(str(path))}' is damaged: its sha256 is not the one in"):
         read_run(out)
 
 
@@ -623,32 +560,27 @@ def test_links_with_the_names_of_partial_files_are_not_followed(config, referenc
     assert differing(out, reference) == []
 
 
-def test_a_run_keeps_the_rules_of_windows(config, half_way, reference, tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the files that are mapped are seen in /proc")
+def test_a_run_keeps_the_rules_of_windows(config, out, reference):
     """Only what is open for writing is synced, and nothing is deleted or replaced while it is mapped into memory."""
-    if not Path("/proc/self/maps").exists():
-        pytest.skip("the files that are mapped are seen in /proc")
-    out = tmp_path / "run"
-    shutil.copytree(half_way, out)
-    broken, real = [], {name: getattr(os, name) for name in ("fsync", "unlink", "rmdir", "rename", "replace")}
+    broken, fsync = [], os.fsync
 
     def syncing(descriptor):
         if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
             broken.append("fsync of a file that is open for reading")
-        real["fsync"](descriptor)
+        fsync(descriptor)
 
-    def changing(name):
+    def changing(name, real):
         def call(path, *args, **options):
             for target in (path, *args):  # relative to an open folder in shutil.rmtree
                 if f"/{Path(target).name}\n" in Path("/proc/self/maps").read_text():
                     broken.append(f"{name} {target}")
-            return real[name](path, *args, **options)
+            return real(path, *args, **options)
 
         return call
 
-    with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(os, "fsync", syncing))
-        for name in ("unlink", "rmdir", "rename", "replace"):
-            patches.enter_context(mock.patch.object(os, name, changing(name)))
+    changed = {name: changing(name, getattr(os, name)) for name in ("unlink", "rmdir", "rename", "replace")}
+    with mock.patch.multiple(os, fsync=syncing, **changed):
         run(out, config)
     assert broken == []
     assert differing(out, reference) == []

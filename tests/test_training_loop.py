@@ -1,6 +1,5 @@
 """train.py: what a run learns, writes and returns, and how it refuses what it cannot do."""
 
-import contextlib
 import dataclasses
 import errno
 import json
@@ -14,7 +13,21 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from run_helpers import CHANGES, TRAIN, Stopped, differing, disk, extra, run, small_config, snapshot, ten_steps
+from run_helpers import (
+    CHANGES,
+    LSTM,
+    TRAIN,
+    assert_same_files,
+    differing,
+    disk,
+    refused,
+    run,
+    run_in_parts,
+    small_config,
+    snapshot,
+    stopped,
+    ten_steps,
+)
 from safetensors.torch import load_file
 
 import statemix
@@ -32,6 +45,12 @@ def finished(tmp_path_factory):
     """A run of 10 steps, validated at 4, 8 and 10, best at 4, tested at two lengths; not to be changed."""
     out = tmp_path_factory.mktemp("finished") / "run"
     return run(out, ten_steps())
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of it, to be changed."""
+    return shutil.copytree(finished.out, tmp_path / "run")
 
 
 @pytest.fixture
@@ -74,15 +93,9 @@ def test_metrics_have_the_expected_lines(finished):
     accuracies = ["token_accuracy", "sequence_accuracy", "macro_accuracy"]
     training = ["step", "loss", *accuracies, "grad_norm", "lr", "tokens_per_s"]
     validation = ["step", *(f"valid_{k}" for k in ("loss", *accuracies, "mad_accuracy", "accuracy_by_position"))]
-    assert [(line["step"], list(line)) for line in lines] == [
-        (3, training),
-        (4, validation),
-        (6, training),
-        (8, validation),
-        (9, training),
-        (10, training),
-        (10, validation),
-    ]
+    assert [line["step"] for line in lines] == [3, 4, 6, 8, 9, 10, 10]
+    kinds = [training, validation, training, validation, training, training, validation]
+    assert [list(line) for line in lines] == kinds
     for line in lines:
         assert all(0 <= line[key] <= 1 for key in line if "accuracy" in key and "position" not in key)
         assert len(line.get("valid_accuracy_by_position", range(5))) == 5
@@ -128,24 +141,23 @@ def scores_in_numpy(model, length, sequences, batch_size):
     """What `evaluate` should return on the test split, from one sequence at a time."""
     task = PermutationComposition("S3", length)
     sizes = [min(batch_size, sequences - start) for start in range(0, sequences, batch_size)]
-    batches = [task.sample("test", size, index=i) for i, size in enumerate(sizes)]
     right, losses, by_target, macros = [], [], {}, []
-    for batch in batches:
-        counts = {}
+    for index, size in enumerate(sizes):
+        counts, batch = {}, task.sample("test", size, index=index)
         for tokens, targets in zip(*batch[:2], strict=True):
-            for target, prediction in zip(targets.tolist(), model(tokens[None])[0][0].argmax(-1).tolist(), strict=True):
+            with torch.no_grad():
+                logits = model(tokens[None])[0][0].double().numpy()
+            predictions = logits.argmax(-1)
+            right.append(predictions == targets.numpy())
+            for target, prediction in zip(targets.tolist(), predictions.tolist(), strict=True):
                 counts.setdefault(target, []).append(prediction == target)
                 counts.setdefault(prediction, [])  # to MAD a class, even if only predicted
-        macros += [np.mean([np.mean(hits) if hits else 0 for hits in counts.values()])] * len(batch.tokens)
+            shifted = logits - logits.max(-1, keepdims=True)
+            log_probabilities = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+            losses.append(-log_probabilities[np.arange(length), targets])
+        macros += [np.mean([np.mean(hits) if hits else 0 for hits in counts.values()])] * size
         for target, hits in counts.items():
             by_target.setdefault(target, []).extend(hits)
-    for tokens, targets in ((x, y) for batch in batches for x, y in zip(*batch[:2], strict=True)):
-        with torch.no_grad():
-            logits = model(tokens[None])[0][0].double().numpy()
-        right.append(logits.argmax(-1) == targets.numpy())
-        shifted = logits - logits.max(-1, keepdims=True)
-        log_probabilities = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-        losses.append(-log_probabilities[np.arange(length), targets])
     assert len(right) == sequences
     return {
         "loss": np.mean(losses),
@@ -170,32 +182,25 @@ def test_the_test_split_is_drawn_only_after_training(spied, tmp_path):
 def test_a_test_that_cannot_be_drawn_is_found_before_training(spied, tmp_path):
     """None of the 9 sequences of Z3 of length 2 belongs to the test; a run must not end with that news."""
     config = ten_steps(task={"name": "permutation", "group": "Z3", "seq_len": 5}, test_lengths=(5, 2))
-    with pytest.raises(ValueError, match="no sequence of length 2 belongs to split 'test'"):
+    with refused("no sequence of length 2 belongs to split 'test'"):
         run(tmp_path / "run", config)
     assert spied == []
     assert list((tmp_path / "run").iterdir()) == []
-    with limited_length(5), pytest.raises(ValueError, match=r"permutation: `seq_len` must be at most 5, got 7"):
-        ten_steps(test_lengths=(5, 7))
-
-
-@contextlib.contextmanager
-def limited_length(most):
-    """Permutation composition that cannot be built at greater lengths."""
     check = PermutationComposition.__post_init__
 
     def checked(self):
         check(self)
-        if self.seq_len > most:
-            raise ValueError(f"permutation: `seq_len` must be at most {most}, got {self.seq_len}.")
+        if self.seq_len > 5:
+            raise ValueError(f"permutation: `seq_len` must be at most 5, got {self.seq_len}.")
 
-    with mock.patch.object(PermutationComposition, "__post_init__", checked):
-        yield
+    limited = mock.patch.object(PermutationComposition, "__post_init__", checked)
+    with limited, refused(r"permutation: `seq_len` must be at most 5, got 7"):
+        ten_steps(test_lengths=(5, 7))
 
 
 def test_a_finite_training_set_is_gone_through_in_epochs(spied, tmp_path):
     """20 sequences in batches of 8: after 5 steps each was seen twice; resumed at step 8 the batches are the same."""
-    seen = []
-    batches = TRAIN.finite_batch
+    seen, batches = [], TRAIN.finite_batch
 
     def spy(*args, **options):
         batch = batches(*args, **options)
@@ -208,27 +213,13 @@ def test_a_finite_training_set_is_gone_through_in_epochs(spied, tmp_path):
         assert sorted(first[:20]) == sorted(first[20:])
         assert first[:20] != first[20:]
         assert len({tuple(row) for row in first}) == 20  # 6^5 sequences: two equal ones would be a rare accident
-        assert sorted(first[:20]) == sorted(spied_training_set(spied))
-        with pytest.raises(Stopped), mock.patch.object(TRAIN, "finite_batch", stopping_at(spy, 9)):
-            run(tmp_path / "stopped", ten_steps(train_sequences=20))
+        [training_set] = {id(tokens): tokens for split, _, tokens in spied if split == "train"}.values()
+        assert sorted(first[:20]) == sorted(training_set.tolist())
+        stopped(tmp_path / "stopped", ten_steps(train_sequences=20), 9)
         seen.clear()
         run(tmp_path / "stopped", ten_steps(train_sequences=20))
     assert len(seen) == 2
-    assert differing(tmp_path / "stopped", whole.out) == []
-
-
-def spied_training_set(spied):
-    [tokens] = {id(tokens): tokens for split, _, tokens in spied if split == "train"}.values()
-    return tokens.tolist()
-
-
-def stopping_at(batches, stop):
-    def call(*args, step, **options):
-        if step == stop:
-            raise Stopped
-        return batches(*args, step=step, **options)
-
-    return call
+    assert_same_files(tmp_path / "stopped", whole.out)
 
 
 def test_an_evaluation_leaves_the_model_in_the_mode_it_had(finished):
@@ -249,19 +240,15 @@ def test_an_evaluation_drops_nothing():
 def test_two_processes_do_not_share_a_folder(finished, tmp_path):
     """The lock is of the open folder, so that a second one in this process stands for another process."""
     out = tmp_path / "run"
-    refused = rf"^train: `out` must be a folder of its own, but another process is at work in '{out}'\. Wait for it"
-    with locked_by_another(out):
+    out.mkdir()
+    told = rf"^train: `out` must be a folder of its own, but another process is at work in '{out}'\. Wait for it"
+    with locked(out, "another process"):
         for resume in ("auto", "never"):
-            with pytest.raises(ValueError, match=refused):
+            with refused(told):
                 run(out, ten_steps(), resume=resume)
         assert list(out.iterdir()) == []
     run(out, ten_steps())  # the end of the other is the end of its lock
     assert differing(out, finished.out) == []
-
-
-def locked_by_another(out):
-    out.mkdir()
-    return locked(out, "another process")
 
 
 def test_a_folder_that_cannot_be_locked_is_used_all_the_same(finished, tmp_path):
@@ -307,13 +294,11 @@ def test_two_runs_are_equal_whatever_the_callers_random_state_and_leave_it_as_it
 
 @pytest.mark.parametrize("step", [1, 5, 9])
 def test_a_run_stopped_by_an_exception_goes_on_from_its_checkpoint(finished, spied, tmp_path, step):
-    with pytest.raises(Stopped):
-        run(tmp_path / "run", ten_steps(), stop_before=step)
+    stopped(tmp_path / "run", ten_steps(), step)
     spied.clear()
     run(tmp_path / "run", ten_steps())
     assert [split for split, _, _ in spied].count("train") == 10 - step // 4 * 4
-    assert differing(tmp_path / "run", finished.out) == []
-    assert extra(tmp_path / "run", finished.out) == []
+    assert_same_files(tmp_path / "run", finished.out)
 
 
 def test_a_finished_run_is_returned_and_nothing_is_done(finished, spied):
@@ -338,19 +323,13 @@ def test_learning_rate_by_hand():
     assert [learning_rate(line, step, 12) for step in (5, 7, 11)] == pytest.approx([0.8, 0.6, 0.2])
 
 
-@pytest.mark.parametrize(
-    ("warmup", "steps", "rates"),
-    [
-        (0.0, 1, [1.0]),
-        (1.0, 1, [1.0]),
-        (1.0, 4, [0.25, 0.5, 0.75, 1.0]),
-        (0.0, 2, [1.0, 0.0]),
-        (0.0, 3, [1.0, 0.5, 0.0]),
-    ],
-)
-def test_learning_rate_at_the_edges(warmup, steps, rates):
+EDGES = [(0.0, [1.0]), (1.0, [1.0]), (1.0, [0.25, 0.5, 0.75, 1.0]), (0.0, [1.0, 0.0]), (0.0, [1.0, 0.5, 0.0])]
+
+
+@pytest.mark.parametrize(("warmup", "rates"), EDGES)
+def test_learning_rate_at_the_edges(warmup, rates):
     config = OptimizerConfig(lr=1.0, final_lr=0.0, warmup=warmup)
-    assert [learning_rate(config, step, steps) for step in range(steps)] == pytest.approx(rates)
+    assert [learning_rate(config, step, len(rates)) for step in range(len(rates))] == pytest.approx(rates)
 
 
 def first_moments(tmp_path, clip):
@@ -370,15 +349,15 @@ def test_gradients_are_clipped_and_their_norm_is_logged_before(tmp_path):
     assert first_moments(tmp_path, clip=100.0) == pytest.approx((norm, norm), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("mixer", "tied"),
-    [
-        ({"name": "bd_lru", "num_blocks": 2, "block_size": 3}, False),
-        ({"name": "bd_lru", "num_blocks": 2, "block_size": 3, "selective": False}, True),
-        ({"name": "h_lru", "num_channels": 2, "order": 3, "selective": False}, False),
-        ({"name": "lstm", "hidden_size": 3}, False),
-    ],
-)
+DECAYING = [
+    (ten_steps().mixer, False),
+    (ten_steps().mixer | {"selective": False}, True),
+    ({"name": "h_lru", "num_channels": 2, "order": 3, "selective": False}, False),
+    (LSTM, False),
+]
+
+
+@pytest.mark.parametrize(("mixer", "tied"), DECAYING)
 def test_weight_decay_is_of_matrices_only(tmp_path, mixer, tied):
     weights = []
     for decay in (0.0, 0.5):
@@ -389,9 +368,8 @@ def test_weight_decay_is_of_matrices_only(tmp_path, mixer, tied):
     start = build_model(config, build_task(config.task)).state_dict()
     without, with_decay = weights
     for name, value in start.items():
-        plain = any(word in name for word in ("norm", "embedding", "bias", "constant")) or (
-            tied and name == "head.weight"
-        )
+        plain = any(word in name for word in ("norm", "embedding", "bias", "constant"))
+        plain |= tied and name == "head.weight"
         expected = without[name] - (0 if plain else 0.1 * 0.5 * value)  # AdamW: p - lr decay p - lr update
         assert torch.allclose(with_decay[name], expected, rtol=0, atol=1e-6), name
         assert plain == torch.equal(with_decay[name], without[name]), name
@@ -405,17 +383,13 @@ def test_bf16_after_a_run_in_float32(finished, tmp_path):
     exact = load_file(finished.out / "step-10" / "model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.float32}
     assert not torch.equal(weights["head.weight"], exact["head.weight"])
-    with pytest.raises(Stopped):
-        run(tmp_path / "stopped", config, stop_before=6)
-    run(tmp_path / "stopped", config)
-    assert differing(tmp_path / "stopped", tmp_path / "run") == []
+    assert_same_files(run_in_parts(tmp_path / "stopped", config, 6).out, result.out)
     assert differing(run(tmp_path / "exact", ten_steps()).out, finished.out) == []
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_fp16_is_refused_where_there_is_no_gpu(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(ValueError, match=r"^train: `mixed_precision` must be .*'fp16'"):
+    with refused(r"^train: `mixed_precision` must be .*'fp16'"):
         run(tmp_path / "run", ten_steps(mixed_precision="fp16"))
 
 
@@ -425,17 +399,17 @@ def test_fp16_is_refused_where_there_is_no_gpu(tmp_path):
 def test_out_must_be_a_folder(tmp_path):
     path = tmp_path / "file"
     path.write_text("mine")
-    with pytest.raises(ValueError, match=rf"^train: `out` must be a folder, but '{path}' is a file\.$"):
+    with refused(rf"^train: `out` must be a folder, but '{path}' is a file\.$"):
         run(path, ten_steps())
     for below in (path / "run", path / "a" / "run"):
-        with pytest.raises(ValueError, match=rf"^train: `out` must be a folder .*'{below}'.*Not a directory"):
+        with refused(rf"^train: `out` must be a folder .*'{below}'.*Not a directory"):
             run(below, ten_steps())
     assert path.read_text() == "mine"
 
 
 @pytest.mark.parametrize("out", ["/proc/statemix/run", "/sys/statemix", "a" * 300], ids=["proc", "sys", "long"])
 def test_out_that_cannot_be_made(out, tmp_path):
-    with pytest.raises(ValueError, match=rf"^train: `out` must be a folder that can be written to, but '.*{out}'"):
+    with refused(rf"^train: `out` must be a folder that can be written to, but '.*{out}'"):
         run(tmp_path / out, ten_steps())
 
 
@@ -445,13 +419,10 @@ def permission_denied():
 
 def test_out_that_may_not_be_written_to(tmp_path):
     """The tests may run as root, whom no permission stops; so the answers of the system are made up."""
-    refused = rf"^train: `out` must be a folder that can be written to, but '{tmp_path}"
+    told = rf"^train: `out` must be a folder that can be written to, but '{tmp_path}"
+    no_access = mock.patch("os.access", return_value=False)
     for out in (tmp_path, tmp_path / "run"):
-        with (
-            mock.patch("os.access", return_value=False),
-            disk(tmp_path, CHANGES, 1, permission_denied),
-            pytest.raises(ValueError, match=refused),
-        ):
+        with no_access, disk(tmp_path, CHANGES, 1, permission_denied), refused(told):
             run(out, ten_steps())
     assert list(tmp_path.iterdir()) == []
     denied = rf"^train: cannot write to '{tmp_path}/run': .*Permission denied.*There is no checkpoint yet"
@@ -460,64 +431,35 @@ def test_out_that_may_not_be_written_to(tmp_path):
 
 
 def test_resume_must_be_known(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"^train: `resume` must be one of \['auto', 'best', 'never'\], got 'always'\.$"
-    ):
+    with refused(r"^train: `resume` must be one of \['auto', 'best', 'never'\], got 'always'\.$"):
         run(tmp_path / "run", ten_steps(), resume="always")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_of_another_config_is_named_and_kept(finished, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(finished.out, out)
-    before = snapshot(out)
-    four = dataclasses.replace(ten_steps(), mixer={"name": "bd_lru", "num_blocks": 2, "block_size": 4})
+def test_a_checkpoint_of_another_config_is_named_and_kept(copy):
+    before = snapshot(copy)
+    four = ten_steps(mixer=ten_steps().mixer | {"block_size": 4})
     made_with = r"was made with mixer\.block_size=3, the config asks for 4\. Use --resume=never, "
-    with pytest.raises(ValueError, match=rf"^train: checkpoint '{re.escape(str(out))}/step-10' {made_with}"):
-        run(out, four)
-    with pytest.raises(ValueError, match=r"was made with test_lengths=\[5, 12\], the config asks for \[\]\. Use --res"):
-        run(out, ten_steps(test_lengths=()))
-    assert snapshot(out) == before
+    with refused(rf"^train: checkpoint '{re.escape(str(copy))}/step-10' {made_with}"):
+        run(copy, four)
+    with refused(r"was made with test_lengths=\[5, 12\], the config asks for \[\]\. Use --res"):
+        run(copy, ten_steps(test_lengths=()))
+    assert snapshot(copy) == before
 
 
-def test_a_config_that_cannot_be_trained_deletes_nothing(finished, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(finished.out, out)
-    before = snapshot(out)
-    with pytest.raises(ValueError, match=r"d_model` must be at least 1, got 0"):
-        run(out, ten_steps(model=ModelConfig(d_model=0)), resume="never")
-    assert snapshot(out) == before
-
-
-FOREIGN = [
-    "notes.txt",
-    "step-notes.txt",
-    "step-by-step/notes.txt",
-    ".step-x.partial/notes.txt",
-    "mine/step-3/notes.txt",
-]
+FOREIGN = ["", "step-", "step-by-step/", ".step-x.partial/", "mine/step-3/"]
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
-@pytest.mark.parametrize("name", FOREIGN)
-def test_foreign_files_survive(finished, tmp_path, name, resume):
-    out = tmp_path / "run"
+@pytest.mark.parametrize("before", FOREIGN)
+def test_foreign_files_survive(finished, tmp_path, before, resume):
+    out, name = tmp_path / "run", f"{before}notes.txt"
     (out / name).parent.mkdir(parents=True)
     (out / name).write_text("mine")
     if resume == "never":
         shutil.copytree(finished.out, out, dirs_exist_ok=True)
     run(out, ten_steps(), resume=resume)
     assert (out / name).read_text() == "mine"
-
-
-def test_resume_never_starts_again(finished, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(finished.out, out)
-    (out / "metrics.jsonl").write_text("damaged\n")
-    run(out, ten_steps(seed=1), resume="never")
-    run(tmp_path / "new", ten_steps(seed=1))
-    assert differing(out, tmp_path / "new") == []
-    assert extra(out, tmp_path / "new") == []
 
 
 @pytest.mark.parametrize(("log_every", "eval_every"), [(1, 4), (1, 5), (7, 2), (100, 100)])
