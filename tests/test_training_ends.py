@@ -4,8 +4,7 @@ import dataclasses
 import math
 import shutil
 
-import pytest
-from run_helpers import Stopped, differing, run, small_config, ten_steps
+from run_helpers import assert_same_files, refused, run, run_in_parts, small_config, ten_steps
 
 from statemix import TrainConfig
 from statemix.model import AutoEncoder, load_model
@@ -15,23 +14,21 @@ from statemix.training.config import ModelConfig, OptimizerConfig
 def test_training_ends_when_patience_does(tmp_path):
     """The learning rate of ten_steps grows to an absurd one: the first validation, at step 4, is the best."""
     long = ten_steps(steps=20, eval_every=2, patience=2)
-    best = min(
-        (line for line in run(tmp_path / "whole", ten_steps(steps=20, eval_every=2)).metrics if "valid_loss" in line),
-        key=lambda line: line["valid_loss"],
-    )["step"]
+    whole = run(tmp_path / "whole", dataclasses.replace(long, patience=None))
+    best = min((line["valid_loss"], line["step"]) for line in whole.metrics if "valid_loss" in line)[1]
     result = run(tmp_path / "run", long)
     assert result.summary["steps"] == best + 4 < 20
     assert result.summary["best_step"] == best
     assert result.metrics[-1]["step"] == best + 4
-    with pytest.raises(Stopped):
-        run(tmp_path / "stopped", long, stop_before=best + 3)
-    run(tmp_path / "stopped", long)
-    assert differing(tmp_path / "stopped", result.out) == []
-    # killed after the last validation, before the test
-    shutil.copytree(result.out, tmp_path / "killed")
-    (tmp_path / "killed" / "result.json").unlink()
-    run(tmp_path / "killed", long)
-    assert differing(tmp_path / "killed", result.out) == []
+    assert_same_files(run_in_parts(tmp_path / "stopped", long, best + 3).out, result.out)
+    assert_ends_again(tmp_path, result, long)
+
+
+def assert_ends_again(tmp_path, result, config):
+    """As where a run was killed after its last validation, before the test."""
+    killed = shutil.copytree(result.out, tmp_path / "killed")
+    (killed / "result.json").unlink()
+    assert_same_files(run(killed, config).out, result.out)
 
 
 def test_training_ends_at_the_accuracy_asked_for(tmp_path):
@@ -44,11 +41,7 @@ def test_training_ends_at_the_accuracy_asked_for(tmp_path):
     result = run(tmp_path / "run", config)
     assert result.summary["steps"] == first
     assert [line["step"] for line in result.metrics if "valid_loss" in line] == list(range(1, first + 1))
-    # a validation that was written down, but whose checkpoint was not: it is done again
-    shutil.copytree(result.out, tmp_path / "killed")
-    (tmp_path / "killed" / "result.json").unlink()
-    run(tmp_path / "killed", config)
-    assert differing(tmp_path / "killed", result.out) == []
+    assert_ends_again(tmp_path, result, config)
 
 
 def test_a_run_that_ends_before_its_first_line_of_training_has_one(tmp_path):
@@ -75,7 +68,5 @@ def test_a_compression_task_trains_an_autoencoder(tmp_path):
     assert type(model) is AutoEncoder
     assert len(result.summary["test"]["6"]["accuracy_by_position"]) == 6
     assert result.summary["test"]["6"]["loss"] < math.log(4) - 0.1  # of guessing among four tokens
-    with pytest.raises(
-        ValueError, match=r"`test_lengths` must be the task's `seq_len` = 6: an autoencoder has one .*12"
-    ):
+    with refused(r"`test_lengths` must be the task's `seq_len` = 6: an autoencoder has one .*12"):
         dataclasses.replace(config, test_lengths=(6, 12))

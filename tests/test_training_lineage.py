@@ -1,6 +1,5 @@
 """lineage.py: a run from the weights of another one, and a run that takes more steps than it was to have."""
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -9,9 +8,7 @@ import shutil
 from unittest import mock
 
 import pytest
-import torch
-from run_helpers import LSTM, TRAIN, Stopped, differing, run, small_config, snapshot
-from safetensors.torch import load_file
+from run_helpers import LSTM, TRAIN, differing, refused, run, small_config, snapshot, stopped
 
 from statemix import AutoEncoder, SequenceModel
 from statemix.files import digest_of
@@ -23,6 +20,7 @@ from statemix.training.optimizer import learning_rate
 
 COSINE = OptimizerConfig(lr=0.1, final_lr=0.001, warmup=0.25)
 CONSTANT = OptimizerConfig(lr=0.01, final_lr=0.01, warmup=0.0)
+WARM = OptimizerConfig(lr=1.0, warmup=1.0)
 
 
 def config(**changes):
@@ -30,11 +28,7 @@ def config(**changes):
 
 
 def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def equal(mine: dict, theirs: dict) -> bool:
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    return (folder / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +52,7 @@ def test_the_first_weights_are_those_of_another_run(other, tmp_path, given):
     changes = {"model": ModelConfig(8, dropout=0.5), "mixer": config().mixer | {"backend": "associative"}}
     frozen = OptimizerConfig(lr=1e-30, final_lr=0.0, weight_decay=0.0)  # no step changes a weight
     result = run(tmp_path / "run", config(optimizer=frozen, **changes), init_from=source)
-    assert equal(weights(find_checkpoint(result.out)), weights(other / "step-2"))
-    assert not equal(weights(other / "step-4"), weights(other / "step-2"))
+    assert weights(find_checkpoint(result.out)) == weights(other / "step-2") != weights(other / "step-4")
     origin = {"folder": str(source), "sha256": digest_of(other / "step-2" / "model.safetensors")}
     assert result.summary["init_from"] == origin
     assert json.loads((find_checkpoint(result.out) / "train.json").read_text())["init_from"] == origin
@@ -71,53 +64,41 @@ def test_a_run_from_other_weights_resumes_exactly(other, tmp_path, again):
     """Also where that other run is no longer there: its weights were the first ones, and no more than that."""
     shutil.copytree(other, tmp_path / "other")
     whole = run(tmp_path / "whole", config(), init_from=tmp_path / "other")
-    with pytest.raises(Stopped):
-        run(tmp_path / "run", config(), init_from=tmp_path / "other", stop_before=3)
+    stopped(tmp_path / "run", config(), 3, init_from=tmp_path / "other")
     shutil.rmtree(tmp_path / "other")
-    result = run(tmp_path / "run", config(), **({"init_from": f"{tmp_path / 'other'}/"} if again else {}))
+    result = run(tmp_path / "run", config(), init_from=f"{tmp_path / 'other'}/" if again else None)
     assert differing(result.out, whole.out) == []
-    assert run(result.out, config(), **({"init_from": tmp_path / "other"} if again else {})) == result
+    assert run(result.out, config(), init_from=tmp_path / "other" if again else None) == result
 
 
-UNLIKE = {  # a model that another one cannot begin with: how it is made, and what is told of it
-    "no folder": (None, "must be the folder of a run or of a checkpoint"),
-    "wider": (lambda: SequenceModel(6, 9, 1, config().mixer), r"was made with d_model=9, the config asks for 8\.$"),
-    "deeper": (lambda: SequenceModel(6, 8, 2, config().mixer), r"was made with num_layers=2, the config asks for 1\.$"),
-    "more tokens": (
-        lambda: SequenceModel(7, 8, 1, config().mixer),
-        "was made with vocab_size=7, the config asks for 6",
-    ),
-    "another mixer": (
-        lambda: SequenceModel(6, 8, 1, LSTM),
-        "was made with mixer.name='lstm', the config asks for 'bd_",
-    ),
-    "blocks": (
-        lambda: SequenceModel(6, 8, 1, config().mixer | {"num_blocks": 3, "block_size": 2}),
-        "was made with mixer.num_blocks=3, the config asks for 2",
-    ),
-    "of the same shapes": (
-        lambda: SequenceModel(6, 8, 1, config().mixer | {"normalization": "tanh"}),
-        "was made with mixer.normalization='tanh', the config asks for 'softmax'",
-    ),
-    "tied": (
-        lambda: SequenceModel(6, 8, 1, config().mixer, tied_embedding=True),
-        "was made with tied_embedding=True, the config asks for False",
-    ),
-    "another kind": (
-        lambda: AutoEncoder(6, 8, 1, config().mixer, seq_len=5),
-        "was made with kind='AutoEncoder', the config asks for 'SequenceModel'",
-    ),
-}
+BD_LRU = config().mixer
+UNLIKE = [  # how a model that another one cannot begin with is made, and what is told of it
+    ({"d_model": 9}, r"d_model=9, the config asks for 8\.$"),
+    ({"num_layers": 2}, r"num_layers=2, the config asks for 1\.$"),
+    ({"vocab_size": 7}, "vocab_size=7, the config asks for 6"),
+    ({"mixer": LSTM}, "mixer.name='lstm', the config asks for 'bd_"),
+    ({"mixer": BD_LRU | {"num_blocks": 3, "block_size": 2}}, "mixer.num_blocks=3, the config asks for 2"),
+    # of the same shapes
+    ({"mixer": BD_LRU | {"normalization": "tanh"}}, "mixer.normalization='tanh', the config asks for 'softmax'"),
+    ({"tied_embedding": True}, "tied_embedding=True, the config asks for False"),
+    ({"seq_len": 5}, "kind='AutoEncoder', the config asks for 'SequenceModel'"),
+]
 
 
-@pytest.mark.parametrize("case", UNLIKE)
-def test_a_model_that_does_not_fit_is_told_by_its_first_difference(tmp_path, case):
-    make, told = UNLIKE[case]
-    folder = tmp_path / "model"
-    if make is not None:
-        folder.mkdir()
-        make().save(folder)
-    with pytest.raises(ValueError, match=rf"^train: .*'{re.escape(str(folder))}'.*{told}"):
+@pytest.mark.parametrize(("changes", "told"), UNLIKE, ids=str)
+def test_a_model_that_does_not_fit_is_told_by_its_first_difference(tmp_path, changes, told):
+    (folder := tmp_path / "model").mkdir()
+    own = {"vocab_size": 6, "d_model": 8, "num_layers": 1, "mixer": BD_LRU}
+    kind = AutoEncoder if "seq_len" in changes else SequenceModel
+    kind(**(own | changes)).save(folder)
+    with refused(rf"^train: .*'{re.escape(str(folder))}'.*was made with {told}"):
+        run(tmp_path / "run", config(), init_from=folder)
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    folder = tmp_path / "none"
+    with refused(rf"^train: .*'{re.escape(str(folder))}'.*must be the folder of a run or of a checkpoint"):
         run(tmp_path / "run", config(), init_from=folder)
     assert not list((tmp_path / "run").iterdir())
 
@@ -125,16 +106,11 @@ def test_a_model_that_does_not_fit_is_told_by_its_first_difference(tmp_path, cas
 def test_a_model_of_other_tokens_is_refused(tmp_path):
     (tmp_path / "text.txt").write_text("abc " * 400)
     task = {"name": "text", "source": str(tmp_path / "text.txt"), "tokenizer": "characters", "seq_len": 5}
-    another = tmp_path / "model"
-    another.mkdir()
+    (another := tmp_path / "model").mkdir()
     SequenceModel(4, 8, 1, LSTM).save(another)
     (another / "train.json").write_text('{"tokenizer": "another"}')
-    with (
-        mock.patch.dict("os.environ", {"STATEMIX_CACHE": str(tmp_path / "cache")}),
-        pytest.raises(
-            ValueError, match=r"`init_from` must have a model of the same tokens as `task`, but '.*/model' was"
-        ),
-    ):
+    told = r"`init_from` must have a model of the same tokens as `task`, but '.*/model' was"
+    with mock.patch.dict("os.environ", {"STATEMIX_CACHE": str(tmp_path / "cache")}), refused(told):
         run(tmp_path / "run", config(task=task, mixer=LSTM), init_from=another)
 
 
@@ -145,7 +121,7 @@ def test_a_run_that_began_otherwise_is_not_taken_up(other, tmp_path):
         before = snapshot(tmp_path / name)
         asked = tmp_path / "drawn" if name == "taken" else other
         told = rf"is of a run that began with {re.escape(began)}, not with `init_from` = '{re.escape(str(asked))}'"
-        with pytest.raises(ValueError, match=rf"^train: checkpoint '.*/{name}/step-4' {told}"):
+        with refused(rf"^train: checkpoint '.*/{name}/step-4' {told}"):
             run(tmp_path / name, config(), init_from=asked)
         assert snapshot(tmp_path / name) == before
 
@@ -155,7 +131,7 @@ def test_a_run_does_not_begin_with_what_it_deletes(tmp_path, below):
     out = run(tmp_path / "run", config()).out
     (out / "below").mkdir()
     before = snapshot(out)
-    with pytest.raises(ValueError, match=r"^train: `init_from` must be another run than `out` = '.*/run', got '"):
+    with refused(r"^train: `init_from` must be another run than `out` = '.*/run', got '"):
         run(out, config(), resume="never", init_from=out / below)
     assert snapshot(out) == before
 
@@ -170,8 +146,7 @@ def test_a_lengthened_run_is_one_whose_schedule_changed_at_its_end(tmp_path, opt
     short, long = config(optimizer=optimizer), config(optimizer=optimizer, steps=10)
     out = run(tmp_path / "run", short).out
     if killed is not None:
-        with pytest.raises(Stopped):
-            run(out, long, lengthen=True, stop_before=killed)
+        stopped(out, long, killed, lengthen=True)
         assert not (out / "result.json").exists()
     result = run(out, long, lengthen=True)
     rate = mock.Mock(side_effect=lambda _, step, steps: learning_rate(optimizer, step, 4 if step < 4 else 10))
@@ -179,20 +154,14 @@ def test_a_lengthened_run_is_one_whose_schedule_changed_at_its_end(tmp_path, opt
         straight = run(tmp_path / "straight", long)
     different = differing(out, straight.out)
     assert set(different) <= {"result.json", *(f"step-{step}/train.json" for step in (2, 4, 6, 8, 10))}
-    part = {
-        "step": 4,
-        "steps": 4,
-        "lr_before": learning_rate(optimizer, 3, 4),
-        "lr_after": learning_rate(optimizer, 4, 10),
-    }
-    assert result.summary == straight.summary | {
-        "lengthened": [part],
-        "train_tokens_per_s": result.summary["train_tokens_per_s"],
-    }
-    assert [line["lr"] for line in result.metrics if "lr" in line][4] == part["lr_after"]
+    rates = {"lr_before": learning_rate(optimizer, 3, 4), "lr_after": learning_rate(optimizer, 4, 10)}
+    own = {"lengthened": [{"step": 4, "steps": 4} | rates]}
+    own |= {"train_tokens_per_s": result.summary["train_tokens_per_s"]}
+    assert result.summary == straight.summary | own
+    assert [line["lr"] for line in result.metrics if "lr" in line][4] == rates["lr_after"]
     if optimizer == CONSTANT:
         whole = run(tmp_path / "whole", long)  # without any patch
-        assert equal(weights(find_checkpoint(out)), weights(find_checkpoint(whole.out)))
+        assert weights(find_checkpoint(out)) == weights(find_checkpoint(whole.out))
     assert run(out, long, lengthen=True) == result
     assert run(out, long) == result
     assert row_of(read_run(out))["lengthened"] == "4"
@@ -202,19 +171,16 @@ def test_a_run_is_lengthened_twice_and_its_first_best_checkpoint_stays(tmp_path)
     worse = OptimizerConfig(lr=30.0, warmup=1.0)  # each validation is far worse than the one before
     with mock.patch.object(TRAIN, "learning_rate", lambda _, step, steps: 30.0 * (step + 1) / 4):
         for steps in (4, 6, 8):
-            longer = {"lengthen": True} if steps > 4 else {}
-            result = run(tmp_path / "run", config(steps=steps, optimizer=worse), **longer)
+            result = run(tmp_path / "run", config(steps=steps, optimizer=worse), lengthen=steps > 4)
             assert result.summary["best_step"] == 2
             assert find_checkpoint(tmp_path / "run") == tmp_path / "run" / "step-2"
         run(tmp_path / "straight", config(steps=8, optimizer=worse))
     assert [(part["step"], part["steps"]) for part in result.summary["lengthened"]] == [(4, 4), (6, 6)]
-    assert not set(differing(tmp_path / "run", tmp_path / "straight")) - {
-        "result.json",
-        "step-2/train.json",
-        "step-8/train.json",
-    }
+    told = {"result.json", "step-2/train.json", "step-8/train.json"}
+    assert set(differing(tmp_path / "run", tmp_path / "straight")) <= told
 
 
+AS_IN = r"as in a run of 10 steps\."
 SAID = {
     "decayed": (
         {"optimizer": COSINE},
@@ -222,17 +188,11 @@ SAID = {
         r"run of 10 steps\. It had already decayed from 0\.1\. What it has learned so far is not what that run would "
         r"have\.$",
     ),
-    "constant": (
-        {"optimizer": CONSTANT},
-        r"the learning rate was 0\.01 in step 4 and is 0\.01 in the next, as in a run of 10 steps\.$",
-    ),
-    "warm": (
-        {"optimizer": OptimizerConfig(lr=1.0, warmup=1.0)},
-        r"as in a run of 10 steps\. What it has learned so far",
-    ),
+    "constant": ({"optimizer": CONSTANT}, rf"the learning rate was 0\.01 in step 4 and is 0\.01 in the next, {AS_IN}$"),
+    "warm": ({"optimizer": WARM}, rf"{AS_IN} What it has learned so far"),
     "other schedules": (
         {"optimizer": CONSTANT, "block_dropout": 0.5, "train_lengths": (2, 5)},
-        r"as in a run of 10 steps\. train_lengths, block_dropout: as there, too\. What it has learned so far",
+        rf"{AS_IN} train_lengths, block_dropout: as there, too\. What it has learned so far",
     ),
 }
 
@@ -246,26 +206,15 @@ def test_it_is_said_what_becomes_of_the_schedule(tmp_path, capsys, case):
     assert re.search(said, text), text
 
 
+LONGER = {"steps": 10}
 NOT_LENGTHENED = {  # the config that is asked for, other arguments, and the error
-    "from its start": (
-        {"steps": 10},
-        {"resume": "never"},
-        r"`resume` must be 'auto' with `lengthen`, which .* got 'never'",
-    ),
-    "from its best": (
-        {"steps": 10},
-        {"resume": "best"},
-        r"`resume` must be 'auto' with `lengthen`, which .* got 'best'",
-    ),
-    "from others": ({"steps": 10}, {"init_from": "other"}, r"`init_from` must be None with `lengthen`, got 'other'"),
-    "no flag": ({"steps": 10}, {"lengthen": 1}, r"`lengthen` must be True or False, got 1"),
+    "from its start": (LONGER, {"resume": "never"}, r"`resume` must be 'auto' with `lengthen`, which .* got 'never'"),
+    "from its best": (LONGER, {"resume": "best"}, r"`resume` must be 'auto' with `lengthen`, which .* got 'best'"),
+    "from others": (LONGER, {"init_from": "other"}, r"`init_from` must be None with `lengthen`, got 'other'"),
+    "no flag": (LONGER, {"lengthen": 1}, r"`lengthen` must be True or False, got 1"),
     "as many steps": ({}, {}, r"`steps` must be above 4, those of '.*step-4', with `lengthen`, got 4"),
     "fewer steps": ({"steps": 3}, {}, r"`steps` must be above 4, those of '.*step-4', with `lengthen`, got 3"),
-    "another config": (
-        {"steps": 10, "seed": 1},
-        {},
-        r"checkpoint '.*step-4' was made with seed=0, the config asks for 1",
-    ),
+    "another config": (LONGER | {"seed": 1}, {}, r"checkpoint '.*step-4' was made with seed=0, the config asks for 1"),
 }
 
 
@@ -280,42 +229,30 @@ def test_what_cannot_be_lengthened_is_left_as_it_is(tmp_path, case):
 
 
 def test_a_run_that_has_not_taken_its_steps_is_not_lengthened(tmp_path):
-    with contextlib.suppress(Stopped):
-        run(tmp_path / "killed", config(), stop_before=3)
+    stopped(tmp_path / "killed", config(), 3)
     stopping = config(stop_accuracy=1e-6)
     assert run(tmp_path / "early", stopping).summary["steps"] == 2
-    for name in ("killed", "early"):
-        longer = dataclasses.replace(stopping if name == "early" else config(), steps=10)
+    for name, begun in (("killed", config()), ("early", stopping)):
         told = rf"^train: `lengthen` is of a run that has taken all its steps, but '.*/{name}/step-2' is the last check"
-        with pytest.raises(ValueError, match=told):
-            run(tmp_path / name, longer, lengthen=True)
-    with pytest.raises(
-        ValueError, match=r"^train: `lengthen` needs a run in `out`, but '.*/none' has no checkpoint\.$"
-    ):
+        with refused(told):
+            run(tmp_path / name, dataclasses.replace(begun, steps=10), lengthen=True)
+    with refused(r"^train: `lengthen` needs a run in `out`, but '.*/none' has no checkpoint\.$"):
         run(tmp_path / "none", config(), lengthen=True)
     last = config(steps=2, stop_accuracy=1e-6)
     run(tmp_path / "last", last)
-    with pytest.raises(
-        ValueError, match=r"^train: `lengthen` is of a run that more steps would change, but '.*/step-2'"
-    ):
+    with refused(r"^train: `lengthen` is of a run that more steps would change, but '.*/step-2'"):
         run(tmp_path / "last", dataclasses.replace(last, steps=4), lengthen=True)
     assert (tmp_path / "last" / "result.json").exists()
 
 
 def test_a_longer_config_is_refused_without_being_asked_for(tmp_path):
     run(tmp_path / "run", config())
-    with pytest.raises(
-        ValueError, match=r"made with steps=4, the config asks for 9\. Use --lengthen if it has ended, --res"
-    ):
+    with refused(r"made with steps=4, the config asks for 9\. Use --lengthen if it has ended, --res"):
         run(tmp_path / "run", config(steps=9))
-    with pytest.raises(
-        ValueError, match=r"made with steps=4, the config asks for 3\. Use --resume=never, another folder"
-    ):
+    with refused(r"made with steps=4, the config asks for 3\. Use --resume=never, another folder"):
         run(tmp_path / "run", config(steps=3))
     run(tmp_path / "run", config(steps=9), lengthen=True)
-    with pytest.raises(
-        ValueError, match=r"made with steps=9, the config asks for 4\. Use --resume=never, another folder"
-    ):
+    with refused(r"made with steps=9, the config asks for 4\. Use --resume=never, another folder"):
         run(tmp_path / "run", config())
     assert math.isfinite(read_run(tmp_path / "run").summary["test"]["5"]["loss"])
 

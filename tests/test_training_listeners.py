@@ -13,17 +13,27 @@ from unittest import mock
 
 import pytest
 from helpers import exit_code
-from run_helpers import LSTM, Stopped, differing, extra, run, small_config, start
+from run_helpers import (
+    LSTM,
+    assert_same_files,
+    differing,
+    extra,
+    refused,
+    run,
+    run_in_parts,
+    small_config,
+    start,
+    stopped,
+)
 
 from statemix.training.checkpoint import RunFolder
 
 
 def config(**changes):
     """A line of metrics at each of 6 steps, and a validation and a checkpoint after 2, 4 and 6."""
-    return small_config(**{"steps": 6, "eval_every": 2, "mixer": LSTM, "task": TASK} | changes)
+    return small_config(**{"steps": 6, "eval_every": 2, "mixer": LSTM} | changes)
 
 
-TASK = {"name": "permutation", "group": "S3", "seq_len": 5}
 STEPS = [1, 2, 2, 3, 4, 4, 5, 6, 6]  # of the lines, of which a validation comes last
 
 
@@ -54,30 +64,16 @@ def test_on_log_gets_a_copy_of_each_line(finished, tmp_path):
     result = run(tmp_path / "run", config(), on_log=on_log)
     assert [line["step"] for line in lines] == STEPS
     assert [numbers(line) for line in lines] == [numbers(line) for line in result.metrics]
-    assert differing(tmp_path / "run", finished.out) == []
-    assert extra(tmp_path / "run", finished.out) == []
+    assert_same_files(result.out, finished.out)
 
 
-@pytest.mark.parametrize("at", [0, 2, 6, 8])
-def test_an_exception_in_on_log_ends_the_run_and_loses_nothing(finished, tmp_path, at):
-    lines = []
-
-    def on_log(line):
-        lines.append(line)
-        if len(lines) == at + 1:
-            raise KeyError("mine")
-
-    last = {0: None, 2: 2, 6: 4, 8: 6}[at]
-    kept = (
-        "There is no checkpoint yet"
-        if last is None
-        else rf"The last checkpoint is '.*run/step-{last}'; the run resumes"
-    )
+@pytest.mark.parametrize(("at", "last"), [(0, None), (2, 2), (6, 4), (8, 6)])
+def test_an_exception_in_on_log_ends_the_run_and_loses_nothing(finished, tmp_path, at, last):
+    on_log = mock.Mock(side_effect=[None] * at + [KeyError("mine")])
+    kept = rf"The last checkpoint is '.*run/step-{last}'; the run resumes" if last else "There is no checkpoint yet"
     with pytest.raises(RuntimeError, match=rf"^train: `on_log` raised KeyError: 'mine'\. {kept}"):
         run(tmp_path / "run", config(), on_log=on_log)
-    run(tmp_path / "run", config())
-    assert differing(tmp_path / "run", finished.out) == []
-    assert extra(tmp_path / "run", finished.out) == []
+    assert_same_files(run(tmp_path / "run", config()).out, finished.out)
 
 
 def test_what_is_no_function_is_refused(tmp_path):
@@ -101,9 +97,8 @@ class Fake:
         package.log_params = self.configs.append
         package.log_metrics, package.end_run = self.log, self.finish
         package.search_experiments, package.create_experiment = lambda **_: [], lambda **_: 1
-        package.utils = SimpleNamespace(
-            validation=SimpleNamespace(MAX_PARAM_VAL_LENGTH=999, MAX_PARAMS_TAGS_PER_BATCH=99)
-        )
+        limits = SimpleNamespace(MAX_PARAM_VAL_LENGTH=999, MAX_PARAMS_TAGS_PER_BATCH=99)
+        package.utils = SimpleNamespace(validation=limits)
         monkeypatch.setitem(sys.modules, name, package)
         self.key = {"mlflow": "run_id", "wandb": "id"}[name]
 
@@ -111,9 +106,8 @@ class Fake:
         series = options[self.key] or f"series {len(self.begun)}"
         self.begun.append(series)
         self.lines = self.told.setdefault(series, [])
-        return SimpleNamespace(
-            id=series, name=series, info=SimpleNamespace(run_id=series), log=self.log, finish=self.finish
-        )
+        info = SimpleNamespace(run_id=series)
+        return SimpleNamespace(id=series, name=series, info=info, log=self.log, finish=self.finish)
 
     def log(self, values, step):
         self.lines.append((step, values))
@@ -150,10 +144,7 @@ def test_a_tracker_is_told_each_line(finished, monkeypatch, tmp_path, tracker):
 def test_a_tracker_is_told_no_line_twice_where_a_run_resumes(finished, monkeypatch, tmp_path, tracker):
     """It is stopped before step 4, goes on from 2, is stopped before 3, and so on: less far than it had been."""
     fake = Fake(monkeypatch, tracker)
-    for step in (3, 2, 5):
-        with pytest.raises(Stopped):
-            run(tmp_path / "run", config(), tracker=tracker, stop_before=step)
-    result = run(tmp_path / "run", config(), tracker=tracker)
+    result = run_in_parts(tmp_path / "run", config(), 3, 2, 5, tracker=tracker)
     assert set(fake.begun) == {"series 0"}
     assert without_speed(fake.told["series 0"]) == without_speed(as_told(result.metrics))
     assert len(fake.configs) == 1
@@ -164,8 +155,7 @@ def test_each_tracker_is_told_what_it_has_not_been_told(finished, monkeypatch, t
     """One at first, none then, another one, which hears of the earlier lines, too, and at last the first again."""
     first, second = Fake(monkeypatch, "wandb"), Fake(monkeypatch, "mlflow")
     for tracker, step in (("wandb", 3), (None, 4), ("mlflow", 5)):
-        with pytest.raises(Stopped):
-            run(tmp_path / "run", config(), tracker=tracker, stop_before=step)
+        stopped(tmp_path / "run", config(), step, tracker=tracker)
     result = run(tmp_path / "run", config())
     assert [step for step, _ in first.told["series 0"]] == [1, 2, 2, 3]
     assert [step for step, _ in second.told["series 0"]] == [1, 2, 2, 3, 4, 4, 5]
@@ -190,16 +180,15 @@ def test_a_tracker_that_fails_ends_the_run_and_loses_nothing(finished, monkeypat
         kept = "The last checkpoint is" if call == "finish" else "There is no checkpoint yet"
         with pytest.raises(RuntimeError, match=rf"^train: `tracker` 'wandb' raised ConnectionError: no net\. {kept}"):
             run(tmp_path / "run", config(), tracker="wandb")
-    run(tmp_path / "run", config())
-    assert differing(tmp_path / "run", finished.out) == []
+    assert differing(run(tmp_path / "run", config()).out, finished.out) == []
 
 
 def test_what_is_no_tracker_here_is_told_before_anything_is_done(monkeypatch, tmp_path):
     names = r"\['mlflow', 'tensorboard', 'wandb'\]"
-    with pytest.raises(ValueError, match=rf"^train: `tracker` must be one of {names}, got 'wand'\.$"):
+    with refused(rf"^train: `tracker` must be one of {names}, got 'wand'\.$"):
         run(tmp_path / "run", config(), tracker="wand")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"^train: `tracker` 'wandb' needs its package: pip install wandb\.$"):
+    with refused(r"^train: `tracker` 'wandb' needs its package: pip install wandb\.$"):
         run(tmp_path / "run", config(), tracker="wandb")
     assert not (tmp_path / "run").exists()
 
@@ -207,10 +196,8 @@ def test_what_is_no_tracker_here_is_told_before_anything_is_done(monkeypatch, tm
 @pytest.mark.parametrize("content", ["[]", '{"wandb": {"series": 3, "lines": 1, "step": 1}}', "{"])
 def test_a_damaged_count_is_named(monkeypatch, tmp_path, content):
     fake = Fake(monkeypatch, "wandb")
-    with pytest.raises(Stopped):
-        run(tmp_path / "run", config(), tracker="wandb", stop_before=3)
-    (tmp_path / "run" / "tracker.json").write_text(content)
-    with pytest.raises(ValueError, match=r"^train: '.*run/tracker\.json' is damaged: .*Delete that file\.$"):
+    (stopped(tmp_path / "run", config(), 3, tracker="wandb") / "tracker.json").write_text(content)
+    with refused(r"^train: '.*run/tracker\.json' is damaged: .*Delete that file\.$"):
         run(tmp_path / "run", config(), tracker="wandb")
     assert fake.begun == ["series 0"]
 

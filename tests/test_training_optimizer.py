@@ -1,27 +1,18 @@
 """The optimizer: which parameters Muon takes, its rule against torch's own, and runs that resume with it."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
-from run_helpers import seal
+from run_helpers import assert_same_files, refused, run, run_in_parts, seal, small_config
 from torch import nn
 
-from statemix import SequenceModel, TrainConfig, train
+from statemix import SequenceModel
 from statemix.training.config import ModelConfig, OptimizerConfig
 from statemix.training.optimizer import MuonAdamW, make_optimizer, orthogonalized, set_learning_rate
 
-SMALL = TrainConfig(
-    task={"name": "permutation", "group": "S3", "seq_len": 8},
-    mixer={"name": "bd_lru", "num_blocks": 4, "block_size": 3},
-    model=ModelConfig(d_model=16, num_layers=2),
-    optimizer=OptimizerConfig(muon_lr=0.02),
-    steps=6,
-    batch_size=8,
-    eval_every=2,
-    eval_sequences=8,
-    log_every=1,
-)
+SMALL = small_config(model=ModelConfig(d_model=16, num_layers=2), steps=6, eval_every=2)
 
 
 def a_model(mixer: dict) -> SequenceModel:
@@ -132,10 +123,8 @@ def test_after_a_rest_the_first_gradient_moves_little_with_amsgrad():
     moved = {}
     for amsgrad in (False, True):
         weight = nn.Parameter(torch.zeros(1))
-        optimizer = MuonAdamW(
-            [{"params": [weight], "weight_decay": 0.0}],
-            OptimizerConfig(lr=1.0, betas=(0.0, 0.9), amsgrad=amsgrad),
-        )
+        config = OptimizerConfig(lr=1.0, betas=(0.0, 0.9), amsgrad=amsgrad)
+        optimizer = MuonAdamW([{"params": [weight], "weight_decay": 0.0}], config)
         for gradient in [1.0] * 100 + [0.0] * 200 + [1.0]:
             before, weight.grad = weight.item(), torch.tensor([gradient])
             optimizer.step()
@@ -144,42 +133,23 @@ def test_after_a_rest_the_first_gradient_moves_little_with_amsgrad():
 
 
 @pytest.mark.parametrize(("dropout", "amsgrad"), [(0.0, False), (0.25, False), (0.0, True)])
-def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch, dropout, amsgrad):
-    optimizer = OptimizerConfig(muon_lr=0.02, amsgrad=amsgrad)
-    config = dataclasses.replace(
-        SMALL, model=ModelConfig(d_model=16, num_layers=2, dropout=dropout), optimizer=optimizer
-    )
-    whole = train(config, tmp_path / "whole", progress=False)
-    original = torch.optim.AdamW.step
-    calls = []
-
-    def killed(self, closure=None):
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return original(self, closure)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "parts", progress=False)
-    monkeypatch.setattr(torch.optim.AdamW, "step", original)
-    parts = train(config, tmp_path / "parts", progress=False)
-    assert parts.summary["valid"]["loss"] == whole.summary["valid"]["loss"]
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        assert (tmp_path / "parts/step-6" / name).read_bytes() == (tmp_path / "whole/step-6" / name).read_bytes()
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, dropout, amsgrad):
+    model = ModelConfig(d_model=16, num_layers=2, dropout=dropout)
+    config = dataclasses.replace(SMALL, model=model, optimizer=OptimizerConfig(muon_lr=0.02, amsgrad=amsgrad))
+    whole = run(tmp_path / "whole", config)
+    assert_same_files(run_in_parts(tmp_path / "parts", config, 5).out, whole.out)
 
 
 @pytest.mark.parametrize("own", [OptimizerConfig(muon_lr=0.02), OptimizerConfig(amsgrad=True)])
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path, own):
     config = dataclasses.replace(SMALL, steps=2, optimizer=own)
-    train(config, tmp_path / "own", progress=False)
-    train(dataclasses.replace(SMALL, steps=2, optimizer=OptimizerConfig()), tmp_path / "adamw", progress=False)
-    moments = (tmp_path / "adamw/step-2/optimizer.safetensors").read_bytes()
-    (tmp_path / "own/step-2/optimizer.safetensors").write_bytes(moments)
+    run(tmp_path / "own", config)
+    run(tmp_path / "adamw", dataclasses.replace(config, optimizer=OptimizerConfig()))
+    shutil.copy(tmp_path / "adamw/step-2/optimizer.safetensors", tmp_path / "own/step-2")
     seal(tmp_path / "own/step-2")
     (tmp_path / "own/result.json").unlink()
-    with pytest.raises(ValueError, match=r"optimizer\.safetensors' is of another model"):
-        train(config, tmp_path / "own", progress=False)
+    with refused(r"optimizer\.safetensors' is of another model"):
+        run(tmp_path / "own", config)
 
 
 def test_dropout_drops_in_training_alone():
@@ -198,13 +168,5 @@ def test_dropout_drops_in_training_alone():
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, "0.1", True, float("nan")])
 def test_dropout_out_of_range_is_named(dropout):
-    with pytest.raises(ValueError, match=r"SequenceModel: `dropout` must be a number in \[0, 1\), got "):
+    with refused(r"SequenceModel: `dropout` must be a number in \[0, 1\), got "):
         SequenceModel(7, 8, 1, MIXERS[0], dropout=dropout)
-
-
-def test_configs_without_either_are_written_as_before():
-    text = TrainConfig().to_json()
-    assert "dropout" not in text
-    assert "muon" not in text
-    assert "amsgrad" not in text
-    assert TrainConfig.from_json(SMALL.to_json()) == SMALL

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 from pathlib import Path
@@ -11,9 +10,9 @@ from unittest import mock
 import pytest
 import torch
 from helpers import PROCESSES, exit_code, free_port
-from run_helpers import TRAIN
+from run_helpers import TRAIN, refused, run, text_config, write_documents
 
-from statemix import SequenceModel, TrainConfig, train
+from statemix import SequenceModel, TrainConfig
 from statemix.training.config import ModelConfig, OptimizerConfig
 from statemix.training.optimizer import make_optimizer
 from statemix.training.processes import make_accelerator, own_rows, prepare, whole, whole_model
@@ -23,11 +22,8 @@ STEPS = 50
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> str:
-    """Ten documents: parts of a batch have unequal numbers of scored targets."""
-    folder, rng = tmp_path_factory.mktemp("text"), random.Random(0)
-    for number in range(10):
-        (folder / f"{number}.txt").write_text("".join(rng.choice("abcd \n") for _ in range(100 + 10 * number)))
-    return str(folder)
+    """Parts of a batch of these documents have unequal numbers of scored targets."""
+    return write_documents(tmp_path_factory.mktemp("text"), letters="abcd \n", shortest=100)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,19 +33,9 @@ def cache(tmp_path_factory):
 
 
 def config_of(source: str, **changes) -> TrainConfig:
-    small = {
-        "task": {"name": "text", "source": source, "tokenizer": "characters", "seq_len": 12, "test": 0.0, "valid": 0.1},
-        "mixer": {"name": "bd_lru", "num_blocks": 3, "block_size": 3},
-        "model": ModelConfig(d_model=8, mlp_size=16),
-        "optimizer": OptimizerConfig(lr=0.01),
-        "steps": STEPS,
-        "batch_size": 8,
-        "eval_every": 25,
-        "eval_sequences": 16,
-        "log_every": 1,
-        "carry": True,
-    }
-    return TrainConfig(**(small | changes))
+    task, model = {"test": 0.0, "valid": 0.1}, ModelConfig(d_model=8, mlp_size=16)
+    small = {"model": model, "optimizer": OptimizerConfig(lr=0.01), "steps": STEPS, "eval_every": 25}
+    return text_config(source, task=task, carry=True, **small | changes)
 
 
 def as_process(rank: int, processes: int, port: int, environment: dict[str, str], function, *arguments) -> None:
@@ -72,16 +58,10 @@ def start_all(function, *arguments, processes: int = 2, fsdp: bool = False) -> l
     return started
 
 
-def train_here(out: Path, config: TrainConfig) -> None:
-    with mock.patch.object(TRAIN, "plot_curves", lambda runs, path, **_: Path(path).write_bytes(b"a picture")):
-        train(config, out, progress=False)
-
-
 def train_on(out: Path, config: TrainConfig, **how) -> Path:
     """Train in new processes to the end."""
-    assert [exit_code(process) for process in start_all(train_here, out, config, **how)] == [0] * how.get(
-        "processes", 2
-    )
+    started = start_all(run, out, config, **how)
+    assert [exit_code(process) for process in started] == [0] * len(started)
     return out
 
 
@@ -104,12 +84,9 @@ def largest_difference(a: list[tuple], b: list[tuple]) -> float:
 @pytest.fixture(scope="module")
 def reference(source, tmp_path_factory) -> Path:
     """A run on one process."""
-    out, threads = tmp_path_factory.mktemp("reference") / "run", torch.get_num_threads()
-    torch.set_num_threads(1)
-    train_here(out, config_of(source))
-    torch.set_num_threads(threads)
-    assert summary_of(out)["processes"] == 1
-    return out
+    result = run(tmp_path_factory.mktemp("reference") / "run", config_of(source))
+    assert result.summary["processes"] == 1
+    return result.out
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
@@ -136,7 +113,7 @@ def train_until(out: Path, config: TrainConfig, stop: int) -> None:
         return batch(config, task, step)
 
     with mock.patch.object(TRAIN, "training_batch", dying):
-        train_here(out, config)
+        run(out, config)
 
 
 @pytest.fixture(scope="module")
@@ -162,11 +139,8 @@ def test_a_run_killed_on_two_processes_goes_on_on_one_or_two(killed, source, tmp
     out = shutil.copytree(killed, tmp_path / "run")
     train_on(out, short(source), processes=processes, fsdp=processes == 2)
     assert summary_of(out)["processes"] == processes
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    train_here(tmp_path / "whole", short(source))
-    torch.set_num_threads(threads)
-    assert largest_difference(curve_of(out), curve_of(tmp_path / "whole")) <= 1e-5
+    whole = run(tmp_path / "whole", short(source))
+    assert largest_difference(curve_of(out), curve_of(whole.out)) <= 1e-5
 
 
 def look_inside(answer: Path, config: TrainConfig) -> None:
@@ -179,14 +153,13 @@ def look_inside(answer: Path, config: TrainConfig) -> None:
     wrapped, _ = prepare(accelerator, model, lambda model: make_optimizer(model, config.optimizer))
     held = sum(getattr(weight, "_local_tensor", weight).numel() for weight in wrapped.parameters())
     copy = whole_model(accelerator, wrapped)
-    same = None
+    content = {"numbers": numbers, "held": held, "kind": type(copy).__name__}
     if accelerator.is_main_process:
-        same = all(torch.equal(weight, before[name]) for name, weight in copy.state_dict().items())
+        content["same"] = all(torch.equal(weight, before[name]) for name, weight in copy.state_dict().items())
         copy.save(answer.parent)
-    gathered = all(torch.equal(whole(weight), before[name]) for name, weight in model.state_dict().items())
-    rows = own_rows(accelerator, torch.arange(10)).tolist()
-    content = {"numbers": numbers, "held": held, "same": same, "kind": type(copy).__name__, "rows": rows}
-    answer.with_name(f"{accelerator.process_index}.json").write_text(json.dumps(content | {"gathered": gathered}))
+    content["gathered"] = all(torch.equal(whole(weight), before[name]) for name, weight in model.state_dict().items())
+    content["rows"] = own_rows(accelerator, torch.arange(10)).tolist()
+    answer.with_name(f"{accelerator.process_index}.json").write_text(json.dumps(content))
 
 
 def test_under_fsdp_each_process_holds_a_part_and_the_rows_are_dealt_out(tmp_path, source):
@@ -194,10 +167,7 @@ def test_under_fsdp_each_process_holds_a_part_and_the_rows_are_dealt_out(tmp_pat
     assert [exit_code(process) for process in started] == [0, 0]
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert (one["rows"], two["rows"]) == ([0, 2, 4, 6, 8], [1, 3, 5, 7, 9])
-    assert one["same"]
-    assert one["gathered"]
-    assert two["gathered"]
-    assert one["kind"] == "SequenceModel"
+    assert (one["same"], one["gathered"], two["gathered"], one["kind"]) == (True, True, True, "SequenceModel")
     assert SequenceModel.load(tmp_path).num_parameters() == one["numbers"]
     assert one["held"] + two["held"] == one["numbers"]
     assert one["held"] < 0.6 * one["numbers"]
@@ -206,16 +176,14 @@ def test_under_fsdp_each_process_holds_a_part_and_the_rows_are_dealt_out(tmp_pat
 def test_a_batch_that_does_not_divide_is_refused(tmp_path, source):
     many = mock.Mock(num_processes=3, is_main_process=False)
     divide = r"^train: `batch_size` must be a multiple of `accumulate` times the number of processes = 6, got 8\.$"
-    with mock.patch.object(TRAIN, "make_accelerator", return_value=many), pytest.raises(ValueError, match=divide):
-        train_here(tmp_path / "run", short(source))
+    with mock.patch.object(TRAIN, "make_accelerator", return_value=many), refused(divide):
+        run(tmp_path / "run", short(source))
     assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_fp16_is_refused_under_fsdp(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with (
-        mock.patch.object(torch.cuda, "is_available", return_value=True),
-        pytest.raises(ValueError, match=r"^train: `mixed_precision` must be 'no' or 'bf16' under FSDP, got 'fp16'\.$"),
-    ):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with refused(r"^train: `mixed_precision` must be 'no' or 'bf16' under FSDP, got 'fp16'\.$"):
         make_accelerator("fp16")
     assert os.environ["ACCELERATE_USE_FSDP"] == "true"

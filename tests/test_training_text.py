@@ -1,6 +1,5 @@
 """train.py on text: carried state, accumulated gradients, bits per byte, resume, and what it refuses."""
 
-import contextlib
 import dataclasses
 import importlib
 import json
@@ -14,18 +13,27 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from run_helpers import Stopped, cut, differing, extra, run, seal
+from run_helpers import (
+    DAMAGED_TENSORS,
+    TRAIN,
+    assert_same_files,
+    differing,
+    refused,
+    run,
+    run_in_parts,
+    stopped,
+    text_config,
+    write_documents,
+)
 from safetensors.torch import load_file
 
 from statemix import SequenceModel, TrainConfig, cli
 from statemix.runs.read import read_run, row_of
-from statemix.runs.sweep import run_name
 from statemix.tasks import IGNORE_INDEX, Text, build_task
 from statemix.text.tokenizer import load_tokenizer
 from statemix.training.checkpoint import load_carried
 from statemix.training.config import ModelConfig, OptimizerConfig
 from statemix.training.evaluate import evaluate, text_figures
-from statemix.training.optimizer import learning_rate
 
 
 @pytest.fixture(autouse=True)
@@ -36,48 +44,6 @@ def cache(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def source(tmp_path) -> str:
     return write_documents(tmp_path / "folder")
-
-
-def write_documents(folder: Path, seed: int = 0) -> str:
-    """Ten documents of 20 to 110 characters, some of them of two bytes."""
-    rng = random.Random(seed)
-    folder.mkdir(exist_ok=True)
-    for number in range(10):
-        content = "".join(rng.choice("abcdé \n") for _ in range(20 + 10 * number))
-        (folder / f"{number}.txt").write_text(content, encoding="utf-8")
-    return str(folder)
-
-
-def text_config(source: str, **changes) -> TrainConfig:
-    """1,600 parameters, windows of 12 tokens, 6 steps, checkpoints at 3 and 6."""
-    task = {"name": "text", "source": source, "tokenizer": "characters", "seq_len": 12, "valid": 0.2, "test": 0.1}
-    small = {
-        "mixer": {"name": "bd_lru", "num_blocks": 2, "block_size": 3},
-        "model": ModelConfig(d_model=8, num_layers=2),
-        "optimizer": OptimizerConfig(lr=0.02, warmup=0.0),
-        "steps": 6,
-        "batch_size": 8,
-        "eval_every": 3,
-        "eval_sequences": 100,
-        "log_every": 1,
-    }
-    return TrainConfig(task=task | changes.pop("task", {}), **(small | changes))
-
-
-@contextlib.contextmanager
-def stopping_at(step: int):
-    """A run of text that ends before it has begun a step."""
-    with contextlib.ExitStack() as patches:
-        for name in ("sample", "carried"):
-            method = getattr(Text, name)
-
-            def call(self, *args, method=method, **options):
-                if options["index"] == step:
-                    raise Stopped
-                return method(self, *args, **options)
-
-            patches.enter_context(mock.patch.object(Text, name, call))
-        yield
 
 
 # ---- figures
@@ -103,11 +69,7 @@ def figures_by_hand(model, task, split, *, carry):
         nats -= shifted[text[position + 1]] - np.log(np.exp(shifted).sum())
         count += 1
         size += len(task.vocabulary.decode(text[position + 1 : position + 2]).encode())
-    return {
-        "loss": nats / count,
-        "bits_per_byte": nats / math.log(2) / size,
-        "perplexity": math.exp(nats / count),
-    }
+    return {"loss": nats / count, "bits_per_byte": nats / math.log(2) / size, "perplexity": math.exp(nats / count)}
 
 
 @pytest.mark.parametrize("carry", [False, True])
@@ -152,17 +114,12 @@ def test_the_perplexity_of_a_diverged_run_is_infinite(source):
 
 def test_without_a_part_for_the_test_nothing_is_tested(tmp_path, source):
     config = text_config(source, task={"test": 0.0})
-    splits, evaluation = [], Text.evaluation
-    with mock.patch.object(
-        Text, "evaluation", lambda self, split, *args: splits.append(split) or evaluation(self, split, *args)
-    ):
+    with mock.patch.object(Text, "evaluation", autospec=True, side_effect=Text.evaluation) as evaluation:
         result = run(tmp_path / "run", config)
-    assert splits == ["valid", "valid"]
+    assert [call.args[1] for call in evaluation.call_args_list] == ["valid", "valid"]
     assert result.summary["test"] == {}
     assert {"valid_loss", "valid_bits_per_byte"} <= set(row_of(read_run(result.out)))
-    with pytest.raises(
-        ValueError, match=r"`test_lengths` must be empty: the text has no part for the test, got \(24,\)"
-    ):
+    with refused(r"`test_lengths` must be empty: the text has no part for the test, got \(24,\)"):
         dataclasses.replace(config, test_lengths=(24,))
 
 
@@ -174,9 +131,8 @@ def test_gradients_in_parts_are_those_of_the_whole_batch(tmp_path, source, carry
     """AdamW's first moment after a step is a tenth of the gradient."""
     moments, losses = {}, {}
     for parts in (1, 2, 8):
-        config = text_config(
-            source, accumulate=parts, carry=carry, steps=1, eval_every=1, optimizer=OptimizerConfig(clip=None)
-        )
+        changes = {"steps": 1, "eval_every": 1, "optimizer": OptimizerConfig(clip=None)}
+        config = text_config(source, accumulate=parts, carry=carry, **changes)
         result = run(tmp_path / str(parts), config)
         moments[parts] = load_file(result.out / "step-1" / "optimizer.safetensors")
         losses[parts] = {key: value for key, value in result.metrics[0].items() if key != "tokens_per_s"}
@@ -226,58 +182,30 @@ def test_each_row_goes_on_where_it_stopped_and_gradients_do_not(tmp_path, source
 def test_a_run_that_carries_its_state_resumes_exactly(tmp_path, source, stop, accumulate):
     config = text_config(source, carry=True, accumulate=accumulate)
     whole = run(tmp_path / "whole", config)
-    with stopping_at(stop), pytest.raises(Stopped):
-        run(tmp_path / "run", config)
-    assert json.loads((tmp_path / "run" / "checkpoints.json").read_text())["last"] == "step-3"
+    out = stopped(tmp_path / "run", config, stop)
+    assert json.loads((out / "checkpoints.json").read_text())["last"] == "step-3"
     # were the state lost, the run would be another one
-    shutil.copytree(tmp_path / "run", tmp_path / "lost")
-    with mock.patch(
-        "statemix.training.loop.load_carried", lambda *args: [torch.zeros_like(x) for x in load_carried(*args)]
-    ):
-        run(tmp_path / "lost", config)
-    assert "step-6/model.safetensors" in differing(tmp_path / "lost", whole.out)
-    run(tmp_path / "run", config)
-    assert differing(tmp_path / "run", whole.out) == []
-    assert extra(tmp_path / "run", whole.out) == []
+    lost = shutil.copytree(out, tmp_path / "lost")
+    with mock.patch.object(TRAIN, "load_carried", lambda *args: [torch.zeros_like(x) for x in load_carried(*args)]):
+        run(lost, config)
+    assert "step-6/model.safetensors" in differing(lost, whole.out)
+    assert_same_files(run(out, config).out, whole.out)
 
 
 @pytest.mark.parametrize("train_sequences", [None, 20])
 def test_a_run_of_text_without_carried_state_resumes_exactly(tmp_path, source, train_sequences):
     config = text_config(source, train_sequences=train_sequences)
     whole = run(tmp_path / "whole", config)
-
-    def stopping_rate(optimizer, step, steps):
-        if step == 4:
-            raise Stopped
-        return learning_rate(optimizer, step, steps)
-
-    with mock.patch("statemix.training.loop.learning_rate", stopping_rate), pytest.raises(Stopped):
-        run(tmp_path / "run", config)
-    run(tmp_path / "run", config)
-    assert differing(tmp_path / "run", whole.out) == []
+    assert_same_files(run_in_parts(tmp_path / "run", config, 4).out, whole.out)
     assert not list(whole.out.rglob("state.safetensors"))
 
 
-def of_another_model(path):
-    shutil.copy(path.parent / "model.safetensors", path)
-    seal(path.parent)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (cut(0.5), "is damaged: its sha256 is not the one in manifest.json"),
-        (Path.unlink, r"is missing, which manifest\.json has\."),
-        (of_another_model, "is of another model"),
-    ],
-)
+@pytest.mark.parametrize(("spoil", "message"), DAMAGED_TENSORS)
 def test_a_damaged_state_is_named(tmp_path, source, spoil, message):
     config = text_config(source, carry=True)
-    with stopping_at(4), pytest.raises(Stopped):
-        run(tmp_path / "run", config)
-    path = tmp_path / "run" / "step-3" / "state.safetensors"
+    path = stopped(tmp_path / "run", config, 4) / "step-3" / "state.safetensors"
     spoil(path)
-    with pytest.raises(ValueError, match=rf"'{path}' {message}"):
+    with refused(re.escape(f"'{path}' {message}")):
         run(tmp_path / "run", config)
 
 
@@ -292,16 +220,9 @@ def test_carried_state_does_not_validate_worse(tmp_path):
     """The text repeats itself after 50 characters, and a window has 5: only the carried state knows where it is."""
     rng = random.Random(1)
     (tmp_path / "text").write_text("".join(rng.choice("abc") for _ in range(50)) * 60)
-    config = text_config(
-        str(tmp_path / "text"),
-        carry=True,
-        task={"seq_len": 5, "test": 0.0},
-        steps=100,
-        eval_every=100,
-        log_every=50,
-        mixer={"name": "bd_lru", "num_blocks": 8, "block_size": 3},
-        model=ModelConfig(d_model=16),
-    )
+    task = {"seq_len": 5, "test": 0.0}
+    wide = {"mixer": {"name": "bd_lru", "num_blocks": 8, "block_size": 3}, "model": ModelConfig(d_model=16)}
+    config = text_config(str(tmp_path / "text"), carry=True, task=task, steps=100, eval_every=100, log_every=50, **wide)
     result = run(tmp_path / "run", config)
     model, task = SequenceModel.load(result.out / "step-100"), build_task(config.task)
     carried, fresh = (evaluate(model, task, "valid", 100, 8, carry=carry)["loss"] for carry in (True, False))
@@ -309,89 +230,35 @@ def test_carried_state_does_not_validate_worse(tmp_path):
     assert carried < fresh - 0.01  # equal, were the state passed over
 
 
-MIXERS = [
-    {"name": "bd_lru", "num_blocks": 4, "block_size": 3},
-    {"name": "h_lru", "num_channels": 4, "order": 3},
-    {"name": "lstm", "hidden_size": 8},
-    {"name": "attention", "head_dim": 4, "context": 20},
-]
-
-
-@pytest.mark.parametrize("mixer", MIXERS, ids=[mixer["name"] for mixer in MIXERS])
-@torch.no_grad()
-def test_a_document_split_anywhere_and_packed_with_others_has_the_same_logits(mixer, generator):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = SequenceModel(11, 16, 2, mixer)
-    tokens = torch.randint(11, (1, 16), generator=generator)
-    whole, _ = model(tokens)
-    # row s - 1: another document of s tokens, then this one, in one row of a batch; `reset` is where it begins
-    packed = torch.randint(11, (15, 31), generator=generator)
-    reset = torch.zeros(15, 31, dtype=torch.bool)
-    for split in range(1, 16):
-        first, state = model(tokens[:, :split])
-        second, _ = model(tokens[:, split:], state)
-        assert (torch.cat([first, second], dim=1) - whole).abs().max() <= 1e-5, split
-        packed[split - 1, split : split + 16] = tokens
-        reset[split - 1, split] = True
-    logits, _ = model(packed, None, reset)
-    for split in range(1, 16):
-        assert (logits[split - 1, split : split + 16] - whole[0]).abs().max() <= 1e-5, split
-    leaking, _ = model(packed)
-    assert (leaking[4, 5:21] - whole[0]).abs().max() > 1e-3  # the state does matter
-
-
 # ---- what is refused
 
 
 def test_a_text_that_changed_since_the_checkpoint_is_refused(tmp_path, source):
     config = text_config(source)
-    with stopping_at(4), pytest.raises(Stopped):
-        run(tmp_path / "run", config)
+    out = stopped(tmp_path / "run", config, 4)
     write_documents(Path(source), seed=1)
-    changed = (
-        rf"^train: checkpoint '{re.escape(str(tmp_path))}/run/step-[36]' was made with another text .*: what `task"
-    )
-    with pytest.raises(ValueError, match=changed):
-        run(tmp_path / "run", config)
+    changed = rf"^train: checkpoint '{re.escape(str(out))}/step-[36]' was made with another text .*: what `task"
+    with refused(changed):
+        run(out, config)
     write_documents(Path(source))
-    run(tmp_path / "run", config)
+    run(out, config)
     write_documents(Path(source), seed=1)
-    with pytest.raises(ValueError, match=changed):  # nor is it taken for the result of the new one
-        run(tmp_path / "run", config)
-    run(tmp_path / "run", config, resume="never")
-    run(tmp_path / "new", config)
-    assert differing(tmp_path / "run", tmp_path / "new") == []
+    with refused(changed):  # nor is it taken for the result of the new one
+        run(out, config)
+    run(out, config, resume="never")
+    assert_same_files(out, run(tmp_path / "new", config).out)
 
 
 def test_a_text_too_short_is_refused_before_training(tmp_path, source):
     for task in ({"seq_len": 400}, {"seq_len": 60, "test": 0.05}):
-        with pytest.raises(ValueError, match=r"^text: `source` must have more than `seq_len` = \d+ tokens in the part"):
+        with refused(r"^text: `source` must have more than `seq_len` = \d+ tokens in the part"):
             run(tmp_path / "run", text_config(source, task=task))
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_what_only_a_text_can_do_is_refused_of_other_tasks(source):
-    with pytest.raises(ValueError, match=r"`carry` must be False for the task 'permutation', got True"):
-        TrainConfig(carry=True)
-    with pytest.raises(ValueError, match=r"`carry` must be False with `train_sequences`, got True"):
-        text_config(source, carry=True, train_sequences=10)
-    with pytest.raises(ValueError, match=r"`accumulate` must be a divisor of `batch_size` = 8, got 3"):
-        text_config(source, accumulate=3)
-    with pytest.raises(ValueError, match=r"`accumulate` must be at least 1, got 0"):
-        text_config(source, accumulate=0)
-    with pytest.raises(ValueError, match=r"^parity: its sequences have an end, so that no state is carried"):
+def test_no_other_task_carries_a_state():
+    with refused(r"^parity: its sequences have an end, so that no state is carried"):
         build_task({"name": "parity"}).carried(4)
-
-
-def test_a_config_from_before_these_fields_is_the_same_run():
-    """The name of a run in a sweep is a hash of its JSON: a sweep that is started again must find its runs."""
-    text = TrainConfig().to_json()
-    assert "carry" not in text
-    assert "accumulate" not in text
-    assert TrainConfig.from_json(text) == TrainConfig(accumulate=1, carry=False)
-    assert run_name(TrainConfig()) != run_name(TrainConfig(accumulate=2))
-    assert TrainConfig.from_json(TrainConfig(accumulate=2).to_json()).accumulate == 2
 
 
 # ---- the command
@@ -399,20 +266,16 @@ def test_a_config_from_before_these_fields_is_the_same_run():
 
 def test_text_is_short_for_a_task_and_its_source(tmp_path, source, capsys):
     options = ["--task.seq-len=12", "--steps=2", "--batch-size=4", "--model.d-model=8", "--eval-sequences=9", "--carry"]
-    with mock.patch("statemix.training.loop.plot_curves", lambda runs, path, **_: Path(path).write_bytes(b"a picture")):
+    with mock.patch.object(TRAIN, "plot_curves", lambda runs, path, **_: Path(path).write_bytes(b"a picture")):
         assert cli.main(["train", "--text", source, *options, "--out", str(tmp_path / "run")]) == 0
-    summary = read_run(tmp_path / "run").summary["valid"]
-    assert f"validation: {summary['loss']:.4f} nats per token, {summary['bits_per_byte']:.4f} bits per byte" in (
-        capsys.readouterr().out
-    )
+    summary, shown = read_run(tmp_path / "run").summary["valid"], capsys.readouterr().out
+    assert f"validation: {summary['loss']:.4f} nats per token, {summary['bits_per_byte']:.4f} bits per byte" in shown
     config = TrainConfig.load(tmp_path / "run" / "config.json")
     assert (config.task["name"], config.task["source"], config.task["tokenizer"]) == ("text", source, "bytes")
     assert config.carry
+    both = r"`--text` is short for --task text --task\.source, but `--task` is 'p"
     for arguments, message in (
-        (
-            ["--text", source, "--task", "parity"],
-            r"`--text` is short for --task text --task\.source, but `--task` is 'p",
-        ),
+        (["--text", source, "--task", "parity"], both),
         (["--text"], r"`--text` needs a value"),
         (["--text=nothing", "--out", str(tmp_path / "x")], r"`source` must be .*, but there is no 'nothing'\."),
     ):
@@ -433,9 +296,15 @@ def test_of_many_processes_one_prints(tmp_path, capsys, monkeypatch):
         assert (capsys.readouterr().out != "") == prints
 
 
-@pytest.mark.parametrize(
-    "mixer", [{"name": "mamba2", "num_heads": 2, "head_dim": 4, "state_dim": 4}, *MIXERS[1:]], ids=lambda m: m["name"]
-)
+MIXERS = [
+    {"name": "mamba2", "num_heads": 2, "head_dim": 4, "state_dim": 4},
+    {"name": "h_lru", "num_channels": 4, "order": 3},
+    {"name": "lstm", "hidden_size": 8},
+    {"name": "attention", "head_dim": 4, "context": 20},
+]
+
+
+@pytest.mark.parametrize("mixer", MIXERS, ids=lambda mixer: mixer["name"])
 def test_mixers_train_on_documents_with_carried_state(tmp_path, source, mixer):
     result = run(tmp_path / "run", text_config(source, mixer=mixer, carry=True, steps=3))
     assert math.isfinite(result.summary["valid"]["loss"])
