@@ -1,6 +1,5 @@
 """sweep.py: what fails or is killed is told and loses nothing else, and a sweep started again does what is missing."""
 
-import csv
 import json
 import multiprocessing
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from run_helpers import ENDLESS, LONG, NO_TEST, differing, run, tiny
+from run_helpers import ENDLESS, LONG, NO_TEST, differing, read_csv, refused, run, tiny
 
 import statemix
 from statemix import TrainConfig, cli
@@ -23,12 +22,6 @@ from statemix.files import locked
 from statemix.runs.executors import EXECUTORS, Local
 from statemix.runs.sweep import load_configs, run_name, sweep
 from statemix.training.config import OptimizerConfig
-
-
-def table(out: Path) -> list[dict[str, str]]:
-    """The rows of results.csv."""
-    with (out / "results.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def assert_same_run(folder: Path, reference: Path) -> None:
@@ -50,8 +43,7 @@ class Killing(Local):
         job = super().start(config, folder)
 
         def kill():
-            while not (folder / "checkpoints.json").exists():
-                time.sleep(0.005)
+            wait_until((folder / "checkpoints.json").exists)
             os.kill(job.process.pid, signal.SIGKILL)
 
         if folder.name == run_name(LONG):
@@ -74,7 +66,7 @@ def test_a_sweep_with_a_killed_and_a_wrong_run_loses_nothing_and_goes_on(tmp_pat
     wrong = r"wrong: TrainConfig: `steps` must be at least 1, got 0\."
     killed = rf"long: killed by SIGKILL, as when memory runs out \(its log: runs/many/{long.name}/log\.txt\)"
     assert re.search(rf"\n  {wrong}\n  {killed}\n$", shown.err)
-    rows = table(out)
+    rows = read_csv(out / "results.csv")
     assert [row["label"] for row in rows] == [*(f"seed {seed}" for seed in range(10)), "wrong", "long"]
     assert [row["status"] for row in rows] == ["done"] * 10 + ["failed"] * 2
     assert rows[11]["steps"] == "200"
@@ -92,7 +84,7 @@ def test_a_sweep_with_a_killed_and_a_wrong_run_loses_nothing_and_goes_on(tmp_pat
     log = (long / "log.txt").read_text()
     assert int(re.search(r"step +(\d+)", log)[1]) > int(reached.removeprefix("step-"))  # it went on, not anew
     assert_same_run(long, run(tmp_path / "whole", LONG).out)
-    [row] = [row for row in table(out) if row["label"] == "long"]
+    [row] = [row for row in read_csv(out / "results.csv") if row["label"] == "long"]
     assert (row["status"], row["error"]) == ("done", "")
 
 
@@ -113,24 +105,22 @@ def test_a_name_is_of_the_config_and_the_version():
     assert re.fullmatch(r"permutation-lstm-[0-9a-f]{12}", name)
     assert run_name(TrainConfig.from_json(tiny(0).to_json())) == name
     assert run_name(tiny(1)) != name
+    assert run_name(TrainConfig(accumulate=2)) != run_name(TrainConfig())
     with mock.patch.object(statemix, "__version__", "0.0.0"):
         assert run_name(tiny(0)) != name
+    whole, real = (TrainConfig(optimizer=OptimizerConfig(weight_decay=decay)) for decay in (0, 0.0))
+    assert whole == real
+    assert run_name(whole) == run_name(real) == run_name(TrainConfig.from_json(whole.to_json()))
 
 
 def test_a_run_that_fails_is_told_with_its_error_and_equal_configs_run_once(tmp_path):
     entries = {"no test": NO_TEST, "a": tiny(1), "same": tiny(1), "no config": 3, "typo": {"stepz": 1}}
     done = sweep(entries, tmp_path, jobs=2, progress=False)
-    assert [(row["label"], row["status"]) for row in done.rows] == [
-        ("no test", "failed"),
-        ("a", "done"),
-        ("no config", "failed"),
-        ("typo", "failed"),
-    ]
+    assert [row["label"] for row in done.rows] == ["no test", "a", "no config", "typo"]
+    assert [row["status"] for row in done.rows] == ["failed", "done", "failed", "failed"]
     errors = {row["label"]: row["error"] for row in done.failed}
-    log = rf"\(its log: {tmp_path}/{run_name(NO_TEST)}/log\.txt\)"
-    assert re.fullmatch(
-        rf"sample: no sequence of length 2 belongs to split 'test': .*vocabulary\. {log}", errors["no test"]
-    )
+    told = r"sample: no sequence of length 2 belongs to split 'test': .*vocabulary\."
+    assert re.fullmatch(rf"{told} \(its log: {tmp_path}/{run_name(NO_TEST)}/log\.txt\)", errors["no test"])
     assert "Traceback" in (tmp_path / run_name(NO_TEST) / "log.txt").read_text()
     assert errors["no config"] == "a config must be a TrainConfig or a mapping, got 3."
     assert errors["typo"].startswith("TrainConfig: unknown key `stepz`; there are [")
@@ -165,7 +155,7 @@ def test_a_sweep_that_is_stopped_stops_its_runs_and_says_how_to_go_on(
     for pid in pids:
         with pytest.raises(ProcessLookupError, match="No such process"):
             os.kill(pid, 0)
-    rows = table(Path("runs/long"))
+    rows = read_csv(Path("runs/long/results.csv"))
     assert [(row["status"], row["error"]) for row in rows] == [("done", ""), ("unfinished", "")]
 
 
@@ -178,7 +168,7 @@ def test_the_runs_of_a_killed_sweep_end_with_it(tmp_path):
     process = multiprocessing.get_context("spawn").Process(target=sweep_for_ever, args=(tmp_path,))
     process.start()
     folder = tmp_path / run_name(ENDLESS)
-    wait_until(lambda: (folder / "checkpoints.json").exists())
+    wait_until((folder / "checkpoints.json").exists)
     assert not is_free(folder)
     process.kill()
     process.join()
@@ -205,21 +195,19 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
 
 def test_a_sweep_of_another_version_is_refused(tmp_path):
     done = sweep({"a": tiny(1)}, tmp_path, jobs=1, progress=False)
-    refused = rf"^sweep: `out` '{tmp_path}' was made by statemix {re.escape(statemix.__version__)}, this is 9\.9\.9: "
-    with mock.patch.object(statemix, "__version__", "9.9.9"), pytest.raises(ValueError, match=refused):
+    told = rf"^sweep: `out` '{tmp_path}' was made by statemix {re.escape(statemix.__version__)}, this is 9\.9\.9: "
+    with mock.patch.object(statemix, "__version__", "9.9.9"), refused(told):
         sweep({"a": tiny(1)}, tmp_path)
     for content in ("[]", "{}", "{"):
         (tmp_path / "sweep.json").write_text(content)
-        with pytest.raises(
-            ValueError, match=rf"^sweep: '{tmp_path}/sweep\.json' is damaged: .*Delete it, or use another"
-        ):
+        with refused(rf"^sweep: '{tmp_path}/sweep\.json' is damaged: .*Delete it, or use another"):
             sweep({"a": tiny(1)}, tmp_path)
     assert Path(done.rows[0]["folder"], "result.json").exists()
 
 
 def test_two_sweeps_do_not_share_a_folder(tmp_path):
     wrong = rf"^sweep: `out` must be a folder of its own, but another process is at work in '{tmp_path}'"
-    with locked(tmp_path, "another sweep"), pytest.raises(ValueError, match=wrong):
+    with locked(tmp_path, "another sweep"), refused(wrong):
         sweep({"a": tiny(1)}, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -234,7 +222,7 @@ WRONG_ARGUMENTS = [
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG_ARGUMENTS)
 def test_wrong_arguments(tmp_path, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         sweep({"a": tiny(1)}, tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
 
@@ -242,7 +230,7 @@ def test_wrong_arguments(tmp_path, arguments, message):
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("mine")
     for out, message in (("file", "must be a folder, but '.*file' is a file"), ("file/below", "cannot be made")):
-        with pytest.raises(ValueError, match=f"^sweep: `out` {message}|^sweep: `out` must .*{message}"):
+        with refused(f"^sweep: `out` {message}|^sweep: `out` must .*{message}"):
             sweep({"a": tiny(1)}, tmp_path / out)
 
 
@@ -266,9 +254,7 @@ def test_configs_are_a_list_a_dict_or_a_function_of_the_budget(tmp_path):
     path = written(tmp_path, "def configs(budget):\n    return [tiny(1)] if budget == 'quick' else {'all': tiny(2)}")
     assert load_configs(path, "quick") == {"0": tiny(1)}
     assert load_configs(path, "full") == load_configs(path) == {"all": tiny(2)}
-
-
-def test_the_file_is_not_run_as_a_program(tmp_path):
+    # the file is not run as a program
     assert load_configs(written(tmp_path, "configs = [tiny(1)]\nif __name__ == '__main__':\n    configs = []"))
 
 
@@ -287,17 +273,17 @@ WRONG_FILES = {
 @pytest.mark.parametrize("text", WRONG_FILES)
 def test_a_wrong_file_is_named_with_its_line(tmp_path, text):
     path = written(tmp_path, text)
-    with pytest.raises(ValueError, match=rf"^sweep: '{path}'.*{WRONG_FILES[text]}"):
+    with refused(rf"^sweep: '{path}'.*{WRONG_FILES[text]}"):
         load_configs(path)
 
 
 def test_a_missing_file_and_a_budget_without_use_are_named(tmp_path):
-    with pytest.raises(ValueError, match=rf"^sweep: `FILE` must be a Python file, but there is no '{tmp_path}/no\.py'"):
+    with refused(rf"^sweep: `FILE` must be a Python file, but there is no '{tmp_path}/no\.py'"):
         load_configs(tmp_path / "no.py")
     path = written(tmp_path, "configs = [tiny(1)]")
-    with pytest.raises(ValueError, match=r"`budget` has no use: `configs` is not a function of it"):
+    with refused(r"`budget` has no use: `configs` is not a function of it"):
         load_configs(path, "quick")
-    with pytest.raises(ValueError, match=r"^sweep: `budget` must be one of \['full', 'quick'\], got 'half'"):
+    with refused(r"^sweep: `budget` must be one of \['full', 'quick'\], got 'half'"):
         load_configs(path, "half")
 
 
@@ -337,35 +323,27 @@ def test_a_sweep_on_a_ray_of_two_workers(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 3]
-    assert [row[:3] for row in rows] == [
-        ["a", "done", "1"],
-        ["no test", "failed", "None"],
-        ["long", "failed", "None"],
-        ["b", "done", "1"],
-        ["c", "done", "1"],
-    ]
-    assert "no sequence of length 2 belongs to split 'test'" in rows[1][3]
-    assert rows[2][3].startswith("its Ray worker was lost: ")
+    labels, statuses, threads, errors = zip(*rows, strict=True)
+    assert labels == ("a", "no test", "long", "b", "c")
+    assert statuses == ("done", "failed", "failed", "done", "done")
+    assert threads == ("1", "None", "None", "1", "1")
+    assert "no sequence of length 2 belongs to split 'test'" in errors[1]
+    assert errors[2].startswith("its Ray worker was lost: ")
     for seed in (1, 2, 3):
         assert_same_run(tmp_path / "out" / run_name(tiny(seed)), run(tmp_path / str(seed), tiny(seed)).out)
 
 
-def test_equal_configs_have_one_name():
-    whole, real = (TrainConfig(optimizer=OptimizerConfig(weight_decay=decay)) for decay in (0, 0.0))
-    assert whole == real
-    assert run_name(whole) == run_name(real) == run_name(TrainConfig.from_json(whole.to_json()))
+WITHOUT_GUARD = """
+from statemix import TrainConfig
+from statemix.runs.sweep import sweep
+print(sweep({"a": TrainConfig(steps=1)}, "out", jobs=1))
+"""
 
 
 def test_a_script_without_a_guard_is_told_so(tmp_path):
     """Its runs import it again and end before they begin; the others are not lost, and the message says what to do."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from statemix import TrainConfig\n"
-        "from statemix.runs.sweep import sweep\n"
-        "rows = sweep({'a': TrainConfig(steps=1)}, 'out', jobs=1)\n"
-        "print(rows)\n"
-    )
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    (tmp_path / "script.py").write_text(WITHOUT_GUARD)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert "needs `if __name__ == '__main__':`" in done.stdout + done.stderr
     assert "FileNotFoundError" not in done.stderr
 
@@ -381,7 +359,6 @@ def test_what_a_killed_sweep_left_is_deleted_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("label", ["a\nb", "\x1b[2J", "\x00", "\x7f", "\x9b", "\u2028", "\ud800"], ids=ascii)
 def test_a_label_that_cannot_be_looked_at_is_refused_before_anything_is_made(tmp_path, label):
-    message = f"sweep: `label` must have no control characters, got {label!a} with "
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+    with refused(re.escape(f"sweep: `label` must have no control characters, got {label!a} with ")):
         sweep({"good": tiny(0), label: tiny(1)}, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
