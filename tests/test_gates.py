@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import assert_close, make_raw_gates, numpy_weights
 
-from statemix.gates import NORMALIZATIONS, RELU_FLOOR, normalize
+from statemix.gates import NORMALIZATIONS, normalize
 
 FLOATS = (torch.float32, torch.float64)
 BOUNDED = [name for name in NORMALIZATIONS if name != "none"]
@@ -47,15 +47,6 @@ def test_absolute_weights_sum_to_one(generator, normalization, dtype):
     sums = normalize(raw, normalization, dim=3).double().abs().sum(3)
     # M+1 = 6 weights, each within a unit in the last place of its share
     assert (sums - 1).abs().max() <= 6 * torch.finfo(dtype).eps
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_relu_weights_sum_to_less_by_the_floor(generator, dtype):
-    raw = make_raw_gates(generator, "relu", (4, 50, 5, 6, 8)).to(dtype)
-    total = raw.double().clamp(min=0).sum(3)
-    assert total.min() < 0.1  # some rows where the floor matters
-    assert_close(normalize(raw, "relu", dim=3).sum(3), total / (total + 0.001 * 6))
-    assert RELU_FLOOR == 0.001
 
 
 @pytest.mark.parametrize("normalization", ["tanh", "silu", "linear", "relu"])

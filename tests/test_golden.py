@@ -5,22 +5,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import each_instruction_set
+from kernel_helpers import make_layer
 from torch import Tensor
 
-from statemix import BDLRU, HLRU, available_backends, kernels
+from statemix import available_backends
 from statemix.mixers import Mixer
 
 FOLDER = Path(__file__).parent / "data"
 NORMALIZATIONS = ("linear", "none", "relu", "sigmoid", "silu", "softmax", "tanh")
 PUBLISHED = tuple(name for name in NORMALIZATIONS if name != "silu")  # there are no numbers for silu
 NAMES = [f"{kind}_{norm}_m{order}" for kind in ("bd", "h") for norm in PUBLISHED for order in range(1, 6)]
+each_name = pytest.mark.parametrize("name", NAMES)
 TOLERANCE = 1e-10  # absolute
 CHANNELS = 3
-
-# (backend, instruction set of the compiled one)
-ENGINES = [(name, None) for name in available_backends("cpu") if name != "cpu"]
-ENGINES += [("cpu", name) for name in kernels.instruction_sets()]
-each_engine = pytest.mark.parametrize("engine", ENGINES, ids=lambda e: e[0] if e[1] is None else f"{e[0]}-{e[1]}")
 
 # published name: (our name, "rows" or "columns" of the matrix that hold the channels)
 WEIGHTS = {
@@ -52,12 +50,8 @@ def build(name: str, golden: dict[str, Tensor], backend: str = "reference", form
     """The layer of a file, with its weights."""
     kind, normalization, order = name.split("_")
     size, d_model = int(order[1:]), golden["x"].shape[2]
-    options = {"normalization": normalization, "backend": backend}
-    layer = (
-        BDLRU(d_model, CHANNELS, size, **options)
-        if kind == "bd"
-        else HLRU(d_model, CHANNELS, size, form=form, **options)
-    )
+    scan = "block" if kind == "bd" else form
+    layer = make_layer(scan, CHANNELS, d_model, size, normalization=normalization, backend=backend)
     layer.double().load_state_dict({k.removeprefix("param."): v for k, v in golden.items() if k.startswith("param.")})
     return layer
 
@@ -75,30 +69,23 @@ def assert_golden(layer: Mixer, golden: dict[str, Tensor]) -> None:
         assert error <= TOLERANCE, f"{key}: error {error:.3g} is above {TOLERANCE:g}"
 
 
-@pytest.fixture
-def use_engine():
-    """Chooses an instruction set for one test."""
-    before = kernels.instruction_set() if kernels.instruction_sets() else None
-    yield lambda engine: kernels.use_instruction_set(engine[1]) if engine[1] else None
-    if before:
-        kernels.use_instruction_set(before)
-
-
 def test_every_file_is_read():
     assert sorted(path.stem for path in FOLDER.glob("*.npz")) == sorted(NAMES)
     assert len(NAMES) == 60
 
 
-def test_every_available_engine_is_tried():
-    assert {backend for backend, _ in ENGINES} == set(available_backends("cpu"))
-
-
-@each_engine
-@pytest.mark.parametrize("name", NAMES)
-def test_outputs_and_gradients_are_the_published_ones(name, engine, use_engine):
-    use_engine(engine)
+@pytest.mark.parametrize("backend", [name for name in available_backends("cpu") if name != "cpu"])
+@each_name
+def test_the_numbers_of_torch_are_the_published_ones(name, backend):
     golden = read(name)
-    assert_golden(build(name, golden, engine[0]), golden)
+    assert_golden(build(name, golden, backend), golden)
+
+
+@each_instruction_set
+@each_name
+def test_the_numbers_of_the_kernels_are_the_published_ones(name, instruction_set):
+    golden = read(name)
+    assert_golden(build(name, golden, "cpu"), golden)
 
 
 # ---- what is wrong is rejected

@@ -22,25 +22,24 @@ def good_call(kind: str, device: str = "cpu") -> dict:
 
 
 DENSE, SPARSE = "must have shape (B, T, M, M+1, N)", "must have shape (B, T, M+1, N)"
-EMPTY = "must have B, T, M and N of at least 1 in "
+EMPTY_DENSE = "must have B, T, M and N of at least 1 in (B, T, M, M+1, N)"
+EMPTY_SPARSE = "must have B, T, M and N of at least 1 in (B, T, M+1, N)"
 BAD_SHAPES = [
     *[("block", "raw_gates", shape, DENSE) for shape in ((2, 5, 4, 7), (2, 5, 3, 3, 7), (3, 4, 7))],
-    *[("block", "raw_gates", (*shape, 7), EMPTY + "(B, T, M, M+1, N)") for shape in ((0, 5, 3, 4), (2, 0, 3, 4))],
-    *[("block", "raw_gates", shape, EMPTY + "(B, T, M, M+1, N)") for shape in ((2, 5, 0, 1, 7), (2, 5, 3, 4, 0))],
+    *[("block", "raw_gates", (*shape, 7), EMPTY_DENSE) for shape in ((0, 5, 3, 4), (2, 0, 3, 4), (2, 5, 0, 1))],
+    ("block", "raw_gates", (2, 5, 3, 4, 0), EMPTY_DENSE),
     ("block", "values", (2, 5, 7, 3), "must have shape (B, T, M, N) = (2, 5, 3, 7) to match `raw_gates`"),
     ("block", "values", (2, 5, 7), "must have shape (B, T, M, N) = (2, 5, 3, 7) to match `raw_gates`"),
     ("block", "initial_state", (2, 7, 3), "must have shape (B, M, N) = (2, 3, 7) to match `raw_gates`"),
     ("block", "reset", (5, 2), "must have shape (B, T) = (2, 5) to match `raw_gates`"),
     *[("companion", "raw_gates", shape, SPARSE) for shape in ((2, 5, 3, 4, 7), (5, 4, 7))],
-    *[
-        ("companion", "raw_gates", shape, EMPTY + "(B, T, M+1, N)")
-        for shape in ((0, 5, 4, 7), (2, 0, 4, 7), (2, 5, 1, 7), (2, 5, 4, 0))
-    ],
+    *[("companion", "raw_gates", (*shape, 7), EMPTY_SPARSE) for shape in ((0, 5, 4), (2, 0, 4), (2, 5, 1))],
+    ("companion", "raw_gates", (2, 5, 4, 0), EMPTY_SPARSE),
     ("companion", "values", (2, 5, 3, 7), "must have shape (B, T, N) = (2, 5, 7) to match `raw_gates`"),
     ("companion", "initial_state", (2, 7), "must have shape (B, M, N) = (2, 3, 7) to match `raw_gates`"),
     ("companion", "reset", (2, 5, 1), "must have shape (B, T) = (2, 5) to match `raw_gates`"),
     ("observer", "raw_gates", (2, 5, 3, 4, 7), SPARSE),
-    ("observer", "raw_gates", (2, 5, 1, 7), EMPTY + "(B, T, M+1, N)"),
+    ("observer", "raw_gates", (2, 5, 1, 7), EMPTY_SPARSE),
     ("observer", "values", (2, 5, 3, 7), "must have shape (B, T, N) = (2, 5, 7) to match `raw_gates`"),
 ]
 
@@ -54,6 +53,7 @@ def test_a_wrong_shape_is_refused_with_the_right_one(kind, argument, shape, rule
 
 
 NAMES = "['linear', 'none', 'relu', 'sigmoid', 'silu', 'softmax', 'tanh']"
+BACKENDS = "'auto' or one of ['associative', 'cpu', 'gpu', 'reference']"
 FLOAT = "must have a floating-point dtype of 16 bits or more"
 MASK = torch.zeros(2, 5, dtype=torch.bool)
 BAD_ARGUMENTS = [  # (argument, from a good tensor to the bad one, exception, message)
@@ -71,12 +71,7 @@ BAD_ARGUMENTS = [  # (argument, from a good tensor to the bad one, exception, me
     ("reset", lambda x: MASK.float(), TypeError, "must be a bool tensor, got torch.float32."),
     ("reset", lambda x: MASK.tolist(), TypeError, "must be a bool tensor, got list."),
     ("normalization", lambda x: "softmx", ValueError, f"must be one of {NAMES}, got 'softmx'."),
-    (
-        "backend",
-        lambda x: "gp",
-        ValueError,
-        "must be 'auto' or one of ['associative', 'cpu', 'gpu', 'reference'], got 'gp'.",
-    ),
+    ("backend", lambda x: "gp", ValueError, f"must be {BACKENDS}, got 'gp'."),
 ]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import each_instruction_set, make_raw_gates, numpy_block, numpy_weights
 
-from statemix import block_scan, companion_scan, kernels
+from statemix import block_scan, companion_scan
 from statemix.gates import NORMALIZATIONS, normalize
 
 BOUNDED = [name for name in NORMALIZATIONS if name != "none"]
@@ -18,14 +18,6 @@ ORDER, LANES = 3, 16
 BOUND = torch.tensor(0.7).item()  # no power of two: every product is rounded
 
 each_normalization = pytest.mark.parametrize("normalization", BOUNDED)
-
-
-@pytest.fixture
-def instruction_set(request):
-    before = kernels.instruction_set()
-    kernels.use_instruction_set(request.param)
-    yield
-    kernels.use_instruction_set(before)
 
 
 def adversarial_gates(generator: torch.Generator, normalization: str) -> torch.Tensor:
