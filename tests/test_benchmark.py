@@ -1,5 +1,6 @@
 """benchmark/: the order of the rounds, the statistics, the check against the reference, and every command."""
 
+import functools
 import itertools
 import json
 import re
@@ -21,15 +22,12 @@ from statemix.scan import block_scan
 SCAN = ["cpu", "associative", "loop", "copy", "softmax", "mambapy", "assoc-scan"]
 DECODE = ["bdlru", "hlru", "lstm cell", "model of 4 layers", "Decoder of 4 layers"]
 LAYERS = ["bdlru", "bdlru keep", "bdlru recompute", "associative", "hlru", "products", "lstm", "gru", "mamba2"]
+LAYERS_BFLOAT16 = [*LAYERS, "bdlru float32"]
 COMMANDS = {  # name -> (arguments, tables, contenders of each)
     "scan": ("scan --sizes 1x4,3x2 --batch 2 --length 9 --kinds block,companion", 12, SCAN),
     "scan float64": ("scan --sizes 2x3 --batch 1 --length 5 --kinds observer --dtype float64", 3, SCAN),
     "layer": ("layer --sizes 1x4,3x2 --batch 2 --length 9 --d-model 16", 2, LAYERS),
-    "layer bfloat16": (
-        "layer --sizes 3x2 --batch 2 --length 9 --d-model 8 --dtype bfloat16",
-        1,
-        [*LAYERS, "bdlru float32"],
-    ),
+    "layer bfloat16": ("layer --sizes 3x2 --batch 2 --length 9 --d-model 8 --dtype bfloat16", 1, LAYERS_BFLOAT16),
     "train-step": ("train-step --sizes 2x3 --batch 2 --length 9 --d-model 8", 1, ["bdlru", "hlru", "lstm", "mamba2"]),
     "decode": ("decode --sizes 2x3 --d-model 8", 1, DECODE),
     "memory": ("memory --sizes 2x3 --length 5000 --d-model 8", 1, LAYERS[:4]),
@@ -38,7 +36,7 @@ COMMANDS = {  # name -> (arguments, tables, contenders of each)
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def elsewhere(tmp_path, monkeypatch, threads):
     """Each test in an empty folder, on one thread, without the peers, the picture, and long decoding."""
 
     def not_there(module):
@@ -48,10 +46,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr(contender, "import_module", not_there)
     monkeypatch.setattr(layers, "DECODED", 3)
     monkeypatch.setattr(commands, "plot", lambda _: b"a picture")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    threads(1)
 
 
 def call(capsys, arguments: str) -> tuple[int, str, str]:
@@ -117,10 +112,8 @@ def test_every_command_end_to_end(capsys, monkeypatch, name):
 def test_the_default_path_names_what_ran(capsys):
     assert call(capsys, "decode --sizes 1x2 --d-model 4 --seconds 0.01")[0] == 0
     name = "torch" if kernels.load_problem() else kernels.instruction_set()
-    assert {path.name for path in Path("results/bench").iterdir()} == {
-        f"decode-{name}-1t.json",
-        f"decode-{name}-1t.png",
-    }
+    names = {f"decode-{name}-1t.{ending}" for ending in ("json", "png")}
+    assert {path.name for path in Path("results/bench").iterdir()} == names
 
 
 def test_scaling_is_over_lengths_and_over_threads():
@@ -298,19 +291,9 @@ def test_the_products_are_those_of_the_layer():
     """Nine at full length, of the sizes of the layer's, and the bias is in the first."""
     shape = Shape(3, 2, batch=2, length=5, d_model=4)
     results = layers.products(shape).call()
-    time, inner = (2, 5), 6
-    assert [tuple(x.shape) for x in results] == [
-        (*time, inner * 4),
-        (*time, inner),
-        (*time, 4),
-        (*time, 4),
-        (inner * 4, 4),
-        (*time, 4),
-        (inner, 4),
-        (*time, inner),
-        (4, inner),
-    ]
-    x, weight, cotangent, bias = contender.inputs(shape, (*time, 4), (24, 4), (*time, 24), (24,))
+    sizes = [(2, 5, 24), (2, 5, 6), (2, 5, 4), (2, 5, 4), (24, 4), (2, 5, 4), (6, 4), (2, 5, 6), (4, 6)]
+    assert [tuple(x.shape) for x in results] == sizes
+    x, weight, cotangent, bias = contender.inputs(shape, (2, 5, 4), (24, 4), (2, 5, 24), (24,))
     assert torch.equal(results[0], torch.nn.functional.linear(x, weight, bias))
     torch.testing.assert_close(results[3], cotangent @ weight)
     torch.testing.assert_close(results[4], cotangent.flatten(0, 1).T @ x.flatten(0, 1))
@@ -319,17 +302,14 @@ def test_the_products_are_those_of_the_layer():
 
 def test_the_backward_is_only_the_backward():
     shape = Shape(2, 3, batch=2, length=5)
-    work = {part: scans.scan_work(replace(shape, part=part), cpu_or_loop) for part in PARTS}
+    scan = functools.partial(block_scan, backend="reference")
+    work = {part: scans.scan_work(replace(shape, part=part), scan) for part in PARTS}
     forward, backward, both = (work[part].call() for part in PARTS)
     assert (len(forward), len(backward), len(both)) == (1, 3, 4)
     for actual, expected in zip((*forward, *backward), both, strict=True):
         assert torch.equal(actual, expected)
     assert not forward[0].requires_grad
     work["backward"].call()  # as often as wanted
-
-
-def cpu_or_loop(*tensors):
-    return block_scan(*tensors, backend="reference")
 
 
 @pytest.mark.parametrize("name", ["bdlru", "hlru"])
@@ -350,10 +330,7 @@ def test_decoding_is_in_inference_mode_on_contiguous_tensors(monkeypatch, name):
 
 @pytest.mark.parametrize("target", [1, 100, 2156, 50_000])
 def test_nearest_width(target):
-    def build(width):
-        return torch.nn.Linear(3, width)  # 4 numbers each
-
-    width = layers.nearest_width(target, build)
+    width = layers.nearest_width(target, lambda width: torch.nn.Linear(3, width))  # 4 numbers each
     assert width == min(range(1, 1 << 14), key=lambda w: abs(4 * w - target))
 
 
@@ -489,13 +466,7 @@ def test_an_interrupted_run_says_so(capsys, monkeypatch):
 
 
 def test_names_of_contenders_differ():
-    for kind in (
-        commands.ScanBenchmark,
-        commands.LayerBenchmark,
-        commands.TrainStepBenchmark,
-        commands.DecodeBenchmark,
-        commands.ScalingBenchmark,
-    ):
+    for kind in commands.BENCHMARKS.values():
         for group in kind(sizes="1x2").groups():
             names = [c.name for c in group.contenders]
             assert not any(a == b for a, b in itertools.combinations(names, 2))
@@ -509,17 +480,12 @@ def test_a_picture_has_no_more_lines_than_colours(monkeypatch):
     monkeypatch.setattr(results, "label_ends", lambda axes, lines, width: drawn.append(list(lines)))
     contenders = [{"name": name, "ratios": {"products": [1.0, 0.5, 2.0]}} for name in LAYERS]
     layer = {"panel": "", "size": "2x3", "ratio": "time", "baselines": ["products"]}
-    kept = {
-        "what": "layer",
-        "options": {},
-        "machine": {"threads": 1} | dict.fromkeys(("processor", "instruction_set", "date"), ""),
-    }
+    machine = {"threads": 1, "processor": "", "instruction_set": "", "date": ""}
+    kept = {"what": "layer", "options": {}, "machine": machine}
     for left in (9, 5):
         results.plot(kept | {"groups": [layer | {"contenders": contenders[-left:]}]})
-    modes = ["BD-LRU, raw gates kept", "BD-LRU, raw gates computed again"]
-    assert drawn[0] == [
-        results.LABELS[name] for name in LAYERS if results.LABELS[name] not in modes and name != "products"
-    ] + ["the bare matrix products"]
+    others = [name for name in LAYERS if name not in ("bdlru keep", "bdlru recompute", "products")]
+    assert drawn[0] == [*(results.LABELS[name] for name in others), "the bare matrix products"]
     assert len(drawn[1]) == 5
 
 
@@ -531,8 +497,6 @@ def test_what_is_kept_is_of_its_form(tmp_path):
     kept = json.loads(files[0].read_text())
     kept["groups"][0]["contenders"][0]["name"] = None
     (tmp_path / "it.json").write_text(json.dumps(kept))
-    told = (
-        rf"^bench: '{tmp_path}/it\.json' is damaged: `groups\[0\]\.contenders\[0\]\.name` must be a text, got None\.$"
-    )
-    with pytest.raises(ValueError, match=told):
+    told = r"`groups\[0\]\.contenders\[0\]\.name` must be a text, got None"
+    with pytest.raises(ValueError, match=rf"^bench: '{tmp_path}/it\.json' is damaged: {told}\.$"):
         results.read_kept(tmp_path / "it.json")

@@ -2,14 +2,15 @@
 
 import itertools
 import json
+import operator
 import re
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from torch import nn
 
+from statemix import SequenceModel
 from statemix.benchmark.contender import Shape
 from statemix.benchmark.gpu import GpuBenchmark, card, check, host, results
 from statemix.benchmark.gpu.peers import PEERS, Peers
@@ -86,39 +87,27 @@ class TestRecords:
 
 
 def compiled_record(target, **changes):
-    record = {
-        "key": target.key,
-        "program": target.kernel.program,
-        "order": target.kernel.order,
-        "architecture": target.architecture,
-        "registers": 100,
-        "spilled": 0,
-        "shared_bytes": 2048,
-        "seconds": 0.5,
-    }
-    return record | changes
+    kernel = target.kernel
+    record = {"key": target.key, "program": kernel.program, "order": kernel.order, "architecture": target.architecture}
+    return record | {"registers": 100, "spilled": 0, "shared_bytes": 2048, "seconds": 0.5} | changes
 
 
 class TestCheck:
-    def wanted(self, **changes):
-        chosen = {
-            "kinds": ["block"],
-            "orders": [4, 5],
-            "normalizations": ["softmax"],
-            "dtypes": ["float32"],
-            "architectures": [90],
-        }
-        return check.targets(**chosen | changes)
+    def wanted(self, dtypes=("float32",), architectures=(90,)):
+        return check.targets(["block"], [4, 5], ["softmax"], dtypes, architectures)
+
+    def first(self, family):
+        """One of the targets: of rows and of slabs, a forward program."""
+        return next(target for target in self.wanted() if target.kernel.family == family)
 
     def test_every_kernel_of_a_scan_is_among_the_targets(self):
-        found = {target.kernel for target in self.wanted(dtypes=["float32", "bfloat16"], orders=[4, 5])}
-        for order, dtype, load, program in itertools.product(
-            (4, 5), (torch.float32, torch.bfloat16), plan.LOADS, plan.PROGRAMS
-        ):
+        found = {target.kernel for target in self.wanted(dtypes=["float32", "bfloat16"])}
+        dtypes = (torch.float32, torch.bfloat16)
+        for order, dtype, load, program in itertools.product((4, 5), dtypes, plan.LOADS, plan.PROGRAMS):
             problem = plan.Signature("block", dtype, order, "softmax", True, 2, 70, 9)
             assert plan.kernel(problem, program, load) in found
             assert plan.relay(problem, True) in found
-        assert {kernel.dtype for kernel in found} == {torch.float32, torch.bfloat16}
+        assert {kernel.dtype for kernel in found} == set(dtypes)
         assert {kernel.normalization for kernel in found if kernel.family != "relay"} == {"softmax"}
 
     def test_each_architecture_has_them_all(self):
@@ -127,8 +116,7 @@ class TestCheck:
         assert len({target.key for target in two}) == len(two) == 2 * len(one)
 
     def test_another_source_is_another_kernel(self, monkeypatch):
-        target = next(target for target in self.wanted() if target.kernel.family == "slabs")
-        other = next(target for target in self.wanted() if target.kernel.family == "rows")
+        target, other = self.first("slabs"), self.first("rows")
         before = target.key, other.key
         texts = compile.headers() | {"slabs.cuh": compile.headers()["slabs.cuh"] + "\n"}
         monkeypatch.setattr(check, "headers", lambda: texts)
@@ -140,8 +128,7 @@ class TestCheck:
 
     @has_compiler
     def test_a_kernel_is_compiled(self):
-        target = next(target for target in self.wanted(orders=[5]) if target.kernel.program == "RowsForward")
-        record = check.compiled(target)
+        record = check.compiled(self.first("rows"))
         assert record["registers"] > 16
         assert record["spilled"] == 0
         assert 0 < record["seconds"] < 60
@@ -149,7 +136,7 @@ class TestCheck:
 
     @has_compiler
     def test_a_card_that_shares_little_has_shorter_slabs(self):
-        target = next(target for target in self.wanted(orders=[4]) if target.kernel.program == "SlabsForward")
+        target = self.first("slabs")
         here, small = (check.compiled(target._replace(architecture=architecture)) for architecture in (90, 120))
         assert here["shared_bytes"] > check.SHARED_LIMITS[120] >= small["shared_bytes"]
         assert here["kernel"] != small["kernel"]
@@ -159,8 +146,7 @@ class TestCheck:
         texts = compile.headers() | {"relay.cuh": "mistake"}
         monkeypatch.setattr(compile, "headers", lambda: texts)
         compile.compile_for_gpu.cache_clear()
-        target = next(target for target in self.wanted() if target.kernel.family == "relay")
-        assert "NVRTC cannot compile" in check.fault(check.compiled(target))
+        assert "NVRTC cannot compile" in check.fault(check.compiled(self.first("relay")))
 
     @pytest.mark.parametrize(
         ("changes", "wrong"),
@@ -199,9 +185,8 @@ class TestCheck:
         assert len(check.check_kernels(wanted, records, 1, 1e9, shown.append)) == len(wanted)
         assert made == wanted[len(found) :]
         records.add(compiled_record(wanted[3], spilled=16))
-        with pytest.raises(
-            RuntimeError, match=r"^bench: 1 of \d+ kernels are wrong:\nSTATEMIX_KERNEL.*spills 16 bytes"
-        ):
+        told = r"^bench: 1 of \d+ kernels are wrong:\nSTATEMIX_KERNEL.*spills 16 bytes"
+        with pytest.raises(RuntimeError, match=told):
             check.check_kernels(wanted, records, 1, 1e9, shown.append)
 
     def test_processes_compile_what_they_are_given(self, monkeypatch):
@@ -218,9 +203,9 @@ class TestCheck:
     @has_compiler
     def test_the_command_compiles(self, tmp_path, capsys):
         out = tmp_path / "kernels"
-        arguments = ["bench", "gpu", "--check", "--orders", "4", "--kinds", "companion", "--normalizations", "softmax"]
-        arguments += ["--dtypes", "bfloat16", "--architectures", "90", "--jobs", "1", "--out", str(out)]
-        status, shown = main([*arguments, "--budget", "1e-9"]), capsys.readouterr().out
+        kernels = "--orders 4 --kinds companion --normalizations softmax --dtypes bfloat16 --architectures 90"
+        arguments = f"bench gpu --check {kernels} --jobs 1 --budget 1e-9".split()
+        status, shown = main([*arguments, "--out", str(out)]), capsys.readouterr().out
         assert status == 0
         assert "CUT OFF after 0 s" in shown
         assert f"The results are in {out}.jsonl." in shown
@@ -304,14 +289,9 @@ class TestCard:
 
     @pytest.mark.parametrize("name", ["paper-bd4", "products of paper-bd4", "attention", "paper-lstm"])
     def test_a_layer_and_its_products_are_measured(self, name, monkeypatch):
-        monkeypatch.setattr(
-            card,
-            "LANGUAGE_MIXERS",
-            {
-                "paper-bd4": {"name": "bd_lru", "num_blocks": 3, "block_size": 4, "backend": "associative"},
-                "paper-lstm": {"name": "lstm", "hidden_size": 5},
-            },
-        )
+        small = {"name": "bd_lru", "num_blocks": 3, "block_size": 4, "backend": "associative"}
+        mixers = {"paper-bd4": small, "paper-lstm": {"name": "lstm", "hidden_size": 5}}
+        monkeypatch.setattr(card, "LANGUAGE_MIXERS", mixers)
         monkeypatch.setattr(card, "PAPER", ((4, 3),))
         record = card.measure_layer(NoCard(), card.layer_builders(24)[name], 2, 7, 24)
         assert record["forward"] == record["forward_backward"] == 0.002
@@ -319,24 +299,17 @@ class TestCard:
 
     def test_products_are_as_large_as_the_layers(self):
         """Up to biases, 242 channels filled up to 248, and what else is small."""
+        builders = card.layer_builders()
         with torch.device("meta"):
-            sizes = {
-                name: sum(p.numel() for p in build().parameters()) for name, build in card.layer_builders().items()
-            }
-        for name in card.LANGUAGE_MIXERS:
-            if name != "paper-lstm":
-                assert sizes[f"products of {name}"] == pytest.approx(sizes[name], rel=0.03)
+            sizes = {name: sum(p.numel() for p in build().parameters()) for name, build in builders.items()}
+        for name in set(card.LANGUAGE_MIXERS) - {"paper-lstm"}:
+            assert sizes[f"products of {name}"] == pytest.approx(sizes[name], rel=0.03)
 
     def test_a_training_step_is_measured(self):
-        class Model(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.embedding, self.head = nn.Embedding(card.VOCABULARY, 4), nn.Linear(4, card.VOCABULARY)
+        def model():
+            return SequenceModel(card.VOCABULARY, 4, 1, {"name": "lru", "num_channels": 2})
 
-            def forward(self, tokens):
-                return self.head(self.embedding(tokens)), None
-
-        record = card.measure_step(NoCard(), Model, 2, 3)
+        record = card.measure_step(NoCard(), model, 2, 3)
         assert record["tokens_per_second"] == pytest.approx(6 / 0.002)
 
     def test_a_run_goes_on_and_says_what_is_cut_off(self, tmp_path):
@@ -367,13 +340,11 @@ class TestCard:
         assert ran == ["a", "b", "c", "d"]
 
     def test_what_matters_most_comes_first(self):
-        class Silent:
-            def measure(self, *arguments):
-                raise AssertionError
-
-        parts = [one.part for one in card.measurements(NoCard(), Silent())]
-        assert [part for part, _ in itertools.groupby(parts)] == ["copy", "scan", "layer", "step", "layer"]
-        names = [(one.part, one.name) for one in card.measurements(NoCard(), Silent())]
+        peers = mock.Mock()
+        names = [(one.part, one.name) for one in card.measurements(NoCard(), peers)]
+        peers.measure.assert_not_called()
+        parts = [part for part, _ in itertools.groupby(names, key=operator.itemgetter(0))]
+        assert parts == ["copy", "scan", "layer", "step", "layer"]
         assert len(set(names)) == len(names)
         assert {("layer", f"fla {name}, T {length}") for name in PEERS for length in (2048, 8192)} <= set(names)
 
@@ -395,39 +366,15 @@ class TestPeers:
                 peers.measure("Mamba2", 1, 4)
 
 
+TIMES = {"forward": 0.0011, "backward": 0.0024, "forward_with_host": 0.003, "backward_with_host": 0.004}
+SCAN = {"part": "scan", "kind": "block", "dtype": "float32"}
+LAYER = {"part": "layer", "parameters": 7, "forward": 0.001}
 FOUND = [
     {"part": "copy", "name": "copy", "bytes_per_second": 4e12},
-    {
-        "part": "scan",
-        "name": "block M 4",
-        "kind": "block",
-        "order": 4,
-        "dtype": "float32",
-        "error": 1e-7,
-        "bytes": [4e9, 8e9],
-        "forward": 0.0011,
-        "backward": 0.0024,
-        "forward_with_host": 0.003,
-        "backward_with_host": 0.004,
-    },
-    {
-        "part": "scan",
-        "name": "block M 8",
-        "kind": "block",
-        "order": 8,
-        "dtype": "float32",
-        "error": 0.5,
-        "bytes": [1, 2],
-        "wrong": "relative error 0.5",
-    },
-    {"part": "layer", "name": "paper-bd4, T 2048", "parameters": 7, "forward": 0.001, "forward_backward": 0.003},
-    {
-        "part": "layer",
-        "name": "products of paper-bd4, T 2048",
-        "parameters": 7,
-        "forward": 0.001,
-        "forward_backward": 0.002,
-    },
+    SCAN | {"name": "block M 4", "order": 4, "error": 1e-7, "bytes": [4e9, 8e9]} | TIMES,
+    SCAN | {"name": "block M 8", "order": 8, "error": 0.5, "bytes": [1, 2], "wrong": "relative error 0.5"},
+    LAYER | {"name": "paper-bd4, T 2048", "forward_backward": 0.003},
+    LAYER | {"name": "products of paper-bd4, T 2048", "forward_backward": 0.002},
     {"part": "layer", "name": "fla GLA, T 2048", "unavailable": "not here"},
     {"part": "step", "name": "paper-bd4", "parameters": 211, "seconds": 0.5, "tokens_per_second": 65536.0},
 ]
