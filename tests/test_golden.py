@@ -137,12 +137,6 @@ def test_the_observer_form_is_rejected(name):
         assert_golden(build(name, golden, form="observer"), golden)
 
 
-@pytest.mark.parametrize("normalization", PUBLISHED)
-def test_the_forms_are_one_at_order_1(normalization):
-    golden = read(f"h_{normalization}_m1")
-    assert_golden(build(f"h_{normalization}_m1", golden, form="observer"), golden)
-
-
 @pytest.mark.parametrize("kind", ["bd", "h"])
 @pytest.mark.parametrize("order", [1, 3])
 def test_every_other_normalization_is_rejected(kind, order):

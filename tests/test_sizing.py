@@ -142,9 +142,8 @@ def test_solutions_by_hand():
 
 @pytest.mark.parametrize(("num_heads", "step"), [(1, 4), (2, 2), (3, 4), (6, 2), (8, 1)])
 def test_widths_are_those_that_the_mixer_takes(num_heads, step):
-    found = {
-        solve("mlstm", 8, budget=budget, num_heads=num_heads).spec["head_dim"] for budget in (1500, 3000, 6000, 9000)
-    }
+    solutions = [solve("mlstm", 8, budget=budget, num_heads=num_heads) for budget in (1500, 3000, 6000, 9000)]
+    found = {solution.spec["head_dim"] for solution in solutions}
     assert all(width % step == 0 for width in found)
     assert len(found) == 4
 
