@@ -16,7 +16,6 @@ from statemix.scan import available_backends, scan_to_state
 from statemix.sequence_parallel import SIGNATURE_BYTES, bytes_sent, sequence_parallel_layer, sequence_parallel_scan
 
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 3.95e-3}  # relative to the largest entry
-GRADIENTS = ("raw_gates", "values", "initial_state")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +79,14 @@ def pieces_of(problem: Problem, lengths: tuple[int, ...]) -> list[Problem]:
     """The piece of each process; the first has the initial state."""
     pieces = []
     for begin, end in itertools.pairwise([0, *itertools.accumulate(lengths)]):
-        cut = {
-            name: tensor[:, begin:end]
-            for name in ("raw_gates", "values", "reset", "cotangent")
-            if (tensor := getattr(problem, name)) is not None
-        }
-        state = problem.initial_state if begin == 0 else None
-        pieces.append(dataclasses.replace(problem, initial_state=state, **cut))
+        alone = dataclasses.replace(problem, initial_state=None).map(lambda x, cut=slice(begin, end): x[:, cut])
+        pieces.append(dataclasses.replace(alone, initial_state=problem.initial_state if begin == 0 else None))
     return pieces
+
+
+def leaves_of(problem: Problem) -> dict[str, torch.Tensor]:
+    tensors = {name: getattr(problem, name) for name in ("raw_gates", "values", "initial_state")}
+    return {name: tensor.clone().requires_grad_() for name, tensor in tensors.items() if tensor is not None}
 
 
 def loss_of(states: torch.Tensor, end: torch.Tensor, cotangent: torch.Tensor, end_cotangent: torch.Tensor):
@@ -121,9 +120,7 @@ def count_scans(scans: list[bool]):
 def run_case(case: Case, rank: int, group: dist.ProcessGroup | None = None) -> dict:
     """What one process sees: its states, the state after its piece, gradients, scans and collectives."""
     piece = pieces_of(case.problem(), case.lengths)[rank]
-    leaves = {
-        name: tensor.clone().requires_grad_() for name in GRADIENTS if (tensor := getattr(piece, name)) is not None
-    }
+    leaves = leaves_of(piece)
     scans: list[bool] = []
     with Collectives() as forward, count_scans(scans):
         options = {"normalization": case.normalization, "reset": piece.reset, "backend": case.backend}
@@ -138,8 +135,7 @@ def run_case(case: Case, rank: int, group: dist.ProcessGroup | None = None) -> d
 def expected_of(case: Case) -> list[dict]:
     """The same of one process: the float64 loop over the pieces, one after another."""
     problem = case.problem().to(torch.float64)
-    leaves = {name: getattr(problem, name) for name in GRADIENTS if getattr(problem, name) is not None}
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in leaves.items()}
+    leaves = leaves_of(problem)
     state, loss, found = leaves.get("initial_state"), torch.zeros((), dtype=torch.float64), []
     whole = dataclasses.replace(problem, **leaves)
     for piece, end_cotangent in zip(pieces_of(whole, case.lengths), case.end_cotangents(), strict=True):
@@ -166,8 +162,7 @@ def refusal(call) -> str:
 
 def refused(rank: int) -> dict[str, str]:
     """The errors of this process where the arguments of one or of all are wrong."""
-    gates, values = torch.zeros(2, 3, 4, 3), torch.zeros(2, 3, 3)
-    state = torch.zeros(2, 3, 3)
+    gates, values, state = torch.zeros(2, 3, 4, 3), torch.zeros(2, 3, 3), torch.zeros(2, 3, 3)
 
     def observer(gates=gates, values=values, kind="observer", **others) -> str:
         return refusal(lambda: sequence_parallel_scan(kind, gates, values, **others))
@@ -288,9 +283,8 @@ def found(tmp_path_factory) -> dict[int, list[dict]]:
     seen = {}
     for ranks in (2, 4):
         folder, port = tmp_path_factory.mktemp("ranks"), free_port()
-        started = [
-            PROCESSES.Process(target=work, args=(rank, ranks, port, folder), daemon=True) for rank in range(ranks)
-        ]
+        calls = [(rank, ranks, port, folder) for rank in range(ranks)]
+        started = [PROCESSES.Process(target=work, args=call, daemon=True) for call in calls]
         for process in started:
             process.start()
         assert [exit_code(process) for process in started] == [0] * ranks
@@ -388,22 +382,17 @@ def test_nan_does_not_pass_a_reset_in_a_piece(found):
 
 
 SIZES = "kind, normalization, B, M, N, bytes of a state, gradients enabled"
+OTHERS = "RuntimeError: {}: rank 1 refused its arguments. Its own error says why."
 REFUSED = {  # what process 0 raises, and process 1
     "initial state": (
-        "RuntimeError: {}: rank 1 refused its arguments. Its own error says why.",
+        OTHERS,
         "ValueError: {}: the initial state must be None on all ranks but 0, which holds the first piece; got one on "
         "rank 1.",
     ),
-    "backend": (
-        "RuntimeError: {}: rank 1 refused its arguments. Its own error says why.",
-        "ValueError: observer_scan: `backend` must be 'auto' or one of ",
-    ),
-    "tensor": (
-        "RuntimeError: {}: rank 1 refused its arguments. Its own error says why.",
-        "TypeError: observer_scan: `raw_gates` must be a tensor, got NoneType.",
-    ),
+    "backend": (OTHERS, "ValueError: observer_scan: `backend` must be 'auto' or one of "),
+    "tensor": (OTHERS, "TypeError: observer_scan: `raw_gates` must be a tensor, got NoneType."),
     "length": (
-        "RuntimeError: {}: rank 1 refused its arguments. Its own error says why.",
+        OTHERS,
         "ValueError: observer_scan: `values` must have shape (B, T, N) = (2, 3, 3) to match `raw_gates`, got ",
     ),
     "kind": ("ValueError: {}: `kind` must be one of ['block', 'companion', 'observer'], got 'diagonal'.",) * 2,
@@ -430,19 +419,15 @@ def test_wrong_arguments_of_one_process_are_an_error_of_all(found, what):
 @pytest.mark.parametrize("what", DISAGREE)
 def test_processes_that_disagree_all_say_so(found, what):
     one, two = DISAGREE[what]
-    message = (
-        f"ValueError: sequence_parallel_scan: all ranks must agree in {SIZES}; rank 0 has {one}, rank 1 has {two}."
-    )
-    assert [process["refused"][what] for process in found[2] + found[4]] == [message] * 6
+    message = f"all ranks must agree in {SIZES}; rank 0 has {one}, rank 1 has {two}."
+    told = [process["refused"][what] for process in found[2] + found[4]]
+    assert told == [f"ValueError: sequence_parallel_scan: {message}"] * 6
 
 
 def test_it_asks_for_a_group():
     problem = FROZEN.problem()
-    wanted = (
-        r"^sequence_parallel_scan: torch\.distributed is not initialised\. "
-        r"Call torch\.distributed\.init_process_group first\.$"
-    )
-    with pytest.raises(RuntimeError, match=wanted):
+    told = r"torch\.distributed is not initialised\. Call torch\.distributed\.init_process_group first\."
+    with pytest.raises(RuntimeError, match=rf"^sequence_parallel_scan: {told}$"):
         sequence_parallel_scan("block", problem.raw_gates, problem.values)
 
 
