@@ -228,3 +228,16 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def assert_compiled_agrees(problem: Problem, backend: str) -> None:
+    """Hold a scan that torch.compile sees between other operations, and its gradients, to the eager one."""
+
+    def step(raw_gates, values, initial_state):
+        return SCANS[problem.kind](2 * raw_gates, values, initial_state, reset=problem.reset, backend=backend).tanh()
+
+    inputs = [x.detach().requires_grad_() for x in (problem.raw_gates, problem.values, problem.initial_state)]
+    both = (torch.compile(step, fullgraph=True, backend="aot_eager"), step)
+    compiled, eager = ((y := f(*inputs), *torch.autograd.grad(y, inputs, problem.cotangent)) for f in both)
+    for actual, expected in zip(compiled, eager, strict=True):
+        assert_close(actual.detach(), expected.detach().double())

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from helpers import TOLERANCE, make_raw_gates, relative_error
@@ -48,7 +49,7 @@ class LayerProblem:
         order, given = self.mixer.state_shape[0], self.split(self.inputs if inputs is None else inputs)
         return kernels.layer(*given, self.reset, self.visibility, self.places, order=order, **options)
 
-    def by_the_loop(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def by_the_mixer(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         x, weights, state = self.split(inputs)
         x = x if self.places is None else x[self.places]
         self.mixer._visibility = lambda x: self.visibility  # in place of one that is drawn
@@ -65,7 +66,7 @@ class LayerProblem:
         return {"y": made[0].detach(), "final state": made[1].detach()} | named
 
     def expected(self, **options) -> dict[str, Tensor]:
-        return self.map(Tensor.double).results(self.by_the_loop, **options)
+        return self.map(Tensor.double).results(self.by_the_mixer, **options)
 
 
 def make_layer_problem(
@@ -117,6 +118,22 @@ def make_layer_problem(
         inputs["x"] = normal(table_rows, width)
         places = torch.randint(table_rows, (batch, length), generator=generator)
     return LayerProblem(mixer, inputs, reset, cotangents, visibility, places).map(lambda x: x.to(dtype))
+
+
+class LayerCase(NamedTuple):
+    """The axes of one comparison of a layer with the loop."""
+
+    order: int
+    blocks: int
+    width: int
+    length: int
+    batch: int
+    normalization: str
+    with_state: bool
+    with_reset: bool
+
+    def problem(self, generator: torch.Generator, kind: str, dtype: torch.dtype, **options) -> LayerProblem:
+        return make_layer_problem(generator, kind, dtype=dtype, **self._asdict(), **options)
 
 
 SHIFTED = {"odd offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)}
@@ -186,3 +203,34 @@ def gated_by_torch(x: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
     gate, inner = x.chunk(2, dim=-1)
     y = nn.functional.silu(gate) * inner
     return y.detach(), torch.autograd.grad(y, x, cotangent.double())[0]
+
+
+# ---- faults of the kernels for GPUs
+
+
+class GpuFault(NamedTuple):
+    """Something that is wrong in a file of csrc/gpu, a scan that comes by, and what sanitize_gpu.py then tells."""
+
+    file: str
+    right: str
+    wrong: str
+    kind: str
+    order: int
+    told: str
+
+    def planted(self, texts: dict[str, str]) -> dict[str, str]:
+        """The sources by name, this one with the fault."""
+        assert self.right in texts[self.file]
+        return texts | {self.file: texts[self.file].replace(self.right, self.wrong)}
+
+
+RACE, COPY, INDEX = "no barrier after lane", "does not wait for a copy", "outside of its array"
+GPU_FAULTS = (
+    # at 16 the exchanges of a row are barriers, too
+    GpuFault("rows.cuh", "          __syncwarp();\n", "", "block", 8, RACE),
+    GpuFault("slabs.cuh", "    __syncthreads();\n\n    State h;", "\n    State h;", "block", 4, RACE),
+    GpuFault("lags.cuh", "      __syncwarp();\n  }", "      ;\n  }", "companion", 4, RACE),  # of `meet`
+    GpuFault("rows.cuh", "    wait<slots - 2>();\n", "", "block", 16, COPY),
+    GpuFault("slabs.cuh", "    wait<D - 1>();\n", "", "block", 2, COPY),
+    GpuFault("lags.cuh", "    wait<slots - 2>();\n", "", "observer", 4, COPY),
+)

@@ -71,9 +71,11 @@ def run(orders: Sequence[int] = ORDERS, blocks: Sequence[int] = BLOCKS) -> None:
         for dtype in (torch.float32, torch.float64):
             options |= {"with_visibility": dtype == torch.float64, "table_rows": (order + count) % 3}
             run_layer(make_layer_problem(generator, kind, width=width, dtype=dtype, **options), arrange)
-    run_pairs()
-    run_readouts()
-    run_gated()
+    for instruction_set, dtype in itertools.product(kernels.instruction_sets(), (torch.float32, torch.float64)):
+        kernels.use_instruction_set(instruction_set)
+        run_pairs(dtype)
+        run_readouts(dtype)
+        run_gated(dtype)
 
 
 def assert_near(results: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -95,7 +97,7 @@ def run_layer(problem, arrange) -> None:
     x = problem.inputs["x"] if problem.places is None else problem.inputs["x"][problem.places]
     first = problem.inputs | {"x": x[:, :1]}
     first = dataclasses.replace(problem, inputs=first, reset=None, visibility=None, places=None)
-    (y, _), (x, weights, state) = first.by_the_loop(first.map(Tensor.double).inputs), first.split(first.inputs)
+    (y, _), (x, weights, state) = first.by_the_mixer(first.map(Tensor.double).inputs), first.split(first.inputs)
     state = x.new_zeros(len(x), *problem.mixer.state_shape) if state is None else state
     for instruction_set in kernels.instruction_sets():
         kernels.use_instruction_set(instruction_set)
@@ -107,34 +109,24 @@ def run_layer(problem, arrange) -> None:
         assert_near({"y": stepped}, {"y": y[:, 0]})
 
 
-def run_pairs() -> None:
+def run_pairs(dtype: torch.dtype) -> None:
     """Steps of a whole residual pair; the last is large enough for two threads."""
     cases = ((1, 1), (5, 3), (16, 40), (33, 17), (96, 500))
-    for instruction_set, mixer, (width, mlp_size) in itertools.product(
-        kernels.instruction_sets(), STEPPED.values(), cases
-    ):
-        kernels.use_instruction_set(instruction_set)
-        for dtype in (torch.float32, torch.float64):
-            pair = make_pair(mixer, width, mlp_size).to(dtype)
-            for batch in (1, 2, 7):  # rows meet a weight three or six at a time
-                assert_step(pair, torch.randn(batch, width, dtype=dtype), None)
+    for mixer, (width, mlp_size) in itertools.product(STEPPED.values(), cases):
+        pair = make_pair(mixer, width, mlp_size).to(dtype)
+        for batch in (1, 2, 7):  # rows meet a weight three or six at a time
+            assert_step(pair, torch.randn(batch, width, dtype=dtype), None)
 
 
-def run_readouts() -> None:
+def run_readouts(dtype: torch.dtype) -> None:
     """The logits of a model; the last are enough for two threads."""
-    for instruction_set, dtype, (batch, width, count) in itertools.product(
-        kernels.instruction_sets(), (torch.float32, torch.float64), [*READOUTS, (7, 33, 65), (2, 512, 1001)]
-    ):
-        kernels.use_instruction_set(instruction_set)
+    for batch, width, count in (*READOUTS, (7, 33, 65), (2, 512, 1001)):
         assert_readout(torch.randn(batch, width, dtype=dtype), *make_readout(width, count, dtype))
 
 
-def run_gated() -> None:
+def run_gated(dtype: torch.dtype) -> None:
     """The product of a SwiGLU and its gradient."""
-    for instruction_set, dtype, (rows, size) in itertools.product(
-        kernels.instruction_sets(), (torch.float32, torch.float64), GATED_SHAPES
-    ):
-        kernels.use_instruction_set(instruction_set)
+    for rows, size in GATED_SHAPES:
         x, cotangent = torch.randn(rows, 2 * size, dtype=dtype), torch.randn(rows, size, dtype=dtype)
         y, gradient = gated_by_torch(x, cotangent)
         made = kernels.gated(x.requires_grad_())

@@ -12,10 +12,10 @@ import functools
 import os
 import subprocess
 import sys
-from typing import NamedTuple
 
 import torch
 from helpers import assert_problem, make_problem
+from kernel_helpers import GPU_FAULTS, INDEX, RACE, GpuFault
 
 from statemix.scan import gpu
 from statemix.scan.gpu import compile, plan
@@ -40,32 +40,16 @@ CASES = (
 HEADERS = compile.headers  # without a fault
 
 
-class Fault(NamedTuple):
-    """Something that is wrong in a file of csrc/gpu, a scan that comes by, and what is then told."""
-
-    file: str
-    right: str
-    wrong: str
-    kind: str
-    order: int
-    told: str
-
-
-RACE, COPY, INDEX = "no barrier after lane", "does not wait for a copy", "outside of its array"
 FAULTS = (
-    Fault("rows.cuh", "          __syncwarp();\n", "", "block", 8, RACE),
-    Fault("rows.cuh", "          __syncwarp();\n", "", "block", 16, RACE),  # beside exchanges, which order nothing
-    Fault("slabs.cuh", "    __syncthreads();\n\n    State h;", "\n    State h;", "block", 4, RACE),
-    Fault("lags.cuh", "      __syncwarp();\n  }", "      ;\n  }", "companion", 4, RACE),
-    Fault("rows.cuh", "    wait<slots - 2>();\n", "", "block", 16, COPY),
-    Fault("slabs.cuh", "    wait<D - 1>();\n", "", "block", 2, COPY),
-    Fault("lags.cuh", "    wait<slots - 2>();\n", "", "observer", 4, COPY),
-    Fault("slabs.cuh", "[u][i][lane] = h[u][i]", "[u][i][lane + 1] = h[u][i]", "block", 1, INDEX),
+    *GPU_FAULTS,
+    # beside exchanges, which order nothing
+    GpuFault("rows.cuh", "          __syncwarp();\n", "", "block", 16, RACE),
+    GpuFault("slabs.cuh", "[u][i][lane] = h[u][i]", "[u][i][lane + 1] = h[u][i]", "block", 1, INDEX),
 )
 
 
 # the last step of the last block is written behind the states
-OUTSIDE = Fault(
+OUTSIDE = GpuFault(
     "rows.cuh", "place.first) + (int64)lanes.n * M", "place.first) + (int64)(lanes.n + 1) * M", "block", 8, ""
 )
 
@@ -84,12 +68,8 @@ def main() -> None:
 def run_with_addresses(*planted: str) -> "subprocess.CompletedProcess[str]":
     """`check_addresses` in a process with the sanitizer's runtime, and libstdc++, whose exceptions it watches."""
     compiler = os.environ.get("CXX", "g++")
-    paths = [
-        subprocess.run(
-            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so")
-    ]
+    questions = [[compiler, f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
+    paths = [subprocess.check_output(question, text=True).strip() for question in questions]
     environment = os.environ | {"LD_PRELOAD": " ".join(paths), "ASAN_OPTIONS": f"detect_leaks=0:exitcode={FOUND}"}
     command = [sys.executable, __file__, "addresses", *planted]
     return subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -130,15 +110,14 @@ def check(kind: str, order: int, dtype: torch.dtype = torch.float32) -> None:
     assert_problem(problem, "gpu", problem.to(torch.float64).results("reference"))
 
 
-def with_fault(fault: Fault) -> None:
+def with_fault(fault: GpuFault) -> None:
     """Let the kernels have this fault, and no other."""
-    texts = HEADERS()
-    assert fault.right in texts[fault.file]
-    compile.headers = lambda: texts | {fault.file: texts[fault.file].replace(fault.right, fault.wrong)}
+    texts = fault.planted(HEADERS())
+    compile.headers = lambda: texts
     forget()
 
 
-def told(fault: Fault) -> str:
+def told(fault: GpuFault) -> str:
     """What the emulator says of a fault that is there."""
     try:
         check(fault.kind, fault.order)

@@ -12,7 +12,8 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import LAYOUTS, SCANS, assert_close, assert_problem, make_problem
+from helpers import LAYOUTS, SCANS, assert_close, assert_compiled_agrees, assert_problem, each_kind, make_problem
+from kernel_helpers import GPU_FAULTS, GpuFault
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import statemix
@@ -26,7 +27,6 @@ WHOLE = HAS_GPU or compile.EMULATED
 DEVICE = "cuda" if HAS_GPU else "cpu"
 ORDERS, LENGTHS = (1, 2, 3, 4, 5, 8, 16), (1, 2, 31, 64, 65, 257)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-each_kind = pytest.mark.parametrize("kind", SCANS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,41 +90,22 @@ def test_the_kernels_equal_the_loop(case, monkeypatch):
         blocks, batch = (3, 1, 17, 5, 4, 2)[i], 1 if length == 257 else 2
         if case.kind == "block" and case.order <= 4 and length == 31:
             blocks += 64 if case.order == 1 else 32  # more than a warp has
-        problem, expected = problem_here(
-            case.kind,
-            case.normalization,
-            list(LAYOUTS)[(number + i) % 3],
-            order=case.order,
-            length=length,
-            blocks=blocks,
-            batch=batch,
-            with_state=(number + i) % 4 != 0,
-            with_reset=case.has_reset,
-            dtype=case.dtype,
-        )
+        layout, with_state = list(LAYOUTS)[(number + i) % 3], (number + i) % 4 != 0
+        sizes = {"order": case.order, "length": length, "blocks": blocks, "batch": batch}
+        options = {"with_state": with_state, "with_reset": case.has_reset, "dtype": case.dtype}
+        problem, expected = problem_here(case.kind, case.normalization, layout, **sizes, **options)
         assert_problem(problem, "gpu", expected)
 
 
-class Chunked(NamedTuple):
-    """A scan in chunks of 16 steps, with resets at the edges of chunks."""
-
-    kind: str
-    normalization: str
-    order: int
-    length: int
-    dtype: torch.dtype
-    has_reset: bool
-
-
-CHUNKED = (
-    Chunked("block", "softmax", 1, 65, torch.float32, True),
-    Chunked("block", "tanh", 3, 48, torch.bfloat16, False),
-    Chunked("block", "linear", 5, 49, torch.float32, True),
-    Chunked("block", "softmax", 16, 37, torch.float32, True),
-    Chunked("companion", "softmax", 4, 49, torch.bfloat16, True),
-    Chunked("companion", "linear", 16, 40, torch.float32, False),
-    Chunked("observer", "silu", 3, 33, torch.float32, True),
-    Chunked("observer", "softmax", 8, 48, torch.bfloat16, False),
+CHUNKED = (  # and the length: in chunks of 16 steps, with resets at their edges
+    (Case("block", "softmax", 1, torch.float32, True), 65),
+    (Case("block", "tanh", 3, torch.bfloat16, False), 48),
+    (Case("block", "linear", 5, torch.float32, True), 49),
+    (Case("block", "softmax", 16, torch.float32, True), 37),
+    (Case("companion", "softmax", 4, torch.bfloat16, True), 49),
+    (Case("companion", "linear", 16, torch.float32, False), 40),
+    (Case("observer", "silu", 3, torch.float32, True), 33),
+    (Case("observer", "softmax", 8, torch.bfloat16, False), 48),
 )
 
 
@@ -136,20 +117,27 @@ def in_chunks(monkeypatch):
     forget()
 
 
-@pytest.mark.parametrize("case", CHUNKED, ids=lambda case: "-".join(map(str, case)))
-def test_chunks_equal_the_loop(case, in_chunks):
+@pytest.fixture(params=["whole", "in chunks"])
+def cut(request):
+    """For a test of both ways through time."""
+    if request.param == "in chunks":
+        request.getfixturevalue("in_chunks")
+
+
+@pytest.mark.parametrize(("case", "length"), CHUNKED, ids=str)
+def test_chunks_equal_the_loop(case, length, in_chunks):
     generator = torch.Generator().manual_seed(1)
-    sizes = {"order": case.order, "length": case.length, "blocks": 5, "dtype": case.dtype}
+    sizes = {"order": case.order, "length": length, "blocks": 5, "dtype": case.dtype}
     problem = make_problem(generator, case.kind, case.normalization, **sizes)
     if case.has_reset:
-        reset = torch.zeros(2, case.length, dtype=torch.bool)
+        reset = torch.zeros(2, length, dtype=torch.bool)
         reset[0, 16] = reset[-1, 31] = reset[-1, 8] = True
         problem = dataclasses.replace(problem, reset=reset)
     expected = problem.to(torch.float64).results("reference")
     assert_problem(problem.map(lambda x: x.to(DEVICE)), "gpu", {k: x.to(DEVICE) for k, x in expected.items()})
     values = problem.values.to(DEVICE)
-    shape = (case.kind, values.dtype, case.order, case.normalization, case.has_reset, 2, case.length, 5)
-    assert gpu._plan(values.device, *shape).chunks == -(-case.length // 16)
+    shape = (case.kind, values.dtype, case.order, case.normalization, case.has_reset, 2, length, 5)
+    assert gpu._plan(values.device, *shape).chunks == -(-length // 16)
 
 
 @pytest.mark.parametrize("processors", [1, 132])
@@ -164,15 +152,11 @@ def test_time_is_cut_where_the_blocks_do_not_fill_the_card(processors, monkeypat
 
 @pytest.mark.parametrize("team", [plan.WARP, plan.HALF_WARP])
 @pytest.mark.parametrize(("order", "dtype"), [(1, torch.bfloat16), (2, torch.float32), (4, torch.bfloat16)])
-@pytest.mark.parametrize("chunked", [False, True])
-def test_teams_of_every_size_equal_the_loop(team, order, dtype, chunked, request, monkeypatch):
-    if chunked:
-        request.getfixturevalue("in_chunks")
+def test_teams_of_every_size_equal_the_loop(team, order, dtype, cut, monkeypatch):
     monkeypatch.setattr(plan, "team", lambda programs, device: team)
     forget()
-    problem, expected = problem_here(
-        "block", "softmax", order=order, length=70, blocks=67, with_reset=True, dtype=dtype
-    )
+    options = {"with_reset": True, "dtype": dtype}
+    problem, expected = problem_here("block", "softmax", order=order, length=70, blocks=67, **options)
     assert_problem(problem, "gpu", expected)
     forget()
 
@@ -194,10 +178,7 @@ def test_programs_are_halved_where_multiprocessors_would_be_idle(whole, half, te
 
 
 @each_kind
-@pytest.mark.parametrize("cut", [False, True])
-def test_a_gradient_of_the_final_state_reaches_every_input(kind, cut, request):
-    if cut:
-        request.getfixturevalue("in_chunks")
+def test_a_gradient_of_the_final_state_reaches_every_input(kind, cut):
     # "none" has no u - h, where float32 cancels if the decay is slow: with softmax the loop itself, in float32, is off
     # by 8e-5 of the largest gradient, since that of a single state is small
     problem, _ = problem_here(kind, "none", order=5, length=35, batch=1, dtype=torch.float32)
@@ -212,11 +193,8 @@ def test_a_gradient_of_the_final_state_reaches_every_input(kind, cut, request):
 
 @each_kind
 @pytest.mark.parametrize("order", [2, 8])
-@pytest.mark.parametrize("cut", [False, True])
-def test_an_infinity_does_not_pass_a_reset(kind, order, cut, request):
+def test_an_infinity_does_not_pass_a_reset(kind, order, cut):
     """Not forward in a state, and not back in an adjoint."""
-    if cut:
-        request.getfixturevalue("in_chunks")
     problem, _ = problem_here(kind, "softmax", order=order, length=40, blocks=3, batch=1, dtype=torch.float32)
     reset = torch.zeros(1, 40, dtype=torch.bool, device=DEVICE)
     reset[:, 20] = True
@@ -264,10 +242,7 @@ def test_nan_reaches_only_the_states_that_depend_on_it(kind):
 
 
 @each_kind
-@pytest.mark.parametrize("cut", [False, True])
-def test_the_same_call_gives_the_same_bits(kind, cut, request, monkeypatch):
-    if cut:
-        request.getfixturevalue("in_chunks")
+def test_the_same_call_gives_the_same_bits(kind, cut, monkeypatch):
     problem, _ = problem_here(kind, "softmax", order=5, length=35, batch=1, dtype=torch.bfloat16)
     first = problem.results("gpu")
     monkeypatch.setenv("STATEMIX_EMULATE_SEED", "7")
@@ -283,26 +258,19 @@ def test_columns_of_a_larger_tensor_are_read_in_place(kind, order):
     shapes = [(blocks, *rows, filled), (blocks, *rows), (blocks, *rows)]
     sizes = [torch.Size(shape).numel() for shape in shapes]
     generator = torch.Generator().manual_seed(0)
-    columns = torch.randn(batch, length, sum(sizes), generator=generator)
-    gates, input_gates, values = (
-        part.unflatten(2, shape) for part, shape in zip(columns.split(sizes, dim=2), shapes, strict=True)
-    )
-    state = torch.randn(batch, blocks, filled, generator=generator)
+    columns = torch.randn(batch, length, sum(sizes), generator=generator).to(DEVICE)
+    parts = zip(columns.split(sizes, dim=2), shapes, strict=True)
+    gates, input_gates, values = (part.unflatten(2, shape) for part, shape in parts)
+    state = torch.randn(batch, blocks, filled, generator=generator).to(DEVICE)
     for x in (gates, state) if kind != "block" else (gates, input_gates, values, state):
         x[..., order:] = torch.nan
     if kind == "block":
         gates[..., order:, :] = torch.nan
-    columns = columns.to(DEVICE)
-    leaves = [x.to(DEVICE).detach().requires_grad_() for x in (gates, input_gates, values, state)]
-    leaves[:3] = [
-        part.unflatten(2, shape).detach().requires_grad_()
-        for part, shape in zip(columns.split(sizes, dim=2), shapes, strict=True)
-    ]
+    leaves = [x.detach().requires_grad_() for x in (gates, input_gates, values, state)]
     assert all(gpu._read(x, []) is x for x in leaves[:3])
     states, _ = gpu.scan_blocks(*leaves, None, "softmax", kind, order)
     grads = torch.autograd.grad(states.square().sum(), leaves)
     assert all(not x[..., order:].any() for x in (grads[0], grads[3]))
-    public = [x[..., :order].transpose(-1, -2) for x in (leaves[0], leaves[3])]
     if kind == "block":
         raw = torch.cat([leaves[0][..., :order, :order], leaves[1][..., :order, None]], -1).permute(0, 1, 3, 4, 2)
         public = [raw, leaves[2][..., :order].transpose(2, 3), leaves[3][..., :order].transpose(1, 2)]
@@ -333,40 +301,22 @@ def test_numbers_whose_negation_is_pending_are_read_with_it(generator):
     assert all(torch.equal(plain, negated) for plain, negated in zip(*found, strict=True))
 
 
-class Fault(NamedTuple):
-    """Something that is wrong in a file of csrc/gpu, and a scan that must show it."""
-
-    file: str
-    right: str
-    wrong: str
-    order: int
-    kind: str = "block"
-
-
 FAULTS = (
-    Fault("rows.cuh", "          __syncwarp();\n", "", 8),  # at 16 the exchanges of a row are barriers, too
-    Fault("rows.cuh", "    wait<slots - 2>();\n", "", 16),
-    Fault("rows.cuh", "i % E * K + i / E", "i % E * K", 16),
-    Fault("rows.cuh", "sent, half * K)", "sent, half * K ^ 1)", 8),
-    Fault("slabs.cuh", "    __syncthreads();\n\n    State h;", "\n    State h;", 4),
-    Fault("slabs.cuh", "    wait<D - 1>();\n", "", 2),
-    Fault("slabs.cuh", "[u][i][lane] = h[u][i]", "[u][i][G - 1 - lane] = h[u][i]", 1),
-    Fault("lags.cuh", "      __syncwarp();\n  }", "      ;\n  }", 4, "companion"),  # of `meet`
-    Fault("lags.cuh", "    wait<slots - 2>();\n", "", 4, "observer"),
-    Fault(
-        "lags.cuh", "wait<slots - 2>();\n      __syncwarp();", "wait<slots - 2>();", 4, "observer"
-    ),  # on the way back
-    Fault("lags.cuh", "(index + by * kChannels) % 32", "(index + by * kChannels + 1) % 32", 4, "companion"),
-    Fault("lags.cuh", "of * kChannels + index % kChannels", "of * kChannels", 4, "observer"),
+    *GPU_FAULTS,
+    GpuFault("rows.cuh", "i % E * K + i / E", "i % E * K", "block", 16, ""),
+    GpuFault("rows.cuh", "sent, half * K)", "sent, half * K ^ 1)", "block", 8, ""),
+    GpuFault("slabs.cuh", "[u][i][lane] = h[u][i]", "[u][i][G - 1 - lane] = h[u][i]", "block", 1, ""),
+    # on the way back
+    GpuFault("lags.cuh", "wait<slots - 2>();\n      __syncwarp();", "wait<slots - 2>();", "observer", 4, ""),
+    GpuFault("lags.cuh", "(index + by * kChannels) % 32", "(index + by * kChannels + 1) % 32", "companion", 4, ""),
+    GpuFault("lags.cuh", "of * kChannels + index % kChannels", "of * kChannels", "observer", 4, ""),
 )
 
 
 @pytest.mark.skipif(HAS_GPU, reason="a fault is planted in the emulator")
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.file}-{fault.right.strip()}")
 def test_a_planted_fault_is_found(fault, monkeypatch):
-    texts = compile.headers()
-    assert fault.right in texts[fault.file]
-    faulty = texts | {fault.file: texts[fault.file].replace(fault.right, fault.wrong)}
+    faulty = fault.planted(compile.headers())
     problem, expected = problem_here(fault.kind, "softmax", order=fault.order, length=35, dtype=torch.float32)
     assert_problem(problem, "gpu", expected)
     monkeypatch.setattr(compile, "headers", lambda: faulty)
@@ -382,35 +332,25 @@ def test_a_planted_fault_is_found(fault, monkeypatch):
     assert found > 0
 
 
-class Target(NamedTuple):
-    """What is compiled, and for which card."""
-
-    kind: str
-    order: int
-    normalization: str
-    dtype: torch.dtype
-    card: int
-
-
-TARGETS = (
-    Target("block", 1, "softmax", torch.bfloat16, 90),
-    Target("block", 2, "silu", torch.float32, 80),
-    Target("block", 4, "softmax", torch.float16, 120),
-    Target("block", 8, "tanh", torch.bfloat16, 100),
-    Target("block", 16, "softmax", torch.float32, 90),
-    Target("block", 16, "sigmoid", torch.bfloat16, 80),
-    Target("companion", 16, "softmax", torch.bfloat16, 90),
-    Target("observer", 5, "relu", torch.float32, 100),
+TARGETS = (  # what is compiled, and for which card
+    ("block", 1, "softmax", torch.bfloat16, 90),
+    ("block", 2, "silu", torch.float32, 80),
+    ("block", 4, "softmax", torch.float16, 120),
+    ("block", 8, "tanh", torch.bfloat16, 100),
+    ("block", 16, "softmax", torch.float32, 90),
+    ("block", 16, "sigmoid", torch.bfloat16, 80),
+    ("companion", 16, "softmax", torch.bfloat16, 90),
+    ("observer", 5, "relu", torch.float32, 100),
 )
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: "-".join(map(str, target)))
-def test_the_compiler_for_gpus_keeps_everything_in_registers(target):
+@pytest.mark.parametrize(("kind", "order", "normalization", "dtype", "card"), TARGETS)
+def test_the_compiler_for_gpus_keeps_everything_in_registers(kind, order, normalization, dtype, card):
     pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed: pip install statemix[gpu]")
-    problem = plan.Signature(target.kind, target.dtype, target.order, target.normalization, True, 1, 1, 2)
+    problem = plan.Signature(kind, dtype, order, normalization, True, 1, 1, 2)
     kernels = [plan.kernel(problem, program, load) for program in plan.PROGRAMS for load in plan.LOADS]
     for kernel in dict.fromkeys([*kernels, plan.relay(problem, False)]):
-        code, size = compile.compile_for_gpu(kernel, target.card)
+        code, size = compile.compile_for_gpu(kernel, card)
         assert compile.resources(code).spilled == 0, kernel
         assert size.shared_bytes <= 227 << 10, kernel
 
@@ -422,9 +362,8 @@ def test_a_card_with_little_shared_memory_has_shorter_slabs(order, monkeypatch):
     forget()
     problem, expected = problem_here("block", "softmax", order=order, length=65, dtype=torch.float32)
     assert_problem(problem, "gpu", expected)
-    chosen = plan.kernel(
-        plan.Signature("block", torch.float32, order, "softmax", False, 2, 65, 3), "Backward", plan.Load()
-    )
+    signature = plan.Signature("block", torch.float32, order, "softmax", False, 2, 65, 3)
+    chosen = plan.kernel(signature, "Backward", plan.Load())
     fitted = plan.fitting(chosen, torch.device("cpu"))
     assert fitted != chosen
     assert compile.size_of(fitted, torch.device("cpu")).shared_bytes <= 64 << 10
@@ -456,15 +395,7 @@ def test_the_operator_passes_opcheck(kind):
 @each_kind
 def test_compiled_and_eager_calls_agree(kind):
     problem, _ = problem_here(kind, "softmax", order=3, length=3, batch=1, dtype=torch.float32, with_reset=True)
-
-    def step(raw_gates, values, initial_state):
-        return SCANS[kind](2 * raw_gates, values, initial_state, reset=problem.reset, backend="gpu").tanh()
-
-    inputs = [x.detach().requires_grad_() for x in (problem.raw_gates, problem.values, problem.initial_state)]
-    both = (torch.compile(step, fullgraph=True, backend="aot_eager"), step)
-    compiled, eager = ((y := f(*inputs), *torch.autograd.grad(y, inputs, problem.cotangent)) for f in both)
-    for actual, expected in zip(compiled, eager, strict=True):
-        assert_close(actual.detach(), expected.detach().double())
+    assert_compiled_agrees(problem, "gpu")
 
 
 @each_kind

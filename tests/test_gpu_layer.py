@@ -1,18 +1,19 @@
 """scan/gpu/layer.py: a mixer served by the GPU against its parts around the loop, and what touches activations."""
 
 import contextlib
+import copy
 import dataclasses
 import re
 from collections import Counter
-from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import LAYOUTS, SCANS, TOLERANCE, assert_close, relative_error
-from kernel_helpers import WEIGHTS, LayerProblem, make_layer, make_layer_problem
+from helpers import LAYOUTS, SCANS, TOLERANCE, assert_close, each_kind, relative_error
+from kernel_helpers import WEIGHTS, LayerCase, LayerProblem, make_layer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import linear
+from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,8 +23,6 @@ from statemix.scan.gpu import compile, layer
 
 HAS_GPU = torch.cuda.is_available() and not compile.EMULATED
 DEVICE = "cuda" if HAS_GPU else "cpu"
-HALVES = (torch.bfloat16, torch.float16)
-each_kind = pytest.mark.parametrize("kind", SCANS)
 
 
 @pytest.fixture(autouse=True)
@@ -47,11 +46,9 @@ def served(monkeypatch) -> list[str]:
 
 def call(problem: LayerProblem, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The mixer as users call it, with these weights."""
-    problem.mixer.backend = "gpu"
-    try:
-        return problem.by_the_loop(inputs)
-    finally:
-        problem.mixer.backend = "reference"
+    mixer = copy.copy(problem.mixer)
+    mixer.backend = "gpu"
+    return dataclasses.replace(problem, mixer=mixer).by_the_mixer(inputs)
 
 
 def results(problem: LayerProblem, **options) -> dict[str, Tensor]:
@@ -61,48 +58,35 @@ def results(problem: LayerProblem, **options) -> dict[str, Tensor]:
     return {what: x.cpu() for what, x in there.results(lambda inputs: call(there, inputs), **options).items()}
 
 
-class Case(NamedTuple):
-    """The axes of one comparison with the loop."""
-
-    order: int
-    blocks: int
-    width: int
-    length: int
-    batch: int
-    normalization: str
-    with_state: bool
-    with_reset: bool
-
-
 CASES = {
     "block": (
-        Case(1, 13, 16, 37, 2, "softmax", True, True),
-        Case(2, 5, 5, 64, 1, "tanh", True, False),
-        Case(3, 3, 16, 40, 2, "relu", False, True),
-        Case(4, 2, 40, 33, 1, "sigmoid", True, True),
-        Case(8, 3, 16, 35, 1, "linear", True, True),
-        Case(16, 2, 16, 32, 1, "softmax", True, False),
+        LayerCase(1, 13, 16, 37, 2, "softmax", True, True),
+        LayerCase(2, 5, 5, 64, 1, "tanh", True, False),
+        LayerCase(3, 3, 16, 40, 2, "relu", False, True),
+        LayerCase(4, 2, 40, 33, 1, "sigmoid", True, True),
+        LayerCase(8, 3, 16, 35, 1, "linear", True, True),
+        LayerCase(16, 2, 16, 32, 1, "softmax", True, False),
     ),
     "companion": (
-        Case(1, 3, 16, 37, 2, "sigmoid", True, True),
-        Case(3, 13, 5, 40, 2, "silu", True, True),
-        Case(4, 8, 16, 33, 1, "softmax", False, False),
-        Case(8, 5, 16, 35, 2, "none", True, True),
-        Case(16, 3, 16, 40, 1, "softmax", True, True),
+        LayerCase(1, 3, 16, 37, 2, "sigmoid", True, True),
+        LayerCase(3, 13, 5, 40, 2, "silu", True, True),
+        LayerCase(4, 8, 16, 33, 1, "softmax", False, False),
+        LayerCase(8, 5, 16, 35, 2, "none", True, True),
+        LayerCase(16, 3, 16, 40, 1, "softmax", True, True),
     ),
     "observer": (
-        Case(1, 3, 16, 37, 2, "tanh", True, False),
-        Case(3, 13, 5, 40, 2, "none", True, True),
-        Case(4, 8, 16, 33, 1, "softmax", True, True),
-        Case(8, 5, 16, 35, 2, "silu", False, True),
-        Case(16, 3, 16, 40, 1, "relu", True, False),
+        LayerCase(1, 3, 16, 37, 2, "tanh", True, False),
+        LayerCase(3, 13, 5, 40, 2, "none", True, True),
+        LayerCase(4, 8, 16, 33, 1, "softmax", True, True),
+        LayerCase(8, 5, 16, 35, 2, "silu", False, True),
+        LayerCase(16, 3, 16, 40, 1, "relu", True, False),
     ),
 }
 
 
 @pytest.mark.parametrize(("kind", "case"), [(kind, case) for kind in SCANS for case in CASES[kind]])
-def test_a_layer_equals_its_parts_around_the_loop(served, kind, case):
-    problem = make_layer_problem(torch.Generator().manual_seed(0), kind, dtype=torch.float32, **case._asdict())
+def test_a_layer_equals_its_parts_around_the_loop(generator, served, kind, case):
+    problem = case.problem(generator, kind, torch.float32)
     actual = results(problem)
     assert served == [kind]
     assert actual["final state"].dtype == torch.float32
@@ -113,11 +97,9 @@ def test_a_layer_equals_its_parts_around_the_loop(served, kind, case):
 
 
 @each_kind
-def test_blocks_that_the_read_out_does_not_see_go_on(served, kind):
-    case = Case(3, 5, 16, 40, 2, "softmax", True, True)
-    problem = make_layer_problem(
-        torch.Generator().manual_seed(0), kind, dtype=torch.float32, with_visibility=True, **case._asdict()
-    )
+def test_blocks_that_the_read_out_does_not_see_go_on(served, generator, kind):
+    case = LayerCase(3, 5, 16, 40, 2, "softmax", True, True)
+    problem = case.problem(generator, kind, torch.float32, with_visibility=True)
     actual, expected = results(problem), problem.expected()
     assert served == [kind]
     for what, result in actual.items():
@@ -126,20 +108,17 @@ def test_blocks_that_the_read_out_does_not_see_go_on(served, kind):
 
 @each_kind
 @pytest.mark.parametrize("outputs", [(0,), (1,)], ids=["y", "final state"])
-def test_gradients_of_one_output_equal_the_loop(kind, outputs):
-    case = Case(2, 5, 5, 40, 1, "softmax", True, True)
-    problem = make_layer_problem(torch.Generator().manual_seed(0), kind, dtype=torch.float32, **case._asdict())
+def test_gradients_of_one_output_equal_the_loop(generator, kind, outputs):
+    problem = LayerCase(2, 5, 5, 40, 1, "softmax", True, True).problem(generator, kind, torch.float32)
     expected = problem.expected(outputs=outputs)
     for what, result in results(problem, outputs=outputs).items():
         assert_close(result, expected[what], what)
 
 
+HALF_CASES = [(kind, 2, torch.bfloat16) for kind in SCANS]
+HALF_CASES += [("block", 8, torch.float16), ("observer", 8, torch.float16)]
 # the gradients of a companion's lags are added up in their own dtype, by both: of two the order does not matter
-HALF_CASES = [
-    (kind, order, dtype)
-    for kind in SCANS
-    for order, dtype in zip((2, 2 if kind == "companion" else 8), HALVES, strict=True)
-]
+HALF_CASES += [("companion", 2, torch.float16)]
 
 
 @pytest.mark.parametrize(("kind", "order", "dtype"), HALF_CASES)
@@ -147,9 +126,7 @@ HALF_CASES = [
 def test_half_types_round_what_the_parts_round(served, kind, order, dtype, autocast, monkeypatch):
     """With the same scan between them, which test_gpu.py holds to the loop."""
     generator = torch.Generator().manual_seed(order)
-    problem = make_layer_problem(
-        generator, kind, dtype=torch.float32, **Case(order, 5, 16, 40, 2, "softmax", True, True)._asdict()
-    )
+    problem = LayerCase(order, 5, 16, 40, 2, "softmax", True, True).problem(generator, kind, torch.float32)
     cotangents = (problem.cotangents[0].to(dtype), problem.cotangents[1])
     inputs = {name: x if autocast or name == "state" else x.to(dtype) for name, x in problem.inputs.items()}
     problem = dataclasses.replace(problem, inputs=inputs, cotangents=cotangents)
@@ -167,10 +144,8 @@ def test_half_types_round_what_the_parts_round(served, kind, order, dtype, autoc
 
 
 @each_kind
-def test_a_reset_forgets_what_is_not_a_number(kind):
-    problem = make_layer_problem(
-        torch.Generator().manual_seed(0), kind, blocks=5, length=40, batch=1, with_reset=True, dtype=torch.float32
-    )
+def test_a_reset_forgets_what_is_not_a_number(generator, kind):
+    problem = LayerCase(3, 5, 5, 40, 1, "softmax", True, True).problem(generator, kind, torch.float32)
     problem.reset[0] = torch.arange(40) == 20
     clean, x = results(problem), problem.inputs["x"].clone()
     x[:, 10:20] = torch.nan
@@ -182,10 +157,8 @@ def test_a_reset_forgets_what_is_not_a_number(kind):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout_gives_the_same_result(layout):
-    problem = make_layer_problem(
-        torch.Generator().manual_seed(0), "block", order=2, blocks=5, length=40, dtype=torch.float32
-    )
+def test_any_layout_gives_the_same_result(generator, layout):
+    problem = LayerCase(2, 5, 5, 40, 2, "softmax", True, False).problem(generator, "block", torch.float32)
     expected = results(problem)
     inputs = problem.inputs | {name: LAYOUTS[layout](problem.inputs[name]) for name in ("x", "state")}
     for what, result in results(dataclasses.replace(problem, inputs=inputs)).items():
@@ -227,25 +200,17 @@ def hook(place: str):
     return change
 
 
-def globally(mixer, stack):
-    stack.enter_context(nn.modules.module.register_module_forward_hook(lambda module, x, y: None))
-
-
 def patched(mixer, stack):
     forward = nn.Linear.forward
     patch = stack.enter_context(pytest.MonkeyPatch.context())
     patch.setattr(nn.Linear, "forward", lambda self, x: 2 * forward(self, x))
 
 
-def exchanged(mixer, stack):
-    mixer.values.__class__ = Doubled
-
-
 CHANGES = {
     **{f"hook at {place}": hook(place) for place in ("values", "raw_gates", "raw_gates.projection", "output")},
-    "global hook": globally,
+    "global hook": lambda mixer, stack: stack.enter_context(register_module_forward_hook(lambda module, x, y: None)),
     "class forward": patched,
-    "subclass of a part": exchanged,
+    "subclass of a part": lambda mixer, stack: setattr(mixer.values, "__class__", Doubled),
     "bias": lambda mixer, stack: setattr(mixer, "values", nn.Linear(16, 10, device=DEVICE)),
     "function mode": lambda mixer, stack: stack.enter_context(Twice()),
     "dispatch mode": lambda mixer, stack: stack.enter_context(Watching()),
@@ -279,13 +244,12 @@ def test_other_calls_take_the_parts(served):
         other.to(DEVICE)(x)
     assert served == []
     too_large = BDLRU(16, 1, 17, backend="gpu").to(DEVICE)
-    with pytest.raises(
-        RuntimeError, match=r"^block_scan: backend 'gpu' cannot be used: it serves M up to 16, got M = 17"
-    ):
+    start = r"^block_scan: backend 'gpu' cannot be used: it "
+    with pytest.raises(RuntimeError, match=start + "serves M up to 16, got M = 17"):
         too_large(x)
     mixer.backend = "gpu"
     mixer.double()
-    with pytest.raises(RuntimeError, match=r"^block_scan: backend 'gpu' cannot be used: it computes in float32, got"):
+    with pytest.raises(RuntimeError, match=start + "computes in float32, got"):
         mixer(x.double())
 
 
@@ -353,9 +317,8 @@ def test_a_compiled_layer_is_one_graph_with_the_same_results(kind, served):
     actual = torch.compile(mixer, fullgraph=True, backend=record)(x, None, reset)
     for one, other in zip(expected, actual, strict=True):
         assert torch.equal(one, other)
-    gradients = (
-        torch.autograd.grad(y.sum() + state.sum(), [x, *mixer.parameters()]) for y, state in (expected, actual)
-    )
+    leaves = [x, *mixer.parameters()]
+    gradients = (torch.autograd.grad(y.sum() + state.sum(), leaves) for y, state in (expected, actual))
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
     assert {"statemix.gpu_pack.default", "statemix.gpu_columns_forward.default"} <= set(names)
 
@@ -383,17 +346,8 @@ def test_fake_tensors_of_a_card_show_what_comes_out(kind):
 
 @each_kind
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch 2.14's own opcheck
-def test_the_operators_pass_opcheck(kind):
-    problem = make_layer_problem(
-        torch.Generator().manual_seed(0),
-        kind,
-        order=2,
-        blocks=3,
-        length=5,
-        batch=1,
-        with_reset=True,
-        dtype=torch.float32,
-    )
+def test_the_operators_pass_opcheck(generator, kind):
+    problem = LayerCase(2, 3, 5, 5, 1, "softmax", True, True).problem(generator, kind, torch.float32)
     there = problem.map(lambda x: x.to(DEVICE))
     weights = [there.inputs[name].requires_grad_() for name in WEIGHTS]
     packed = torch.ops.statemix.gpu_pack(*weights, kind, 2, torch.float32)

@@ -5,12 +5,11 @@ import functools
 import itertools
 import sys
 import threading
-from typing import NamedTuple
 
 import pytest
 import torch
 from helpers import LAYOUTS, assert_close, each_instruction_set, each_kind, needs_kernels, relative_error
-from kernel_helpers import SHIFTED, WEIGHTS, LayerProblem, make_layer_problem
+from kernel_helpers import SHIFTED, WEIGHTS, LayerCase, LayerProblem, make_layer_problem
 from torch import Tensor
 
 from statemix import block_scan, kernels
@@ -28,47 +27,33 @@ def assert_results(results: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 # ---- against the loop
 
 
-class Case(NamedTuple):
-    """The axes of one comparison with the loop."""
-
-    order: int
-    blocks: int
-    width: int
-    length: int
-    batch: int
-    normalization: str
-    with_state: bool
-    with_reset: bool
-
-
 CASES = [
-    Case(1, 33, 16, 300, 2, "softmax", True, True),
-    Case(1, 16, 128, 300, 1, "softmax", False, False),
-    Case(1, 1, 1, 1, 1, "sigmoid", True, False),
-    Case(2, 17, 40, 65, 3, "sigmoid", True, True),
-    Case(3, 15, 5, 64, 2, "relu", False, True),
-    Case(4, 16, 128, 31, 1, "tanh", True, True),
-    Case(5, 3, 16, 65, 2, "silu", True, False),
-    Case(6, 1, 1, 300, 3, "linear", False, True),
-    Case(7, 33, 40, 2, 2, "none", True, True),
-    Case(8, 16, 16, 65, 1, "softmax", True, True),
-    Case(9, 17, 5, 31, 2, "sigmoid", False, False),
-    Case(10, 1, 128, 64, 1, "relu", True, True),
-    Case(11, 3, 40, 1, 3, "tanh", True, True),
-    Case(12, 15, 1, 65, 1, "silu", True, True),
-    Case(13, 17, 16, 31, 2, "softmax", False, True),
-    Case(14, 3, 5, 64, 1, "linear", True, False),
-    Case(15, 1, 16, 2, 3, "none", True, False),
-    Case(16, 33, 16, 31, 1, "softmax", True, True),
-    Case(17, 15, 40, 31, 1, "relu", True, True),
-    Case(33, 3, 5, 65, 2, "softmax", True, True),
+    LayerCase(1, 33, 16, 300, 2, "softmax", True, True),
+    LayerCase(1, 16, 128, 300, 1, "softmax", False, False),
+    LayerCase(1, 1, 1, 1, 1, "sigmoid", True, False),
+    LayerCase(2, 17, 40, 65, 3, "sigmoid", True, True),
+    LayerCase(3, 15, 5, 64, 2, "relu", False, True),
+    LayerCase(4, 16, 128, 31, 1, "tanh", True, True),
+    LayerCase(5, 3, 16, 65, 2, "silu", True, False),
+    LayerCase(6, 1, 1, 300, 3, "linear", False, True),
+    LayerCase(7, 33, 40, 2, 2, "none", True, True),
+    LayerCase(8, 16, 16, 65, 1, "softmax", True, True),
+    LayerCase(9, 17, 5, 31, 2, "sigmoid", False, False),
+    LayerCase(10, 1, 128, 64, 1, "relu", True, True),
+    LayerCase(11, 3, 40, 1, 3, "tanh", True, True),
+    LayerCase(12, 15, 1, 65, 1, "silu", True, True),
+    LayerCase(13, 17, 16, 31, 2, "softmax", False, True),
+    LayerCase(14, 3, 5, 64, 1, "linear", True, False),
+    LayerCase(15, 1, 16, 2, 3, "none", True, False),
+    LayerCase(16, 33, 16, 31, 1, "softmax", True, True),
+    LayerCase(17, 15, 40, 31, 1, "relu", True, True),
+    LayerCase(33, 3, 5, 65, 2, "softmax", True, True),
 ]
 
 
 @functools.cache
-def solved(kind: str, case: Case, dtype: torch.dtype) -> tuple[LayerProblem, dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(case.order)
-    problem = make_layer_problem(generator, kind, dtype=dtype, **case._asdict())
+def solved(kind: str, case: LayerCase, dtype: torch.dtype) -> tuple[LayerProblem, dict[str, Tensor]]:
+    problem = case.problem(torch.Generator().manual_seed(case.order), kind, dtype)
     return problem, problem.expected()
 
 
@@ -102,10 +87,10 @@ def test_resets_at_every_kind_of_place_equal_the_loop(generator, kind, recompute
 
 
 HIDDEN = {
-    "one tile": Case(3, 5, 16, 31, 2, "softmax", True, False),
-    "more than a tile, in chunks": Case(5, 33, 5, 300, 3, "softmax", True, True),
-    "one block": Case(1, 1, 1, 65, 2, "sigmoid", False, False),
-    "many gates": Case(16, 17, 40, 40, 1, "tanh", True, True),
+    "one tile": LayerCase(3, 5, 16, 31, 2, "softmax", True, False),
+    "more than a tile, in chunks": LayerCase(5, 33, 5, 300, 3, "softmax", True, True),
+    "one block": LayerCase(1, 1, 1, 65, 2, "sigmoid", False, False),
+    "many gates": LayerCase(16, 17, 40, 40, 1, "tanh", True, True),
 }
 
 
@@ -114,23 +99,23 @@ HIDDEN = {
 @pytest.mark.parametrize("case", HIDDEN.values(), ids=HIDDEN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_blocks_that_the_read_out_does_not_see_go_on(generator, instruction_set, kind, case, dtype):
-    problem = make_layer_problem(generator, kind, dtype=dtype, with_visibility=True, **case._asdict())
+    problem = case.problem(generator, kind, dtype, with_visibility=True)
     expected = problem.expected()
     for recompute in (False, True):
         assert_results(problem.results(problem.fused, recompute), expected)
 
 
 TABLES = {  # with how many rows
-    "one row": (1, Case(3, 5, 16, 31, 2, "softmax", True, True)),
-    "more rows than a sequence has steps": (40, Case(2, 3, 5, 9, 2, "softmax", False, False)),
-    "more than a tile, in chunks": (7, Case(5, 33, 5, 300, 3, "softmax", True, True)),
-    "many gates": (3, Case(16, 17, 40, 40, 1, "softmax", True, True)),
-    "sigmoid": (5, Case(1, 33, 16, 65, 2, "sigmoid", True, True)),
-    "relu": (5, Case(4, 17, 16, 65, 2, "relu", True, True)),
-    "tanh": (5, Case(4, 17, 16, 65, 2, "tanh", True, True)),
-    "silu": (5, Case(4, 17, 16, 65, 2, "silu", True, True)),
-    "linear": (5, Case(4, 17, 16, 65, 2, "linear", True, True)),
-    "none": (5, Case(4, 17, 16, 31, 2, "none", True, True)),
+    "one row": (1, LayerCase(3, 5, 16, 31, 2, "softmax", True, True)),
+    "more rows than a sequence has steps": (40, LayerCase(2, 3, 5, 9, 2, "softmax", False, False)),
+    "more than a tile, in chunks": (7, LayerCase(5, 33, 5, 300, 3, "softmax", True, True)),
+    "many gates": (3, LayerCase(16, 17, 40, 40, 1, "softmax", True, True)),
+    "sigmoid": (5, LayerCase(1, 33, 16, 65, 2, "sigmoid", True, True)),
+    "relu": (5, LayerCase(4, 17, 16, 65, 2, "relu", True, True)),
+    "tanh": (5, LayerCase(4, 17, 16, 65, 2, "tanh", True, True)),
+    "silu": (5, LayerCase(4, 17, 16, 65, 2, "silu", True, True)),
+    "linear": (5, LayerCase(4, 17, 16, 65, 2, "linear", True, True)),
+    "none": (5, LayerCase(4, 17, 16, 31, 2, "none", True, True)),
 }
 
 
@@ -139,9 +124,8 @@ TABLES = {  # with how many rows
 @pytest.mark.parametrize(("rows", "case"), TABLES.values(), ids=TABLES)
 @pytest.mark.parametrize("with_visibility", [False, True])
 def test_a_table_of_rows_equals_the_loop(generator, instruction_set, kind, rows, case, with_visibility):
-    sizes = case._asdict() | {"table_rows": rows, "with_visibility": with_visibility}
     for dtype in (torch.float32, torch.float64):
-        problem = make_layer_problem(generator, kind, dtype=dtype, **sizes)
+        problem = case.problem(generator, kind, dtype, table_rows=rows, with_visibility=with_visibility)
         assert_results(problem.results(problem.fused), problem.expected())
 
 
@@ -178,35 +162,13 @@ def test_gradients_of_one_output_equal_the_loop(generator, kind, outputs):
     assert_results(problem.results(problem.fused, outputs=outputs), problem.expected(outputs=outputs))
 
 
-@each_kind
-@pytest.mark.parametrize("normalization", ["softmax", "silu"])
-def test_gradients_equal_finite_differences(generator, kind, normalization):
-    problem = make_layer_problem(
-        generator, kind, order=2, blocks=3, width=2, length=4, batch=2, normalization=normalization, with_reset=True
-    )
-    leaves = [x.requires_grad_() for x in problem.inputs.values()]
-    for recompute in (False, True):
-        assert torch.autograd.gradcheck(
-            lambda *xs, keep=recompute: problem.fused(dict(zip(problem.inputs, xs, strict=True)), keep), leaves
-        )
-
-
 @each_instruction_set
 @each_kind
 @pytest.mark.parametrize("normalization", ["softmax", "sigmoid"])
 def test_a_memory_of_ten_thousand_steps_is_accurate(generator, instruction_set, kind, normalization):
     blocks, length = 16, 65536
-    problem = make_layer_problem(
-        generator,
-        kind,
-        order=1,
-        blocks=blocks,
-        width=blocks,
-        length=length,
-        batch=1,
-        normalization=normalization,
-        dtype=torch.float32,
-    )
+    case = LayerCase(1, blocks, blocks, length, 1, normalization, with_state=True, with_reset=False)
+    problem = case.problem(generator, kind, torch.float32)
     gate_weight, bias, value_weight, output_weight = (problem.inputs[name] for name in WEIGHTS)
     gate_weight.zero_()  # products that are exact: only the recurrence is left
     bias.view(2, blocks)[0], bias.view(2, blocks)[1] = 5.0, torch.linspace(-9.3, -4, blocks)
@@ -214,9 +176,8 @@ def test_a_memory_of_ten_thousand_steps_is_accurate(generator, instruction_set, 
     output_weight.copy_(torch.eye(blocks))
     wide = problem.map(Tensor.double).inputs
     raw_gates = wide[WEIGHTS[1]].view(1, 2, blocks).expand(1, length, 1, 2, blocks)
-    states = block_scan(
-        raw_gates, wide["x"][:, :, None], wide["state"], normalization=normalization, backend="associative"
-    )
+    options = {"normalization": normalization, "backend": "associative"}
+    states = block_scan(raw_gates, wide["x"][:, :, None], wide["state"], **options)
     y, final_state = problem.fused()
     assert relative_error(y, states[:, :, 0]) <= 2e-6
     assert relative_error(final_state, states[:, -1]) <= 2e-6
@@ -298,9 +259,7 @@ def test_a_reset_forgets_what_is_not_a_number(generator, kind):
 @pytest.mark.parametrize("layout", LAYOUTS | SHIFTED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_any_layout_gives_the_same_result_and_no_input_changes(generator, kind, layout, dtype):
-    problem = make_layer_problem(
-        generator, kind, order=3, blocks=16, width=16, length=65, batch=3, with_reset=True, dtype=dtype
-    )
+    problem = LayerCase(3, 16, 16, 65, 3, "softmax", True, True).problem(generator, kind, dtype)
     expected, arrange = problem.results(problem.fused), (LAYOUTS | SHIFTED)[layout]
     laid_out = problem.map(lambda x: arrange(x) if x.ndim > 1 else SHIFTED["odd offset"](x))
     laid_out = dataclasses.replace(laid_out, reset=problem.reset.t().contiguous().t())
@@ -347,12 +306,8 @@ def test_more_bytes_than_kept_bytes_are_recomputed(generator, monkeypatch, kind)
     monkeypatch.setattr(library.Library, "run", spy)
     problem = make_layer_problem(generator, kind, order=3, blocks=17, width=5, length=31, batch=2, dtype=torch.float32)
     size = 2 * 31 * (3 if kind == "block" else 1) * 4 * 17 * 4  # of raw gates, 4 bytes each
-    for limit, recompute, wanted in (
-        (size, None, True),
-        (size - 1, None, False),
-        (size - 1, False, True),
-        (size, True, False),
-    ):
+    rules = [(size, None, True), (size - 1, None, False), (size - 1, False, True), (size, True, False)]
+    for limit, recompute, wanted in rules:
         monkeypatch.setattr(layers, "KEPT_BYTES", limit)
         kept.clear()
         problem.results(problem.fused, recompute)
@@ -413,9 +368,7 @@ def test_threads_may_choose_the_instruction_set_at_any_moment(generator, instruc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_row_of_a_step_is_what_it_is_alone(generator, threads, instruction_set, kind, dtype):
     """Bit for bit: rows meet the weights a few at a time, and threads share them out."""
-    problem = make_layer_problem(
-        generator, kind, order=3, blocks=170, width=53, length=1, batch=kernels.STEP_ROWS, dtype=dtype
-    )
+    problem = LayerCase(3, 170, 53, 1, kernels.STEP_ROWS, "softmax", True, False).problem(generator, kind, dtype)
     x, weights, state = problem.split(problem.inputs)
     step = kernels.LayerStep(weights, problem.mixer.state_shape, "softmax", kind)
     threads(1)
