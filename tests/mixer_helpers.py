@@ -36,7 +36,6 @@ SPECS = {
     "attention W=30": {"name": "attention", "head_dim": 2, "num_heads": 3, "context": 30},  # more than steps
 }
 SCANNED = [name for name, spec in SPECS.items() if spec["name"] in ("bd_lru", "h_lru")]
-STRAIGHT_THROUGH = ("pd_ssm",)  # its gradient is that of another function
 each_mixer = pytest.mark.parametrize("mixer", SPECS)
 # Chunks and windows sum over time, too, in another order, and a norm divides by what may be small.
 CHUNKED = (MLSTM, Mamba2, DeltaProduct, Attention)
@@ -85,3 +84,20 @@ def random_reset(generator: torch.Generator, batch: int, length: int) -> Tensor:
     reset[0, 0] = reset[-1, -1] = True
     reset[1] = False
     return reset
+
+
+def everything(mixer: Mixer, x: Tensor, state: Tensor, reset=None, cuts=()) -> dict[str, Tensor]:
+    """Outputs, final state and the gradients of both in all there is, with the sequence called in pieces."""
+    x, state = x.clone().requires_grad_(), state.clone().requires_grad_()
+    ys, carried, begin = [], state, 0
+    for end in (*cuts, x.shape[1]):
+        piece = None if reset is None else reset[:, begin:end]
+        y, carried = mixer(x[:, begin:end], carried, piece)
+        ys.append(y)
+        begin = end
+    y = torch.cat(ys, dim=1)
+    weight = torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
+    loss = (y * weight).sum() + carried.square().sum()
+    names = [name for name, _ in mixer.named_parameters()]
+    grads = torch.autograd.grad(loss, [x, state, *mixer.parameters()])
+    return {"y": y, "final": carried} | dict(zip(["x", "state", *names], grads, strict=True))

@@ -1,29 +1,24 @@
 """mixers/library.py: the kernels of other packages, by functions with their signatures, and on a card themselves."""
 
 import importlib
-import importlib.util
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import TOLERANCE, relative_error
+from helpers import relative_error
+from mixer_helpers import everything, normal
 from run_helpers import run, small_config
 
 from statemix.mixers import build_mixer, library
 
+HEADS = {"head_dim": 16, "num_heads": 2}
 MIXERS = {
-    "delta_net": {"name": "delta_net", "head_dim": 16, "num_heads": 2},
-    "delta_net, negative eigenvalues": {
-        "name": "delta_net",
-        "head_dim": 16,
-        "num_heads": 2,
-        "negative_eigenvalues": True,
-    },
-    "gated_delta_net": {"name": "gated_delta_net", "head_dim": 16, "num_heads": 2},
-    "delta_product": {"name": "delta_product", "head_dim": 16, "num_heads": 2, "rank": 2},
-    "delta_product, gated": {"name": "delta_product", "head_dim": 16, "num_heads": 2, "rank": 3, "gated": True},
+    "delta_net": HEADS | {"name": "delta_net"},
+    "delta_net, negative eigenvalues": HEADS | {"name": "delta_net", "negative_eigenvalues": True},
+    "gated_delta_net": HEADS | {"name": "gated_delta_net"},
+    "delta_product": HEADS | {"name": "delta_product", "rank": 2},
+    "delta_product, gated": HEADS | {"name": "delta_product", "rank": 3, "gated": True},
     "mamba2": {"name": "mamba2", "head_dim": 16, "num_heads": 4, "state_dim": 16},
     "mamba2, groups": {"name": "mamba2", "head_dim": 16, "num_heads": 4, "state_dim": 16, "num_groups": 2},
 }
@@ -75,55 +70,21 @@ def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, *, initial_states, ret
     return torch.stack(outputs, dim=1), state
 
 
-@pytest.mark.parametrize(("name", "rank"), [("rule", 1), ("product", 2)])
-def test_the_loops_are_those_of_flash_linear_attention(generator, name, rank):
-    pytest.importorskip("einops")
-    if (package := importlib.util.find_spec("fla")) is None:
-        pytest.skip("flash-linear-attention is not installed")
-    # the file alone: to import the package takes triton
-    place = Path(package.submodule_search_locations[0]) / "ops" / f"gated_delta_{name}" / "naive.py"
-    spec = importlib.util.spec_from_file_location("naive", place)
-    theirs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(theirs)
-    q, k, v = (torch.randn(2, size, 3, 4, generator=generator) for size in (9, 9 * rank, 9 * rank))
-    inputs = {"q": q, "k": torch.nn.functional.normalize(k, dim=-1), "v": v, "scale": 1.0, "output_final_state": True}
-    inputs |= {
-        "g": -torch.rand(2, 9, 3, generator=generator),
-        "beta": 2 * torch.rand(2, 9 * rank, 3, generator=generator),
-    }
-    inputs |= {"initial_state": torch.randn(2, 3, 4, 4, generator=generator)}
-    if rank > 1:
-        inputs["num_householder"] = rank
-    naive = getattr(theirs, f"naive_recurrent_gated_delta_{name}")
-    for actual, expected in zip(delta_rule(**inputs), naive(**inputs), strict=True):
-        assert relative_error(actual, expected.double()) < TOLERANCE[torch.float32]
-
-
 @pytest.fixture
 def packages(monkeypatch):
     """The packages are installed, serve every call, and keep its dtype."""
     modules = {
         "fla": SimpleNamespace(__version__="0.6.0"),
-        "fla.ops": SimpleNamespace(),
         "fla.ops.delta_rule": SimpleNamespace(chunk_delta_rule=chunk_delta_rule),
         "fla.ops.gated_delta_rule": SimpleNamespace(chunk_gated_delta_rule=chunk_gated_delta_rule),
         "fla.ops.gated_delta_product": SimpleNamespace(chunk_gated_delta_product=chunk_gated_delta_product),
         "mamba_ssm": SimpleNamespace(__version__="2.2.4"),
-        "mamba_ssm.ops": SimpleNamespace(),
-        "mamba_ssm.ops.triton": SimpleNamespace(),
         "mamba_ssm.ops.triton.ssd_combined": SimpleNamespace(mamba_chunk_scan_combined=mamba_chunk_scan_combined),
     }
-    for name, module in modules.items():
+    folders = dict.fromkeys(("fla.ops", "mamba_ssm.ops", "mamba_ssm.ops.triton"), SimpleNamespace())
+    for name, module in (folders | modules).items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(library, "unserved", lambda *_: None)
-
-
-def results(mixer, x, state, cotangent):
-    """y, the state, and the gradients of x, the state and every weight."""
-    leaves = [x.clone().requires_grad_(), state.clone().requires_grad_(), *mixer.parameters()]
-    y, after = mixer(*leaves[:2])
-    loss = (y * cotangent).sum() + after.square().sum()
-    return [y.detach(), after.detach(), *torch.autograd.grad(loss, leaves)]
 
 
 @each_mixer
@@ -132,10 +93,10 @@ def test_a_mixer_is_the_same_with_kernels_of_this_signature(generator, spec, pac
     theirs = build_mixer(spec, 24).double()
     own = build_mixer(spec | {"backend": "torch"}, 24).double()
     own.load_state_dict(theirs.state_dict())
-    x, cotangent = torch.randn(2, 2, 37, 24, generator=generator, dtype=torch.float64)
-    state = torch.randn(2, *theirs.state_shape, generator=generator, dtype=torch.float64)
-    for actual, expected in zip(results(theirs, x, state, cotangent), results(own, x, state, cotangent), strict=True):
-        assert relative_error(actual, expected) < 1e-12
+    x, state = normal(generator, 2, 37, 24), normal(generator, 2, *theirs.state_shape)
+    expected = everything(own, x, state)
+    for what, actual in everything(theirs, x, state).items():
+        assert relative_error(actual, expected[what]) < 1e-12, what
     assert library.describe_kernels([theirs]) == {"m": "mamba_ssm 2.2.4"}.get(spec["name"][0], "fla 0.6.0")
     assert library.describe_kernels([own]) == "own"
     assert library.describe_kernels([own, theirs]).startswith("own, ")
@@ -168,9 +129,8 @@ class TestTheRule:
         mixer = build_mixer(MIXERS["delta_net"], 24)
         mixer(torch.randn(1, 3, 24, generator=generator))
         assert mixer.kernels == ("own",)
-        assert (
-            library.describe_kernels([build_mixer({"name": "lstm", "hidden_size": 4}, 8)]) == "own"
-        )  # knows no others
+        knows_no_others = build_mixer({"name": "lstm", "hidden_size": 4}, 8)
+        assert library.describe_kernels([knows_no_others]) == "own"
 
     @pytest.mark.parametrize(
         ("dtype", "reset", "installed", "problem"),
@@ -190,10 +150,8 @@ class TestTheRule:
     def test_a_named_package_that_cannot_serve_raises(self, generator, name):
         module = {"mamba2": "mamba_ssm"}.get(name, "fla")
         mixer = build_mixer(MIXERS[name] | {"backend": module}, 24)
-        match = (
-            rf"^\w+: backend '{module}' cannot be used: it needs CUDA tensors, got device cpu\. Use backend='auto'\.$"
-        )
-        with pytest.raises(RuntimeError, match=match):
+        told = r"cannot be used: it needs CUDA tensors, got device cpu\. Use backend='auto'\."
+        with pytest.raises(RuntimeError, match=rf"^\w+: backend '{module}' {told}$"):
             mixer(torch.randn(1, 3, 24, generator=generator))
 
     @pytest.mark.parametrize("name", ["delta_net", "mamba2"])
@@ -218,9 +176,8 @@ def test_kernels_on_a_card_are_our_own_form_rounded(spec):
     mixer = build_mixer(spec | {"backend": module}, 64).cuda()
     own = build_mixer(spec | {"backend": "torch"}, 64).cuda()
     own.load_state_dict(mixer.state_dict())
-    x, cotangent = torch.randn(2, 2, 200, 64, device="cuda")
-    state = torch.zeros(2, *mixer.state_shape, device="cuda")
+    x, state = torch.randn(2, 200, 64, device="cuda"), torch.zeros(2, *mixer.state_shape, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):
-        found, expected = results(mixer, x, state, cotangent), results(own, x, state, cotangent)
-    for actual, wanted in zip(found, expected, strict=True):
-        assert relative_error(actual.float(), wanted.float()) < 3e-2  # of products in bfloat16, of two orders
+        found, expected = everything(mixer, x, state), everything(own, x, state)
+    for what, actual in found.items():
+        assert relative_error(actual, expected[what].float()) < 3e-2, what  # of products in bfloat16, of two orders

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import math
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +27,11 @@ def silu(x):
     return x * sigmoid(x)
 
 
-def softplus(x):
-    return np.log1p(np.exp(x))
-
-
 def weights_of(mixer: Mixer) -> Arrays:
     return {name: tensor.detach().double().numpy() for name, tensor in mixer.named_parameters()}
 
 
-def run(
-    oracle, mixer: Mixer, x: Tensor, state: Tensor | None, reset: Tensor | None, **options
-) -> tuple[Tensor, Tensor]:
+def run(oracle, mixer: Mixer, x: Tensor, state, reset, **options) -> tuple[Tensor, Tensor]:
     """y and the final state, one sequence at a time: oracle(weights, x (T, D), state (M, N), reset (T,), **options)."""
     if state is None:
         state = torch.zeros(x.shape[0], *mixer.state_shape)
@@ -119,7 +114,7 @@ def mamba2(weights: Arrays, x, state, reset, heads, width, rows, groups, taps):
             group = h // (heads // groups)
             keys, queries = (part.reshape(groups, rows)[group] for part in (b, c))
             value = values.reshape(heads, width)[h]
-            step = softplus(raw[t, h] + weights["decay.bias"][h])
+            step = np.logaddexp(0, raw[t, h] + weights["decay.bias"][h])
             decay = 0 if reset[t] else np.exp(-np.exp(weights["decay.rate"][h]) * step)
             memory[h] = decay * memory[h] + step * np.outer(keys, value)
             y[h] = queries @ memory[h] + weights["skip"][h] * value
@@ -143,7 +138,7 @@ def delta(weights: Arrays, x, state, reset, heads, width, columns, rank, top):
         for h in range(heads):
             s = memory[h]
             if "decay.rate" in weights:
-                step = softplus(weights["raw_steps.weight"][h] @ x[t] + weights["decay.bias"][h])
+                step = np.logaddexp(0, weights["raw_steps.weight"][h] @ x[t] + weights["decay.bias"][h])
                 s = np.exp(-np.exp(weights["decay.rate"][h]) * step) * s
             if reset[t]:
                 s = np.zeros_like(s)
@@ -258,18 +253,11 @@ def test_an_oracle_notices_a_reset_one_step_late(generator, name):
     assert relative_error(y, run(oracle, mixer, x, None, reset.roll(1, dims=1), **options)[0]) > 1e-4
 
 
-@pytest.mark.parametrize(
-    ("cls", "sizes"),
-    [
-        (Mamba2, (8,)),
-        (DeltaNet, (16,)),
-        (GatedDeltaNet, (8,)),
-        (DeltaProduct, (16,)),
-        (LRU, (16,)),
-        (PDSSM, (16,)),
-        (Attention, (8, 40)),
-    ],
-)
+CONSTRUCTED = [(Mamba2, (8,)), (DeltaNet, (16,)), (GatedDeltaNet, (8,)), (DeltaProduct, (16,))]
+CONSTRUCTED += [(LRU, (16,)), (PDSSM, (16,)), (Attention, (8, 40))]
+
+
+@pytest.mark.parametrize(("cls", "sizes"), CONSTRUCTED)
 def test_as_constructed_single_precision_keeps_to_double(generator, cls, sizes):
     """Over 300 steps from the first weights, with the chunks of the default: no decay or key makes it drift."""
     with torch.random.fork_rng(devices=[]):
@@ -281,36 +269,22 @@ def test_as_constructed_single_precision_keeps_to_double(generator, cls, sizes):
     assert_close(single[1], double[1], "state")
 
 
-def test_delta_product_of_rank_1_is_delta_net(generator):
+RANK_1 = [  # a mixer, its options, and those of the same as a delta_product
+    (DeltaNet, {}, {"negative_eigenvalues": False}),
+    (DeltaNet, {"negative_eigenvalues": True}, {}),
+    (DeltaNet, {"conv_size": 0, "chunk_size": 5, "num_heads": 1}, {"negative_eigenvalues": False}),
+    (GatedDeltaNet, {}, {"negative_eigenvalues": False, "gated": True, "expand_values": 2}),
+]
+
+
+@pytest.mark.parametrize(("cls", "options", "others"), RANK_1)
+def test_delta_product_of_rank_1_is_a_delta_net(generator, cls, options, others):
     x, reset = normal(generator, 2, 23, D), random_reset(generator, 2, 23)
-    for options in ({}, {"negative_eigenvalues": True}, {"conv_size": 0, "chunk_size": 5, "num_heads": 1}):
-        net = DeltaNet(D, 3, **options).double()
-        product = DeltaProduct(D, 3, rank=1, **{"negative_eigenvalues": False} | options).double()
-        product.load_state_dict(net.state_dict())
-        for ours, theirs in zip(product(x, None, reset), net(x, None, reset), strict=True):
-            assert torch.equal(ours, theirs)
-
-
-def test_gated_delta_product_of_rank_1_is_gated_delta_net(generator):
-    x = normal(generator, 2, 23, D)
-    net = GatedDeltaNet(D, 3).double()
-    product = DeltaProduct(D, 3, rank=1, gated=True, expand_values=2, negative_eigenvalues=False).double()
+    net = cls(D, 3, **options).double()
+    product = DeltaProduct(D, 3, rank=1, **options | others).double()
     product.load_state_dict(net.state_dict())
-    assert torch.equal(product(x)[0], net(x)[0])
-
-
-def test_negative_eigenvalues_reflect(generator):
-    """With beta near 2 a key is turned into its negative: what was written at it changes sign at each step."""
-    mixer = DeltaNet(1, 1, num_heads=1, negative_eigenvalues=True, conv_size=0).double()
-    with torch.no_grad():
-        mixer.beta.weight.fill_(50)
-        mixer.inputs.weight.copy_(torch.tensor([[1.0], [1.0], [0.0]]))  # v = 0: nothing is written
-    state = torch.ones(1, 1, 1, dtype=torch.float64)
-    signs = []
-    for _ in range(4):
-        _, state = mixer.step(torch.ones(1, 1, dtype=torch.float64), state)
-        signs.append(state.item())
-    np.testing.assert_allclose(signs, [-1, 1, -1, 1], rtol=1e-4)  # beta |k|^2 = 2 - 4e-6
+    for ours, theirs in zip(product(x, None, reset), net(x, None, reset), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_the_gradient_of_pd_ssm_is_that_of_the_columns_softmax(generator):
@@ -355,43 +329,18 @@ def test_pd_ssm_follows_an_automaton_that_no_permutation_does(generator):
         assert state[0].tolist() == [torch.eye(3)[place].tolist(), [0.0] * 3]
 
 
-def test_attention_with_a_long_window_is_full_causal_attention(generator):
-    mixer = Attention(D, 4, 50, num_heads=2).double()
-    x = normal(generator, 2, 31, D)
-    q, k, v = (part.unflatten(2, (2, 4)).transpose(1, 2) for part in mixer.inputs(x).chunk(3, dim=2))
-    angles = torch.arange(31)[:, None] * torch.tensor([1.0, 1e-2], dtype=torch.float64)
-
-    def turned(part):
-        a, b = part.chunk(2, dim=-1)
-        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
-
-    y = torch.nn.functional.scaled_dot_product_attention(turned(q), turned(k), v, is_causal=True)
-    assert_close(mixer(x)[0], mixer.output(y.transpose(1, 2).flatten(2)), "y")
-
-
-def test_lstm_is_the_one_of_torch(generator):
-    mixer = build("lstm", generator)
+@pytest.mark.parametrize(("name", "cls"), [("lstm", torch.nn.LSTM), ("gru", torch.nn.GRU)])
+def test_lstm_and_gru_are_those_of_torch(generator, name, cls):
+    mixer = build(name, generator)
     x, state = normal(generator, 3, 9, D), start(mixer, generator)
-    alone = torch.nn.LSTM(D, 7, batch_first=True, dtype=torch.float64)
-    alone.load_state_dict(mixer.lstm.state_dict())
-    for given in (None, state):
-        h_c = None if given is None else (given[None, :, 0].contiguous(), given[None, :, 1].contiguous())
-        hidden, (h, c) = alone(x, h_c)
+    alone = cls(D, 7, batch_first=True, dtype=torch.float64)
+    alone.load_state_dict(getattr(mixer, name).state_dict())
+    h, *c = (part[None].contiguous() for part in state.unbind(1))  # a GRU has no c
+    for given, theirs in ((None, None), (state, (h, *c) if c else h)):
+        hidden, last = alone(x, theirs)
         y, final = mixer(x, given)
         assert torch.equal(y, hidden @ mixer.output.weight.T)
-        assert torch.equal(final, torch.stack([h[0], c[0]], dim=1))
-
-
-def test_gru_is_the_one_of_torch(generator):
-    mixer = build("gru", generator)
-    x, state = normal(generator, 3, 9, D), start(mixer, generator)
-    alone = torch.nn.GRU(D, 7, batch_first=True, dtype=torch.float64)
-    alone.load_state_dict(mixer.gru.state_dict())
-    for given in (None, state):
-        hidden, last = alone(x, None if given is None else given.transpose(0, 1).contiguous())
-        y, final = mixer(x, given)
-        assert torch.equal(y, hidden @ mixer.output.weight.T)
-        assert torch.equal(final, last.transpose(0, 1))
+        assert torch.equal(final, torch.cat(last if c else [last]).transpose(0, 1))
 
 
 # ---- published code, where it is installed
@@ -406,17 +355,8 @@ def test_mamba2_is_the_one_of_transformers(generator, groups):
     from transformers.models.mamba2.configuration_mamba2 import Mamba2Config
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-    config = Mamba2Config(
-        hidden_size=32,
-        num_heads=8,
-        head_dim=8,
-        state_size=16,
-        expand=2,
-        n_groups=groups,
-        conv_kernel=4,
-        chunk_size=16,
-        num_hidden_layers=1,
-    )
+    sizes = {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "state_size": 16, "expand": 2, "n_groups": groups}
+    config = Mamba2Config(**sizes, conv_kernel=4, chunk_size=16, num_hidden_layers=1)
     theirs = Mamba2Mixer(config, layer_idx=0).eval()
     ours = Mamba2(32, 8, num_heads=8, state_dim=16, num_groups=groups)
     with torch.no_grad():
@@ -458,32 +398,22 @@ def test_mlstm_is_the_one_of_xlstm(generator):
 
 
 @published
-@pytest.mark.parametrize("name", ["delta_net", "gated_delta_net", "delta_product", "delta_product gated"])
-def test_delta_scan_is_the_one_of_flash_linear_attention(generator, name):
+@pytest.mark.parametrize(("rank", "gated"), [(1, False), (1, True), (3, False), (2, True)])
+def test_delta_scan_is_the_one_of_flash_linear_attention(generator, rank, gated):
+    pytest.importorskip("einops", reason="einops is not installed")
     if (package := importlib.util.find_spec("fla")) is None:
         pytest.skip("flash-linear-attention is not installed")
+    name = "gated_delta_rule" if rank == 1 else "gated_delta_product"
     # the file alone: to import the package takes triton
-    file = Path(package.submodule_search_locations[0]) / "ops" / "gated_delta_product" / "naive.py"
-    spec = importlib.util.spec_from_file_location("naive", file)
-    theirs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(theirs)
-    rank = {"delta_product": 3, "delta_product gated": 2}.get(name, 1)
+    file = Path(package.submodule_search_locations[0]) / "ops" / name / "naive.py"
+    theirs = runpy.run_path(str(file))[f"naive_recurrent_{name}"]
     q, k, v = (normal(generator, 2, 23, *shape) for shape in ((3, 4), (3, rank, 4), (3, rank, 5)))
     k = torch.nn.functional.normalize(k, dim=-1)
     beta, state = 2 * torch.sigmoid(normal(generator, 2, 23, 3, rank)), normal(generator, 2, 3, 4, 5)
-    logarithms = -normal(generator, 2, 23, 3).exp() if "gated" in name else torch.zeros(2, 23, 3, dtype=torch.float64)
+    logarithms = -normal(generator, 2, 23, 3).exp() if gated else torch.zeros(2, 23, 3, dtype=torch.float64)
     y, final = delta_scan(q * 4**-0.5, k, v, beta, logarithms, state, 8)
     k, v, beta = (part.transpose(2, 3).flatten(1, 2) for part in (k, v, beta))  # (B, T R, H, ...)
-    expected = theirs.naive_recurrent_gated_delta_product(
-        q,
-        k,
-        v,
-        logarithms,
-        beta,
-        4**-0.5,
-        initial_state=state.float(),
-        output_final_state=True,
-        num_householder=rank,
-    )
+    options = {"g": logarithms, "beta": beta, "scale": 4**-0.5} | ({} if rank == 1 else {"num_householder": rank})
+    expected = theirs(q, k, v, initial_state=state.float(), output_final_state=True, **options)
     assert relative_error(y, expected[0].double()) < TOLERANCE[torch.float32]  # theirs is in float32
     assert relative_error(final, expected[1].double()) < TOLERANCE[torch.float32]
