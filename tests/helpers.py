@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from statemix import available_backends, block_scan, companion_scan, kernels, observer_scan
+from statemix.analysis import NONE, Automaton
 from statemix.gates import NORMALIZATIONS
+from statemix.tasks import IGNORE_INDEX, Score, Task
 
 # Largest allowed error, relative to the largest entry of a float64 reference on the same (already rounded) inputs. The
 # half types round their results only (sums are float32), so theirs is their unit roundoff, 2^-8 and 2^-11, and no more.
@@ -241,3 +243,35 @@ def assert_compiled_agrees(problem: Problem, backend: str) -> None:
     compiled, eager = ((y := f(*inputs), *torch.autograd.grad(y, inputs, problem.cotangent)) for f in both)
     for actual, expected in zip(compiled, eager, strict=True):
         assert_close(actual.detach(), expected.detach().double())
+
+
+def chi_square(counts: np.ndarray) -> float:
+    """Of equal shares, in standard deviations above its mean."""
+    expected, freedom = counts.sum() / counts.size, counts.size - 1
+    return (((counts - expected) ** 2).sum() / expected - freedom) / (2 * freedom) ** 0.5
+
+
+def is_word(automaton: Automaton, word: tuple[int, ...]) -> bool:
+    """Whether the automaton has a transition for each token of a word."""
+    state = automaton.start
+    for token in word:
+        state = automaton.transitions[state, token]
+        if state == NONE:
+            return False
+    return True
+
+
+def assert_solved(task: Task, solution, seed: int) -> None:
+    """Hold the targets of 10,000 sequences of a task to those of `solution(tokens, task)`, which score 1."""
+    total = None
+    for split, count in (("valid", 1000), ("test", 1000), ("train", 8000)):
+        tokens, targets, _ = task.sample(split, count, seed=seed)
+        assert tokens.shape == targets.shape == (count, task.length)
+        answers = solution(tokens, task)
+        assert torch.equal(answers, targets)
+        part = Score.of(answers, targets)
+        total = part if total is None else total + part
+    assert total.sequences == 10_000
+    assert total.token_accuracy == total.sequence_accuracy == total.macro_accuracy == total.mad_accuracy == 1
+    answers[7][targets[7] != IGNORE_INDEX] += 1
+    assert Score.of(answers, targets).sequence_accuracy == 7999 / 8000

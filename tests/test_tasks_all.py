@@ -43,24 +43,7 @@ each_split = pytest.mark.parametrize("split", SPLITS)
 
 
 def test_the_registry():
-    assert list(TASKS) == [
-        "permutation",
-        "in-context-recall",
-        "noisy-in-context-recall",
-        "fuzzy-in-context-recall",
-        "memorization",
-        "selective-copying",
-        "compression",
-        "parity",
-        "modular-counting",
-        "cycle-navigation",
-        "modular-arithmetic",
-        "even-pairs",
-        "modular-arithmetic-simple",
-        "random-automaton",
-        "text",
-        "word-problem",
-    ]
+    assert list(TASKS) == [*PINNED, *FROM_FILES]
     for name, task in TASKS.items():
         assert issubclass(task, Task)
         assert task.name == name
@@ -151,17 +134,8 @@ def test_the_example_of_the_docstring(name):
 
 def test_more_of_the_docstrings():
     characters = re.search(r"^ +(\(.*=)$", ModularArithmetic.__doc__, flags=re.MULTILINE)[1].split()
-    assert [int(c) if c.isdigit() else ModularArithmetic().symbol(c) for c in characters] == [
-        8,
-        3,
-        6,
-        8,
-        6,
-        4,
-        9,
-        9,
-        10,
-    ]
+    tokens = [int(c) if c.isdigit() else ModularArithmetic().symbol(c) for c in characters]
+    assert tokens == [8, 3, 6, 8, 6, 4, 9, 9, 10]
     shown = re.findall(r"(\d) -> (\d)", Memorization.__doc__)
     assert [(int(k), int(v)) for k, v in shown] == list(enumerate(Memorization(vocab_size=9).value_of.tolist()))
 
@@ -215,7 +189,8 @@ def test_the_stream_stays_as_it_is(name):
 def test_seeds_indices_and_splits_are_separate_streams(name):
     task, seen = build_task({"name": name}), {}
     # 2^32 and 2^33: a seed sequence splits numbers into words of 32 bits
-    for arguments in itertools.product(SPLITS, (0, 1, 2**32), (0, 1, 2, 2**33)):
+    numbers = (0, 1, 2, 1000, 2**32, 2**33)
+    for arguments in itertools.product(SPLITS, numbers, numbers):
         split, seed, index = arguments
         tokens = tuple(task.sample(split, 4, seed=seed, index=index).tokens.flatten().tolist())
         assert tokens not in seen, f"{arguments} draws what {seen[tokens]} draws"
@@ -376,17 +351,25 @@ def test_bad_finite_batches(arguments, error, text):
 # ---- bad input
 
 
+BAD_SAMPLES = [  # changes of the arguments, and the error
+    ({"split": "dev"}, ValueError, "`split` must be one of ['test', 'train', 'valid'], got 'dev'."),
+    ({"split": None}, ValueError, "`split` must be one of ['test', 'train', 'valid'], got None."),
+    ({"batch_size": 0}, ValueError, "`batch_size` must be at least 1 and below 2^64, got 0."),
+    ({"batch_size": -1}, ValueError, "`batch_size` must be at least 1 and below 2^64, got -1."),
+    ({"seed": -1}, ValueError, "`seed` must be at least 0 and below 2^64, got -1."),
+    ({"index": -1}, ValueError, "`index` must be at least 0 and below 2^64, got -1."),
+    ({"batch_size": 4.0}, TypeError, "`batch_size` must be an int, got 4.0."),
+    ({"batch_size": True}, TypeError, "`batch_size` must be an int, got True."),
+    ({"seed": 1.0}, TypeError, "`seed` must be an int, got 1.0."),
+    ({"index": "0"}, TypeError, "`index` must be an int, got '0'."),
+]
+
+
 @pytest.mark.parametrize("name", ["permutation", "memorization", "compression"])  # drawn in two ways, one of them twice
-def test_bad_samples(name):
-    task = build_task({"name": name})
-    with pytest.raises(ValueError, match=r"^sample: `split` must be one of \['test', 'train', 'valid'\], got 'dev'\.$"):
-        task.sample("dev", 4)
-    with pytest.raises(ValueError, match=r"^sample: `batch_size` must be at least 1 and below 2\^64, got 0\.$"):
-        task.sample("train", 0)
-    for arguments in ({"batch_size": 4.0}, {"batch_size": True}, {"seed": 1.0}, {"index": "0"}):
-        (key, value), *_ = arguments.items()
-        with pytest.raises(TypeError, match=f"^sample: `{key}` must be an int, got {value!r}"):
-            task.sample("train", **({"batch_size": 4} | arguments))
+@pytest.mark.parametrize(("arguments", "error", "text"), BAD_SAMPLES)
+def test_bad_samples(name, arguments, error, text):
+    with pytest.raises(error, match=f"^{re.escape(f'sample: {text}')}$"):
+        build_task({"name": name}).sample(**({"split": "train", "batch_size": 4} | arguments))
 
 
 # ---- presets
@@ -452,9 +435,8 @@ def test_a_setting_is_the_callers_own():
 
 
 def test_unknown_presets_and_tasks_are_refused():
-    with pytest.raises(
-        ValueError, match=r"^settings: `preset` must be one of \['exact', 'formal', 'mad'\], got 'MAD'\.$"
-    ):
+    text = r"^settings: `preset` must be one of \['exact', 'formal', 'mad'\], got 'MAD'\.$"
+    with pytest.raises(ValueError, match=text):
         settings("MAD", "compression")
     names = re.escape(str(sorted(PRESETS["mad"])))
     with pytest.raises(ValueError, match=rf"^settings: `task` must be one of {names}, got 'permutation'\.$"):

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers import assert_solved, chi_square
 
 from statemix.tasks import (
     IGNORE_INDEX,
@@ -16,7 +17,6 @@ from statemix.tasks import (
     InContextRecall,
     Memorization,
     NoisyInContextRecall,
-    Score,
     SelectiveCopying,
     build_task,
     settings,
@@ -97,19 +97,7 @@ def naive_targets(tokens, task) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", NAIVE)
 def test_a_naive_solution_scores_1_on_10000_sequences(name):
-    task = build_task(settings("mad", name)[0].task)
-    total = None
-    for split, count in (("valid", 1000), ("test", 1000), ("train", 8000)):
-        tokens, targets, _ = task.sample(split, count, seed=11)
-        assert tokens.shape == targets.shape == (count, task.length)
-        answers = naive_targets(tokens, task)
-        assert torch.equal(answers, targets)
-        part = Score.of(answers, targets)
-        total = part if total is None else total + part
-    assert total.sequences == 10_000
-    assert total.token_accuracy == total.sequence_accuracy == total.macro_accuracy == total.mad_accuracy == 1
-    answers[7][targets[7] != X] += 1
-    assert Score.of(answers, targets).sequence_accuracy == 7999 / 8000
+    assert_solved(build_task(settings("mad", name)[0].task), naive_targets, seed=11)
 
 
 SETTINGS = [(name, setting) for name in PRESETS["mad"] for setting in settings("mad", name)[1:]]
@@ -176,32 +164,19 @@ def test_scored_positions_of_handmade_sequences(task, tokens, targets):
 
 
 @each_split
+@pytest.mark.parametrize("options", [{}, {"vocab_size": 144}], ids=str)
 @pytest.mark.parametrize("name", RECALL)
-def test_a_stream_goes_on_with_the_targets(name, split):
-    task = build_task({"name": name})
+def test_a_stream_goes_on_with_the_targets(name, options, split):
+    task = build_task({"name": name} | options)
     arguments = (split,) if name == "fuzzy-in-context-recall" else ()
     streams = task.streams(np.random.default_rng(1), 1500, *arguments)
     assert streams.shape == (1500, task.length + 1)
     targets = task.oracle(streams[:, :-1])
     assert ((targets == streams[:, 1:]) | (targets == X)).all()
-    assert (targets[:, -1] == streams[:, -1]).all()
+    assert (targets[:, -1] == streams[:, -1]).all()  # every probe was shown
 
 
 # ---- in-context and noisy recall
-
-
-def chi_square(counts: np.ndarray) -> float:
-    """Of equal shares, in standard deviations above its mean."""
-    expected, freedom = counts.sum() / counts.size, counts.size - 1
-    return (((counts - expected) ** 2).sum() / expected - freedom) / (2 * freedom) ** 0.5
-
-
-@each_split
-@pytest.mark.parametrize("name", RECALL)
-def test_every_probe_was_shown(name, split):
-    task = build_task({"name": name, "vocab_size": 144 if name == "noisy-in-context-recall" else 128})
-    _, targets, _ = task.sample(split, 1500)
-    assert (targets[:, -1] != X).all()
 
 
 @each_split

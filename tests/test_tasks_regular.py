@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers import assert_solved, chi_square, is_word
 
 from statemix.analysis import NONE
 from statemix.tasks import (
@@ -18,7 +19,6 @@ from statemix.tasks import (
     ModularArithmeticSimple,
     ModularCounting,
     Parity,
-    Score,
     build_task,
     settings,
 )
@@ -83,18 +83,8 @@ def naive_targets(tokens, task) -> torch.Tensor:
 def test_a_naive_solution_scores_1_on_10000_sequences(name):
     setting = settings("formal", name)[0]
     task = build_task(setting.task)
-    total = None
-    for split, count in (("valid", 1000), ("test", 1000), ("train", 8000)):
-        tokens, targets, _ = task.sample(split, count, seed=5)
-        assert tokens.shape == targets.shape == (count, 40)
-        answers = naive_targets(tokens, task)
-        assert torch.equal(answers, targets)
-        part = Score.of(answers, targets)
-        total = part if total is None else total + part
-    assert total.sequences == 10_000
-    assert total.token_accuracy == total.sequence_accuracy == total.macro_accuracy == 1
-    answers[7][targets[7] != X] += 1
-    assert Score.of(answers, targets).sequence_accuracy == 7999 / 8000
+    assert task.length == 40
+    assert_solved(task, naive_targets, seed=5)
     for length in setting.test_lengths:
         longer = task.with_seq_len(length)
         tokens, targets, _ = longer.sample("test", 30)
@@ -200,18 +190,9 @@ def test_the_words_of_the_automaton_are_those_of_the_task(language, start):
     for _ in range(3 + start):
         longer = {(*word, token) for word in words for token in range(task.vocab_size)}
         words = {word for word in longer if len(word) == 1 or word[:-1] in words}
-        words = {word for word in words if _reads(automaton, word)}
+        words = {word for word in words if is_word(automaton, word)}
     drawn = task.generate(np.random.default_rng(0), 20_000, "train").tolist()
     assert words == {tuple(row) for row in drawn if task.pad not in row}
-
-
-def _reads(automaton, word) -> bool:
-    state = automaton.start
-    for token in word:
-        state = automaton.transitions[state, token]
-        if state == NONE:
-            return False
-    return True
 
 
 def test_other_tasks_have_no_automaton():
@@ -219,12 +200,6 @@ def test_other_tasks_have_no_automaton():
         ValueError, match=r"^modular-arithmetic: no finite automaton says its targets at every length\.$"
     ):
         ModularArithmetic().automaton()
-
-
-def chi_square(counts: np.ndarray) -> float:
-    """Of equal shares, in standard deviations above its mean."""
-    expected, freedom = counts.sum() / counts.size, counts.size - 1
-    return (((counts - expected) ** 2).sum() / expected - freedom) / (2 * freedom) ** 0.5
 
 
 @each_language
@@ -337,17 +312,3 @@ BAD = [  # languages, options, error, text
 def test_bad_options(language, options, error, text):
     with pytest.raises(error, match=f"^{re.escape(f'{language.name}: {text}')}$"):
         language(**options)
-
-
-def test_a_length_without_sequences_for_a_split_says_so():
-    # two sequences of one bit: of three splits one at least has none
-    texts = []
-    for split in SPLITS:
-        try:
-            tokens = Parity(seq_len=1, min_len=1).sample(split, 4).tokens
-            assert len(tokens) == 4
-        except ValueError as error:
-            texts.append(str(error))
-    assert 1 <= len(texts) <= 2
-    for text in texts:
-        assert re.fullmatch(r"sample: no sequence of length 1 belongs to split '\w+': the task has too few .*", text)

@@ -85,12 +85,9 @@ def test_mads_number_is_the_mean_of_the_macro_averages_of_batches(generator):
 
 
 def test_parts_with_different_targets_add_up():
-    low, high = (
-        Score.of(torch.tensor([[0, 1]]), torch.tensor([[0, 2]])),
-        Score.of(torch.tensor([[9]]), torch.tensor([[9]])),
-    )
+    low, short = Score.of(torch.tensor([[0, 1]]), torch.tensor([[0, 2]])), Score.of(TARGETS[:, :1], TARGETS[:, :1])
     with pytest.raises(ValueError, match=r"^Score: lengths must agree to add up, got 2 and 1\.$"):
-        low + high
+        low + short
     high = Score.of(torch.tensor([[9, 2]]), torch.tensor([[9, 2]]))
     for total in (low + high, high + low):
         assert total.class_scored.tolist() == [1, 0, 2, 0, 0, 0, 0, 0, 0, 1]

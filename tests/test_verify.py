@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from automata.fa.dfa import DFA
+from helpers import is_word
 from model_helpers import ONE_HOT, natural, solved_model
 
 from statemix import BDLRU, SequenceModel, TrainConfig, block_scan, cli
@@ -36,15 +37,6 @@ def first_wrong(model: SequenceModel, automaton: Automaton, longest: int) -> Wro
             if target not in (NONE, answer):
                 return WrongWord(word, target, answer)
     return None
-
-
-def is_word(automaton: Automaton, word: tuple[int, ...]) -> bool:
-    state = automaton.start
-    for token in word:
-        state = automaton.transitions[state, token]
-        if state == NONE:
-            return False
-    return True
 
 
 def as_dfa(automaton: Automaton, output: int) -> DFA:
