@@ -1,8 +1,12 @@
 """What the tests share: the tolerance table, the comparison, scan problems, and NumPy oracles."""
 
 import dataclasses
+import itertools
 import multiprocessing
+import shutil
 import socket
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -275,3 +279,24 @@ def assert_solved(task: Task, solution, seed: int) -> None:
     assert total.token_accuracy == total.sequence_accuracy == total.macro_accuracy == total.mad_accuracy == 1
     answers[7][targets[7] != IGNORE_INDEX] += 1
     assert Score.of(answers, targets).sequence_accuracy == 7999 / 8000
+
+
+def elements(group: str) -> list[tuple[int, ...]]:
+    """The permutations of S<n> or A<n> in lexicographic order."""
+    found = list(itertools.permutations(range(int(group[1:]))))
+    even = [p for p in found if sum(a > b for a, b in itertools.combinations(p, 2)) % 2 == 0]
+    return found if group[0] == "S" else even
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the page in")
+
+
+def browse(page: Path, *options: str) -> str:
+    """What Chromium prints of a page that it opens from disk, with a profile in the folder of the page."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command += [f"--user-data-dir={page.parent / 'profile'}", *options, page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -7,7 +7,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, make_raw_gates, numpy_block, numpy_weights
+from helpers import assert_close, elements, make_raw_gates, numpy_block, numpy_weights
 
 from statemix import BDLRU, HLRU
 from statemix.analysis import (
@@ -43,9 +43,7 @@ def natural(group: str) -> np.ndarray:
     n = int(group[1:])
     if group[0] == "Z":
         return np.array([[(i + x) % n for i in range(n)] for x in range(n)])
-    elements = list(itertools.permutations(range(n)))
-    even = [x for x in elements if sum(a > b for a, b in itertools.combinations(x, 2)) % 2 == 0]
-    return np.array(elements if group[0] == "S" else even)
+    return np.array(elements(group))
 
 
 def copying(action: np.ndarray) -> torch.Tensor:

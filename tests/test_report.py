@@ -5,8 +5,6 @@ import html
 import itertools
 import math
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -14,6 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from helpers import browse, needs_chromium
 from PIL import Image
 from run_helpers import NEEDING_SPACE, disk, disk_is_full, snapshot
 
@@ -429,10 +428,7 @@ def test_labels_cannot_break_the_page():
     assert inline(svg, 'a"b<') == '<svg role="img" aria-label="a&quot;b&lt;" id="a-b--a"><use href="#a-b--a"/></svg>'
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the page in")
+@needs_chromium
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (390, True)])
 def test_a_browser_shows_the_page_without_scrolling_sideways(tmp_path, width, dark):
     """Nor is a table cut: it is in a frame of that width, which tells how wide its parts are, and a picture is taken.
@@ -449,22 +445,13 @@ def test_a_browser_shows_the_page_without_scrolling_sideways(tmp_path, width, da
         document.title = [inside.defaultView.innerWidth, cut.length, Math.max(...cut)] }}</script>"""
     page = tmp_path / "page.html"
     page.write_text(frame)
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
-    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={max(width, 500)},1400"]
-    command += ["--blink-settings=preferredColorScheme=0"] if dark else []
-    dumped = browse([*command, "--dump-dom", page.as_uri()])
+    options = [f"--window-size={max(width, 500)},1400", *(["--blink-settings=preferredColorScheme=0"] if dark else [])]
+    dumped = browse(page, *options, "--dump-dom")
     [measured] = re.findall(r"<title>(\d+,\d+,-?\d+)</title>", dumped)
     tables = 2 * (1 + 1 + len(lengths) + 1)  # sizes, validation, tests, runs
     assert measured == f"{width},{tables + 1},0"
-    browse([*command, f"--screenshot={tmp_path / 'page.png'}", page.as_uri()])
+    browse(page, *options, f"--screenshot={tmp_path / 'page.png'}")
     pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)[:, :width]
     paper, ink = ((13, 17, 23), (230, 237, 243)) if dark else ((255, 255, 255), (31, 35, 40))
     assert tuple(pixels[0, 0]) == paper
     assert (abs(pixels - ink).sum(-1) < 30).sum() > 200  # text
-
-
-def browse(command) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import chi_square
+from helpers import chi_square, elements
 
 from statemix.analysis import NONE
 from statemix.tasks import SPLITS, PermutationComposition, build_task
@@ -48,23 +48,6 @@ def test_the_table_of_s3_is_the_one_of_the_spec():
 def compose(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     """a o b: first b, then a."""
     return tuple(a[i] for i in b)
-
-
-def is_even(permutation: tuple[int, ...]) -> bool:
-    """By the number of cycles."""
-    unseen, cycles = set(range(len(permutation))), 0
-    while unseen:
-        i, cycles = min(unseen), cycles + 1
-        while i in unseen:
-            unseen.remove(i)
-            i = permutation[i]
-    return (len(permutation) - cycles) % 2 == 0
-
-
-def elements(group: str) -> list[tuple[int, ...]]:
-    """The permutations of S<n> or A<n> in lexicographic order."""
-    found = sorted(itertools.permutations(range(int(group[1:]))))
-    return found if group[0] == "S" else [p for p in found if is_even(p)]
 
 
 @pytest.mark.parametrize("group", ["S1", "S2", "S3", "S4", "S5", "A1", "A2", "A3", "A4", "A5"])

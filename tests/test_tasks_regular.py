@@ -195,13 +195,6 @@ def test_the_words_of_the_automaton_are_those_of_the_task(language, start):
     assert words == {tuple(row) for row in drawn if task.pad not in row}
 
 
-def test_other_tasks_have_no_automaton():
-    with pytest.raises(
-        ValueError, match=r"^modular-arithmetic: no finite automaton says its targets at every length\.$"
-    ):
-        ModularArithmetic().automaton()
-
-
 @each_language
 @each_split
 def test_lengths_are_uniform_and_inputs_too(language, split):
