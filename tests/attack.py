@@ -40,6 +40,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch, as conftest.py has it
 import torch
 
 import statemix
+from statemix.benchmark import measure
 
 SECONDS = 120
 BATCH = 50  # tries of one process
@@ -196,7 +197,7 @@ def main() -> int:
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
     began, found = time.monotonic(), {}
-    machine = f"{_processor()}, {os.cpu_count()} cores, {platform.system()}"
+    machine = f"{measure.machine(1)['processor']}, {os.cpu_count()} cores, {platform.system()}"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, statemix {statemix.__version__}"
     about = {"seed": options.seed, "scale": options.scale, "machine": machine, "versions": versions}
 
@@ -224,15 +225,6 @@ def main() -> int:
     for row in [("", *header), *((name, *(line[key] for key in header)) for name, line in found.items())]:
         print("  ".join(str(cell).rjust(width) for cell, width in zip(row, widths, strict=True)))
     return int(any(line[kind] for line in found.values() for kind in WRONG))
-
-
-def _processor() -> str:
-    """The name of the processor, where Linux tells it."""
-    try:
-        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        names = []
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -321,7 +321,6 @@ def make_calls(place: Path) -> None:
 
 
 def call(prepared: None, rng: random.Random, place: Path) -> End:
-    """Make a call."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.RLIM_INFINITY))
     generator = torch.Generator().manual_seed(rng.randrange(2**32))
     torch.manual_seed(rng.randrange(2**32))

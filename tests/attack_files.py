@@ -8,7 +8,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -84,7 +84,6 @@ class Home(NamedTuple):
 
 
 def make_home(place: Path) -> Home:
-    """Train."""
     (place / "text").write_text("".join(random.Random(0).choices("ab \n", weights=(4, 3, 2, 1), k=2000)))
     os.environ["STATEMIX_CACHE"] = str(place / "cache")
     config = text_config(place / "text")
@@ -164,7 +163,6 @@ def flip(path: Path, rng: random.Random, other: Path) -> None:
 
 
 def cut(path: Path, rng: random.Random, other: Path) -> None:
-    """The end is missing."""
     path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
 
 
@@ -197,12 +195,10 @@ def swap(path: Path, rng: random.Random, other: Path) -> None:
 
 
 def delete(path: Path, rng: random.Random, other: Path) -> None:
-    """It is missing."""
     path.unlink()
 
 
 def folder_instead(path: Path, rng: random.Random, other: Path) -> None:
-    """It is a folder."""
     path.unlink()
     path.mkdir()
 
@@ -213,18 +209,7 @@ def link(path: Path, rng: random.Random, other: Path) -> None:
     path.symlink_to(rng.choice((other.resolve(), path, path.with_name("nothing"))))
 
 
-DAMAGES: tuple[Callable[[Path, random.Random, Path], None], ...] = (
-    flip,
-    flip,
-    cut,
-    blank,
-    grow,
-    reorder,
-    swap,
-    delete,
-    folder_instead,
-    link,
-)
+DAMAGES = (flip, flip, cut, blank, grow, reorder, swap, delete, folder_instead, link)
 
 
 def damage_folder(home: Home, rng: random.Random, place: Path) -> End:
@@ -381,7 +366,6 @@ class Corpora(NamedTuple):
 
 
 def make_corpora(place: Path) -> Corpora:
-    """Open both."""
     os.environ["STATEMIX_CACHE"] = str(place / "cache")
     found = []
     for name, letters in (("a", "abcd \n"), ("b", "aefg \n")):

@@ -109,7 +109,6 @@ MEMORY = Attack("memory limits", 50, make_large, limit_memory)
 
 
 def make_whole(place: Path) -> Whole:
-    """Train."""
     (place / "text").write_text("".join(random.Random(0).choices("ab \n", k=2000)))
     os.environ["STATEMIX_CACHE"] = str(place / "cache")
     config = text_config(place / "text", steps=12, eval_every=2)
@@ -155,7 +154,6 @@ class Built(NamedTuple):
 
 
 def make_built(place: Path) -> Built:
-    """Open a corpus."""
     os.environ["STATEMIX_CACHE"] = str(place / "cache")
     (place / "text").write_text("".join(random.Random(0).choices("abcdefgh \n", k=300_000)))
     arguments = (str(place / "text"), "characters", 0, "text", (0.1, 0.1))

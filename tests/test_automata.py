@@ -24,14 +24,13 @@ from statemix.tasks import (
 from statemix.tasks.random_automaton import drawn_automaton
 
 PARITY = Automaton([[-1, -1, 1], [1, 2, -1], [2, 1, -1]], [[-1, -1, -1], [0, 1, -1], [1, 0, -1]])
+REGULAR = [Parity, EvenPairs, ModularCounting, CycleNavigation, ModularArithmeticSimple]
 FINITE = [
-    Parity(),
+    *(language(start=start) for language in REGULAR for start in (False, True)),
+    *(language(scored="last", start=True) for language in REGULAR),
     Parity(scored="last"),
-    Parity(scored="last", start=True),
-    EvenPairs(),
-    EvenPairs(scored="last", start=True),
+    ModularArithmeticSimple(scored="last", start=True, min_len=1),
     ModularCounting(modulus=4),
-    CycleNavigation(),
     RandomAutomaton(),
     RandomAutomaton(num_states=32, num_symbols=4, number=3, scored="last", start=True),
     PermutationComposition(group="S3"),
@@ -39,7 +38,6 @@ FINITE = [
     PermutationComposition(group="S4", generators="transpositions", start=True),
     PermutationComposition(group="S5", generators=8, scored="last", start=True, min_len=1),
     ModularArithmeticSimple(modulus=3),
-    ModularArithmeticSimple(scored="last", start=True, min_len=1),
 ]
 INFINITE = sorted(TASKS.keys() - {task.name for task in FINITE} - {"word-problem"})  # which needs a path
 

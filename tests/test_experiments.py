@@ -31,20 +31,22 @@ def at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+def experiment(name: str) -> dict:
+    """The names of a file of experiments/, which is not run."""
+    return runpy.run_path(str(EXPERIMENTS / f"{name}.py"), run_name=name)
+
+
 @pytest.fixture(scope="module")
 def results():
-    """The names of experiments/results.py."""
-    sys.path.insert(0, str(EXPERIMENTS))
-    try:
-        return runpy.run_path(str(EXPERIMENTS / "results.py"), run_name="results")
-    finally:
-        sys.path.remove(str(EXPERIMENTS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXPERIMENTS)
+        return experiment("results")
 
 
 @pytest.mark.parametrize("budget", ["quick", "full"])
 def test_every_sweep_is_of_valid_configs_and_has_seeds(results, budget):
     for name in (*results["CLAIMS"], "random_automata"):
-        configs = runpy.run_path(str(EXPERIMENTS / f"{name}.py"), run_name=name)["configs"](budget)
+        configs = experiment(name)["configs"](budget)
         assert all(isinstance(config, TrainConfig) for config in configs.values())
         seeds = {config.seed for config in configs.values()}
         assert len(seeds) >= 3
@@ -54,7 +56,7 @@ def test_every_sweep_is_of_valid_configs_and_has_seeds(results, budget):
 
 def test_the_rivals_of_the_suite_have_its_protocol_and_as_many_parameters(monkeypatch):
     monkeypatch.syspath_prepend(EXPERIMENTS)
-    rivals = runpy.run_path(str(EXPERIMENTS / "rivals.py"), run_name="rivals")
+    rivals = experiment("rivals")
     own = rivals["config"]("parity", rivals["OWN"], 3e-3, 1)
     assert own.mixer["name"] == "bd_lru"
     size, _ = measure(own.mixer, own.model.d_model)
@@ -122,7 +124,7 @@ def test_results_draws_every_picture_again_and_leaves_the_pages_as_they_are(resu
 
 
 def test_an_automaton_is_verified_once(tmp_path):
-    automata = runpy.run_path(str(EXPERIMENTS / "random_automata.py"), run_name="random_automata")
+    automata = experiment("random_automata")
     made = automata["configs"]("quick")
     assert sum(label.startswith("BD-LRU, 32 states") for label in made) >= 20
     assert len({config.to_json() for config in made.values()}) == len(made)
@@ -146,7 +148,7 @@ def test_an_automaton_is_verified_once(tmp_path):
 
 def test_a_block_needs_a_component_for_each_function_of_the_state():
     """A shift register of 3 bits, of which the oldest is said: each of them is to be held."""
-    components = runpy.run_path(str(EXPERIMENTS / "random_automata.py"), run_name="random_automata")["components"]
+    components = experiment("random_automata")["components"]
     moves = np.array([[(2 * state + bit) % 8 for bit in (0, 1, 1)] for state in range(8)])
     moves[:, 2] = NONE  # the start token
     said = np.where(moves == NONE, NONE, moves >> 2)
@@ -160,14 +162,13 @@ def test_a_block_needs_a_component_for_each_function_of_the_state():
     [("agents", "runpy", []), ("generation", "load_text_model", ["a run"])],
 )
 def test_a_folder_for_the_table_is_there_before_any_work(tmp_path, monkeypatch, name, first_work, arguments):
-    main, out = runpy.run_path(str(EXPERIMENTS / f"{name}.py"), run_name=name)["main"], tmp_path / "new" / "folder"
+    main, out = experiment(name)["main"], tmp_path / "new" / "folder"
 
     def begin(*_, **__):
         raise RuntimeError(f"folder: {out.is_dir()}")
 
-    monkeypatch.setitem(
-        main.__globals__, first_work, SimpleNamespace(run_path=begin) if first_work == "runpy" else begin
-    )
+    work = SimpleNamespace(run_path=begin) if first_work == "runpy" else begin
+    monkeypatch.setitem(main.__globals__, first_work, work)
     monkeypatch.setattr(sys, "argv", [name, *arguments, "--out", str(out)])
     with pytest.raises(RuntimeError, match="folder: True"):
         main()
@@ -175,7 +176,7 @@ def test_a_folder_for_the_table_is_there_before_any_work(tmp_path, monkeypatch, 
 
 def test_the_suite_tries_until_a_model_is_verified(tmp_path, monkeypatch):
     """With models that are made and not trained: the first errs, the second is right at every length."""
-    suite, made = runpy.run_path(str(EXPERIMENTS / "suite.py"), run_name="suite"), []
+    suite, made = experiment("suite"), []
 
     def write(config: TrainConfig, out: Path):
         made.append(config.seed)

@@ -193,15 +193,9 @@ def made_runs(tasks=("permutation",), lengths=(16, 64), seeds=(0, 1, 2)) -> list
             for seed in seeds if mixer["name"] == "bd_lru" else seeds[:1]:
                 config = TrainConfig(task={"name": task, "seq_len": 16}, mixer=mixer, seed=seed, test_lengths=lengths)
                 own = accuracy + seed / 100
-                summary = {
-                    "parameters": 12345,
-                    "mixer_parameters": 99,
-                    "state_size": 48,
-                    "steps": 600,
-                    "best_step": 500,
-                }
-                summary |= {"train_tokens_per_s": 5e4 + seed, "threads": 1, "version": "0.1.0", "valid": scores(own)}
-                summary["test"] = {str(n): scores(own * 16 / n) for n in lengths}
+                summary = {"parameters": 12345, "mixer_parameters": 99, "state_size": 48, "steps": 600, "threads": 1}
+                summary |= {"best_step": 500, "train_tokens_per_s": 5e4 + seed, "version": "0.1.0"}
+                summary |= {"valid": scores(own), "test": {str(n): scores(own * 16 / n) for n in lengths}}
                 runs.append(Run(Path(f"runs/{task}-{accuracy}-{seed}"), config, summary, metrics(start=3 - own)))
     return runs
 

@@ -377,6 +377,9 @@ def test_mad_trains_on_the_same_where_all_can_be_known(task):
 
 # ---- bad input
 
+NOISE = "`vocab_size` must be at least noise_vocab_size + 4 = 20, got 19."
+MOTIFS = "`k_motif_size` must leave fewer than 2^40 keys, got 7 tokens of 63."
+COPIES = "`num_tokens_to_copy` must be at most (seq_len - 1) / 2 = 15, to be shown and copied, got 16."
 BAD = [  # task, options, error, text
     (InContextRecall, {"vocab_size": 3}, ValueError, "`vocab_size` must be at least 4, got 3."),
     (InContextRecall, {"vocab_size": 16.0}, TypeError, "`vocab_size` must be an int, got 16.0."),
@@ -385,12 +388,7 @@ BAD = [  # task, options, error, text
     (InContextRecall, {"seq_len": 2}, ValueError, "`seq_len` must be at least 4, got 2."),
     (InContextRecall, {"compat": "MAD"}, ValueError, "`compat` must be one of ['mad', 'none'], got 'MAD'."),
     (InContextRecall, {"compat": None}, ValueError, "`compat` must be one of ['mad', 'none'], got None."),
-    (
-        NoisyInContextRecall,
-        {"vocab_size": 19},
-        ValueError,
-        "`vocab_size` must be at least noise_vocab_size + 4 = 20, got 19.",
-    ),
+    (NoisyInContextRecall, {"vocab_size": 19}, ValueError, NOISE),
     (NoisyInContextRecall, {"noise_vocab_size": 0}, ValueError, "`noise_vocab_size` must be at least 1, got 0."),
     (NoisyInContextRecall, {"noise_vocab_size": "16"}, TypeError, "`noise_vocab_size` must be an int, got '16'."),
     (NoisyInContextRecall, {"frac_noise": 1.0}, ValueError, "`frac_noise` must be in [0, 1), got 1.0."),
@@ -405,12 +403,7 @@ BAD = [  # task, options, error, text
     (FuzzyInContextRecall, {"seq_len": 10}, ValueError, "`seq_len` must be at least 11, got 10."),
     (FuzzyInContextRecall, {"k_motif_size": 0}, ValueError, "`k_motif_size` must be at least 1, got 0."),
     (FuzzyInContextRecall, {"v_motif_size": 1.5}, TypeError, "`v_motif_size` must be an int, got 1.5."),
-    (
-        FuzzyInContextRecall,
-        {"vocab_size": 128, "k_motif_size": 7},
-        ValueError,
-        "`k_motif_size` must leave fewer than 2^40 keys, got 7 tokens of 63.",
-    ),
+    (FuzzyInContextRecall, {"vocab_size": 128, "k_motif_size": 7}, ValueError, MOTIFS),
     (FuzzyInContextRecall, {"compat": "yes"}, ValueError, "`compat` must be one of ['mad', 'none'], got 'yes'."),
     (Memorization, {"vocab_size": 4}, ValueError, "`vocab_size` must be at least 5, got 4."),
     (Memorization, {"seq_len": 2}, ValueError, "`seq_len` must be at least 4, got 2."),
@@ -420,12 +413,7 @@ BAD = [  # task, options, error, text
     (SelectiveCopying, {"vocab_size": 3}, ValueError, "`vocab_size` must be at least 4, got 3."),
     (SelectiveCopying, {"seq_len": 2}, ValueError, "`seq_len` must be at least 3, got 2."),
     (SelectiveCopying, {"num_tokens_to_copy": 0}, ValueError, "`num_tokens_to_copy` must be at least 1, got 0."),
-    (
-        SelectiveCopying,
-        {"seq_len": 32},
-        ValueError,
-        "`num_tokens_to_copy` must be at most (seq_len - 1) / 2 = 15, to be shown and copied, got 16.",
-    ),
+    (SelectiveCopying, {"seq_len": 32}, ValueError, COPIES),
     (SelectiveCopying, {"compat": ""}, ValueError, "`compat` must be one of ['mad', 'none'], got ''."),
     (Compression, {"vocab_size": 2}, ValueError, "`vocab_size` must be at least 3, got 2."),
     (Compression, {"seq_len": 1}, ValueError, "`seq_len` must be at least 2, got 1."),

@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers import assert_solved, chi_square, is_word
 
-from statemix.analysis import NONE
 from statemix.tasks import (
     IGNORE_INDEX,
     PRESETS,
@@ -27,6 +26,7 @@ X = IGNORE_INDEX
 COUNTERS = [Parity, ModularCounting, CycleNavigation, EvenPairs]
 REGULAR = [*COUNTERS, ModularArithmeticSimple]
 LANGUAGES = [*REGULAR, ModularArithmetic]
+MODULAR = [ModularCounting, ModularArithmetic, ModularArithmeticSimple]
 each_language = pytest.mark.parametrize("language", LANGUAGES)
 each_split = pytest.mark.parametrize("split", SPLITS)
 
@@ -160,25 +160,7 @@ def test_a_range_of_lengths(language):
         task.with_lengths(5, 4)
 
 
-# ---- automata
-
-
-def followed(automaton, row: list[int]) -> list[int]:
-    """The answers of an automaton to a word, token by token."""
-    said = automaton.run(np.array([row]))[0]
-    return np.where(said == NONE, X, said).tolist()
-
-
-@pytest.mark.parametrize("start", [False, True])
-@pytest.mark.parametrize("language", REGULAR)
-def test_the_automaton_answers_as_the_task(language, start):
-    task = language(seq_len=12, start=start)
-    automaton = task.automaton()
-    assert automaton.transitions.shape[1] == task.vocab_size
-    tokens, targets, _ = task.sample("train", 1000)
-    for row, answers in zip(tokens.tolist(), targets.tolist(), strict=True):
-        word = [token for token in row if token != task.pad]
-        assert followed(automaton, word) == answers[: len(word)]
+# ---- automata, whose answers test_automata.py compares
 
 
 @pytest.mark.parametrize("start", [False, True])
@@ -278,18 +260,8 @@ BAD = [  # languages, options, error, text
     (LANGUAGES, {"start": 1}, TypeError, "`start` must be True or False, got 1."),
     (REGULAR, {"scored": "end"}, ValueError, "`scored` must be one of ['every', 'last'], got 'end'."),
     (REGULAR, {"scored": None}, ValueError, "`scored` must be one of ['every', 'last'], got None."),
-    (
-        [ModularCounting, ModularArithmetic, ModularArithmeticSimple],
-        {"modulus": 1},
-        ValueError,
-        "`modulus` must be at least 2, got 1.",
-    ),
-    (
-        [ModularCounting, ModularArithmetic, ModularArithmeticSimple],
-        {"modulus": 5.0},
-        TypeError,
-        "`modulus` must be an int, got 5.0.",
-    ),
+    (MODULAR, {"modulus": 1}, ValueError, "`modulus` must be at least 2, got 1."),
+    (MODULAR, {"modulus": 5.0}, TypeError, "`modulus` must be an int, got 5.0."),
     ([CycleNavigation], {"cycle_length": 1}, ValueError, "`cycle_length` must be at least 2, got 1."),
     ([CycleNavigation], {"cycle_length": False}, TypeError, "`cycle_length` must be an int, got False."),
     ([ModularArithmetic], {"min_len": 1}, ValueError, "`min_len` must be at least 2, got 1."),

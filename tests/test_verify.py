@@ -256,15 +256,11 @@ def test_one_changed_gate_is_found_by_its_shortest_word(rows, layers):
 
 def test_a_fault_that_only_long_words_meet():
     """A wrong label in the read-out of a state of Z_12 that eleven steps lead to, and no fewer."""
-    automaton = Automaton([[(state + 1) % 12] for state in range(12)], [[(state + 1) % 12] for state in range(12)])
-    asked = Automaton(automaton.transitions, np.where(automaton.outputs == 11, 0, automaton.outputs))
-    # pad the tables to the vocabulary of the model: token 0 steps, 12 starts
-    tables = [np.full((12, 13), NONE) for _ in range(4)]
-    for table, of in zip(tables, (automaton, automaton, asked, asked), strict=True):
-        table[:, 0] = of.transitions[:, 0]
-    tables[3][:, 0] = asked.outputs[:, 0]
+    moves = np.full((12, 13), NONE)  # for the tokens of the model, of which 0 steps and 12 starts
+    moves[:, 0] = (np.arange(12) + 1) % 12
+    asked = np.where(moves == 11, 0, moves)
     model = solved_cycle(12)
-    right, wrong = (Automaton(*pair).preceded_by(12) for pair in (tables[:2], tables[2:]))
+    right, wrong = (Automaton(moves, said).preceded_by(12) for said in (moves, asked))
     assert explore(model, right).outcome == "equal"
     assert explore(model, wrong).wrong == WrongWord((12, *[0] * 11), 0, 11)
 

@@ -120,9 +120,7 @@ def install(wheel: Path, requirement: str, rounds: int) -> None:
         run([python, "-m", "pip", "install", "-q", "--only-binary=:all:", requirement, str(wheel.resolve())])
         script = shutil.copy(__file__, folder)
         run([python, str(script)])
-        packages = (
-            binaries.parent / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
-        )
+        packages = next(binaries.parent.glob("lib/python*/site-packages"))
         installed = packages / "statemix" / "kernels" / library.LIBRARY
         run([python, str(script), "--turns", str(source), str(installed), "--rounds", str(rounds)])
 
