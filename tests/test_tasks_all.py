@@ -188,8 +188,8 @@ def test_the_stream_stays_as_it_is(name):
 @each_task
 def test_seeds_indices_and_splits_are_separate_streams(name):
     task, seen = build_task({"name": name}), {}
-    # 2^32 and 2^33: a seed sequence splits numbers into words of 32 bits
-    numbers = (0, 1, 2, 1000, 2**32, 2**33)
+    # beyond 2^32: a seed sequence splits numbers into words of 32 bits
+    numbers = (0, 1, 2, 1000, 2**32, 2**32 + 1, 2**33)
     for arguments in itertools.product(SPLITS, numbers, numbers):
         split, seed, index = arguments
         tokens = tuple(task.sample(split, 4, seed=seed, index=index).tokens.flatten().tolist())
