@@ -302,13 +302,9 @@ def spec_call(rng: random.Random, generator: torch.Generator) -> tuple[Callable,
     task = build_task({"name": name})
     arguments = {option: getattr(task, option) for option in task.__dataclass_fields__}
     arguments |= {"split": "train", "batch_size": 2, "seed": 0, "index": 0}
-    sampled = ("split", "batch_size", "seed", "index")
 
-    def sample(**given: Any) -> Any:
-        own = {key: value for key, value in given.items() if key not in sampled}
-        return build_task({"name": name} | own).sample(
-            given["split"], given["batch_size"], seed=given["seed"], index=given["index"]
-        )
+    def sample(split: str, batch_size: int, seed: int, index: int, **own: Any) -> Any:
+        return build_task({"name": name} | own).sample(split, batch_size, seed=seed, index=index)
 
     return sample, arguments, lambda batch: bool(((batch.targets < 2**31) & (batch.tokens >= 0)).all())
 

@@ -86,6 +86,9 @@ def test_a_block_that_is_wrong_at_one_token_is_right_at_the_others():
     assert block.verdict == NONE
     assert block.components == (2, 0, 1)
     assert block.right == (True, True, True, True, False, True)
+    [axes] = group_picture(transition, symmetric(3), [block]).axes
+    assert "block 0\n5/6" in {text.get_text() for text in axes.texts}
+    assert frames(axes) == {OTHER: 5}
 
 
 def test_quotients_have_names():
@@ -143,15 +146,6 @@ def test_the_picture_of_the_group():
     for boxes in wanted:
         shifted = boxes + np.array([left, 0])
         assert any(len(b) == 3 and np.allclose(np.sort(b, axis=0), np.sort(shifted, axis=0)) for b in drawn)
-
-
-def test_a_block_that_acts_as_no_group_shows_for_how_many_tokens_it_is_right():
-    group, transition = symmetric(3), planted()[:, 2:3]
-    transition[4, 0, 1] = 0
-    figure = group_picture(transition, group, read_blocks(transition, group))
-    [axes] = figure.axes
-    assert "block 0\n5/6" in {text.get_text() for text in axes.texts}
-    assert frames(axes) == {OTHER: 5}
 
 
 def test_a_large_group_is_shown_by_some_of_each_class():

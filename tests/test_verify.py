@@ -1,5 +1,6 @@
 """verify.py: models that are right by construction, the same with one fault, and what a search may not claim."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -41,26 +42,19 @@ def first_wrong(model: SequenceModel, automaton: Automaton, longest: int) -> Wro
 
 def as_dfa(automaton: Automaton, output: int) -> DFA:
     """The words at whose end the automaton says this output, as another library has it."""
-    moves, accepted, arrived = {}, set(), {(automaton.start, NONE)}
-    frontier = list(arrived)
-    while frontier:
-        state, said = frontier.pop()
-        moves[state, said] = {}
-        if said == output:
-            accepted.add((state, said))
-        for token, after in enumerate(automaton.transitions[state].tolist()):
-            if after != NONE:
-                reached = after, int(automaton.outputs[state, token])
-                moves[state, said][token] = reached
-                if reached not in arrived:
-                    arrived.add(reached)
-                    frontier.append(reached)
+    rows = zip(automaton.transitions.tolist(), automaton.outputs.tolist(), strict=True)
+    steps = [list(zip(*row, strict=True)) for row in rows]  # of a state and token: the state after, the output
+    said = range(NONE, int(automaton.outputs.max()) + 1)
+    moves = {
+        (state, before): {token: step for token, step in enumerate(steps[state]) if step[0] != NONE}
+        for state, before in itertools.product(range(len(steps)), said)
+    }
     return DFA(
-        states=arrived,
+        states=set(moves),
         input_symbols=set(range(automaton.transitions.shape[1])),
         transitions=moves,
         initial_state=(automaton.start, NONE),
-        final_states=accepted,
+        final_states={end for end in moves if end[1] == output},
         allow_partial=True,
     )
 
