@@ -330,13 +330,12 @@ def test_the_page_is_whole_and_loads_nothing(report):
 def test_each_run_has_links_to_its_files(tmp_path):
     run = made_runs(seeds=(0,), lengths=(16,))[0]._replace(folder=tmp_path / "of 100 %" / "run#1")
     run.folder.mkdir(parents=True)
-    for name in ("config.json", "metrics.jsonl", "result.json"):  # and no log: it was no run of a sweep
+    names = ("config.json", "result.json", "metrics.jsonl")  # and no log: it was no run of a sweep
+    for name in names:
         (run.folder / name).touch()
     page, *_ = write_report([run], tmp_path / "reports" / "one")
     links = Page(page.read_text()).links
-    assert links[1:] == [f"../../of%20100%20%25/run%231/{name}.json" for name in ("config", "result")] + [
-        "../../of%20100%20%25/run%231/metrics.jsonl"
-    ]
+    assert links[1:] == [f"../../of%20100%20%25/run%231/{name}" for name in names]
     assert all((page.parent / unquote(link)).exists() for link in links)
     assert f"| 0 | 600 | 0.900 | 0.900 | 50,000 | {run.folder} |" in (page.parent / "report.md").read_text()
 
@@ -376,9 +375,8 @@ def test_figures_show_means_intervals_and_guessing():
     assert list(learning.lines[0].get_xdata()) == [1, 2, 3, 4, 5]
     assert learning.lines[-1].get_ydata()[0] == pytest.approx(1 / 6)
     [loss] = drawn["loss"].axes
-    assert list(loss.lines[0].get_ydata()) == pytest.approx(
-        [2.09 / step + 0.1 for step in range(1, 6)]
-    )  # mean of seeds
+    mean_of_seeds = [2.09 / step + 0.1 for step in range(1, 6)]
+    assert list(loss.lines[0].get_ydata()) == pytest.approx(mean_of_seeds)
     assert sorted(text.get_text().replace("\n", " ") for text in loss.texts) == sorted(groups)
     [lengths] = drawn["lengths"].axes
     mean_line = lengths.lines[0]

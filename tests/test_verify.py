@@ -313,12 +313,12 @@ def test_nan_is_no_answer():
 # ---- of a run
 
 
-def write_run(folder: Path, model: SequenceModel, **options) -> Path:
+def write_run(folder: Path, model: SequenceModel, sharpen: float | None = None, **options) -> Path:
     """A folder with the config of a run and a model in a folder below it."""
     spec = {"name": "permutation", "group": "S3", "start": True} | options
     checkpoint = folder / "exact"
     checkpoint.mkdir()
-    (folder / "config.json").write_text(TrainConfig(task=spec).to_json())
+    (folder / "config.json").write_text(TrainConfig(task=spec, sharpen=sharpen).to_json())
     model.save(checkpoint)
     return checkpoint
 
@@ -350,11 +350,8 @@ def test_the_command_says_where_they_differ(tmp_path, capsys):
     word, target, said = explore(SequenceModel.load(checkpoint), task(3).automaton()).wrong
     shown = " ".join(map(str, word))
     assert out.startswith(f"differs: at the end of {shown}, a shortest wrong word, it says {said} and not {target}; ")
-    assert json.loads((out_folder / "verify.json").read_text())["wrong"] == {
-        "word": list(word),
-        "target": target,
-        "said": said,
-    }
+    found = json.loads((out_folder / "verify.json").read_text())["wrong"]
+    assert found == {"word": list(word), "target": target, "said": said}
     assert not (checkpoint / "verify.json").exists()
 
 
@@ -379,9 +376,7 @@ def test_sharpened_on_the_way(tmp_path):
 
 
 def test_sharpened_as_in_the_test_of_the_run(tmp_path, capsys):
-    checkpoint = write_run(tmp_path, solved_model(3, gap=8.0))
-    spec = {"name": "permutation", "group": "S3", "start": True}
-    (tmp_path / "config.json").write_text(TrainConfig(task=spec, sharpen=100.0).to_json())
+    checkpoint = write_run(tmp_path, solved_model(3, gap=8.0), sharpen=100.0)
     status, out, _ = call(capsys, checkpoint)
     assert status == 0
     assert ", 7 in the least automaton with the same answers, of the model sharpened by 100.\n" in out
