@@ -138,29 +138,6 @@ def test_a_model_goes_on_from_a_state_of_each_layer(state, error, told):
                     call()
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "told"),
-    [
-        ({"prompts": 3}, TypeError, r"`prompts` must be a sequence of prompts, got 3\.$"),
-        ({"prompts": "ab"}, TypeError, r"`prompts\[0\]` must be a sequence of int64 tokens, got 'a'\.$"),
-        ({"prompts": [[2**70]]}, TypeError, r"`prompts\[0\]` must be a sequence of int64 tokens, got \["),
-        ({"prompts": [[1j]]}, TypeError, r"`prompts\[0\]` must be of integers, got torch\.complex64\.$"),
-        ({"prompts": [torch.tensor([1]).to_sparse()]}, TypeError, r"`prompts\[0\]` must be a dense tensor"),
-        ({"stop": 3}, TypeError, r"`stop` must be a collection of tokens, got 3\.$"),
-        ({"seed": -1}, ValueError, r"`seed` must be at least 0, got -1\.$"),
-        ({"seed": 2**64}, ValueError, r"`seed` must be below 2\^63, got 18446744073709551616\.$"),
-        ({"max_new_tokens": 2**63}, ValueError, r"`max_new_tokens` must be below 2\^63, got 9"),
-        ({"top_k": 2**63}, ValueError, r"`top_k` must be below 2\^63, got 9"),
-        ({"temperature": 10**400}, ValueError, r"`temperature` must be at least 0 and finite, got 1000"),
-    ],
-    ids=str,
-)
-def test_generation_is_asked_for_rightly(changes, error, told):
-    given = {"prompts": [[1]], "max_new_tokens": 1} | changes
-    with pytest.raises(error, match=f"^generate: {told}"):
-        generate(make_model(), **given)
-
-
 def test_a_whole_number_may_be_a_temperature():
     model = make_model()
     for temperature in (1, 2**70):  # of which numpy makes no float by itself

@@ -11,25 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TOLERANCE, relative_error
+from helpers import TOLERANCE, needs_kernels, relative_error
+from kernel_helpers import STEPPED
 
 import statemix.generate
-from statemix import AutoEncoder, SequenceModel, kernels
+from statemix import AutoEncoder, SequenceModel
 from statemix.cli import main
 from statemix.decoder import Decoder
 from statemix.generate import Sampler, generate, load_text_model, read_prompt, stream, stream_text
 from statemix.text.tokenizer import Bytes, Characters, save_tokenizer
 
-MIXERS = {
-    "block": {"name": "bd_lru", "num_blocks": 5, "block_size": 3},
-    "companion": {"name": "h_lru", "num_channels": 7, "order": 4},
-    "observer": {"name": "h_lru", "num_channels": 7, "order": 4, "form": "observer"},
+MIXERS = STEPPED | {
     "lstm": {"name": "lstm", "hidden_size": 9},
     "attention": {"name": "attention", "head_dim": 4, "context": 6, "num_heads": 2},
 }
-FUSED = ("block", "companion", "observer")
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [2, 7, 1], [8, 2, 8, 1, 8]]
-needs_kernels = pytest.mark.skipif(kernels.load_problem() is not None, reason=f"no kernels: {kernels.load_problem()}")
 
 
 def make_model(mixer: str = "block", vocab_size: int = 11, **options) -> SequenceModel:
@@ -42,12 +38,9 @@ def make_model(mixer: str = "block", vocab_size: int = 11, **options) -> Sequenc
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread(threads):
     """The models are so small that a second one only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    threads(1)
 
 
 def likeliest_by_forward(model: SequenceModel, prompt: list[int], count: int) -> list[int]:
@@ -59,22 +52,9 @@ def likeliest_by_forward(model: SequenceModel, prompt: list[int], count: int) ->
     return tokens[len(prompt) :]
 
 
-def likeliest_by_steps(model: SequenceModel, prompt: list[int], count: int) -> list[int]:
-    """Greedy decoding by `step` from the first token on."""
-    state, new = None, []
-    with torch.no_grad():
-        for token in prompt:
-            logits, state = model.step(torch.tensor([token]), state)
-        for _ in range(count):
-            new.append(int(logits.argmax()))
-            logits, state = model.step(torch.tensor(new[-1:]), state)
-    return new
-
-
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_greedy_decoding_is_what_the_forward_and_what_steps_give(mixer):
+def test_greedy_decoding_is_what_the_forward_gives(mixer):
     actual = generate(make_model(mixer), PROMPTS, 12, temperature=0)
-    assert actual == [likeliest_by_steps(make_model(mixer), prompt, 12) for prompt in PROMPTS]
     assert actual == [likeliest_by_forward(make_model(mixer), prompt, 12) for prompt in PROMPTS]
     assert len({tuple(row) for row in actual}) > 1  # or any constant would pass
 
@@ -90,7 +70,7 @@ def test_a_row_is_what_its_prompt_gives_alone(mixer):
 
 
 @needs_kernels
-@pytest.mark.parametrize("mixer", FUSED)
+@pytest.mark.parametrize("mixer", STEPPED)
 @pytest.mark.parametrize("batch", [3, 12])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_decoder_steps_as_the_model_and_rows_share_no_bit(generator, calls, mixer, batch, dtype):
@@ -116,49 +96,27 @@ def test_a_decoder_steps_as_the_model_and_rows_share_no_bit(generator, calls, mi
     assert all(map(torch.equal, state, before))
 
 
-EXCHANGED = {
-    "a head with a bias": lambda model: model.set_submodule("head", torch.nn.Linear(20, 11)),
-    "another norm": lambda model: model.set_submodule("norm", torch.nn.LayerNorm(20)),
-    "a norm of no epsilon": lambda model: model.set_submodule("norm", torch.nn.RMSNorm(20, eps=None)),
-    "a hook": lambda model: model.head.register_forward_hook(lambda module, inputs, logits: 2 * logits),
-    "a hook on the embedding": lambda model: model.embedding.register_forward_hook(lambda module, inputs, x: 2 * x),
-    "an embedding of bounded norm": lambda model: setattr(model.embedding, "max_norm", 0.1),
-    "a transposed weight": lambda model: setattr(
-        model.head, "weight", torch.nn.Parameter(model.head.weight.detach().T.contiguous().T)
-    ),
-}
-
-
 @needs_kernels
-@pytest.mark.parametrize("what", EXCHANGED)
-def test_a_model_whose_end_is_not_the_kernels_steps_itself(calls, what):
-    model, tokens = make_model(), torch.tensor([4, 2])
-    EXCHANGED[what](model)
-    with torch.no_grad():
-        expected, _ = copy.deepcopy(model).step(tokens)  # a bounded embedding changes when it is read
-    decoder = Decoder(model, batch=2)
-    calls.clear()
-    assert torch.equal(decoder.step(tokens), expected)
-    assert calls == ["statemix_pair_step"] * 2
+def test_a_model_whose_end_is_not_the_kernels_steps_by_pairs(calls):
+    """What else is not the kernel's is in tests/test_fused.py."""
+    hooked, transposed = make_model(), make_model()
+    hooked.head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
+    transposed.head.weight.data = transposed.head.weight.data.T.contiguous().T
+    for model in (hooked, transposed):
+        calls.clear()
+        Decoder(model, batch=2).step(torch.tensor([4, 2]))
+        assert calls == ["statemix_pair_step"] * 2
 
 
-def test_logits_of_a_decoder_are_the_callers_own():
-    decoder = Decoder(make_model())
-    first = decoder.step(torch.tensor([1]))
-    kept = first.clone()
-    decoder.step(torch.tensor([2]))
-    assert torch.equal(first, kept)
-
-
-def test_the_state_of_a_decoder_is_a_copy():
-    decoder = Decoder(make_model(), batch=2)
-    decoder.step(torch.tensor([1, 2]))
-    early = decoder.state
-    kept = [part.clone() for part in early]
+def test_what_a_decoder_gave_is_the_callers_own():
+    decoder, tokens = Decoder(make_model(), batch=2), torch.tensor([1, 2])
+    logits = decoder.step(tokens)
+    given = [logits, *decoder.state]
+    kept = [part.clone() for part in given]
     for _ in range(3):
-        decoder.step(torch.tensor([1, 2]))
-    assert all(map(torch.equal, early, kept))
-    assert not torch.equal(decoder.state[0], kept[0])
+        later = decoder.step(tokens)
+    assert all(map(torch.equal, given, kept))
+    assert not any(map(torch.equal, (later, *decoder.state), kept))
 
 
 def exchange(model: SequenceModel) -> None:
@@ -246,7 +204,7 @@ def test_a_state_that_does_not_fit_is_not_read(mixer):
             Decoder(model, wrong)
 
 
-@pytest.mark.parametrize("mixer", FUSED)
+@pytest.mark.parametrize("mixer", STEPPED)
 def test_a_state_in_another_layout(generator, mixer):
     model = make_model(mixer)
     state = tuple(torch.randn(*m.state_shape, 3, generator=generator).movedim(2, 0) for m in model.mixers)
@@ -260,8 +218,6 @@ def test_a_decoder_takes_one_token_of_each_row(mixer):
     for wrong in (torch.tensor([1]), torch.zeros(3, 1, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"^Decoder: `tokens` must have shape \(B,\) = \(3,\), got \("):
             decoder.step(wrong)
-    with pytest.raises(TypeError, match=r"^Decoder: `tokens` must be int64 or int32, got torch\.float32\.$"):
-        decoder.step(torch.tensor([1.0, 2.0, 3.0]))
     state = decoder.state
     for wrong in ([1, 2, 11], [-1, 2, 3]):
         with pytest.raises(IndexError, match=r"^(SequenceModel|step): `tokens` must be in \[0, 11\), got (11|-1)\.$"):
@@ -383,18 +339,28 @@ MESSAGES = [  # (arguments of generate, exception, message)
     ({"prompts": [3, 4]}, ValueError, r"`prompts\[0\]` must be a sequence of tokens, got 3\."),
     ({"prompts": [[1], [2, 11]]}, ValueError, r"`prompts\[1\]` must be of tokens in \[0, 11\), got 11\."),
     ({"prompts": [[-1, 2]]}, ValueError, r"`prompts\[0\]` must be of tokens in \[0, 11\), got -1\."),
+    ({"prompts": 3}, TypeError, r"`prompts` must be a sequence of prompts, got 3\."),
+    ({"prompts": "ab"}, TypeError, r"`prompts\[0\]` must be a sequence of int64 tokens, got 'a'\."),
+    ({"prompts": [[2**70]]}, TypeError, r"`prompts\[0\]` must be a sequence of int64 tokens, got \[.*"),
     ({"prompts": [[1.5]]}, TypeError, r"`prompts\[0\]` must be of integers, got torch\.float32\."),
+    ({"prompts": [[1j]]}, TypeError, r"`prompts\[0\]` must be of integers, got torch\.complex64\."),
+    ({"prompts": [torch.tensor([1]).to_sparse()]}, TypeError, r"`prompts\[0\]` must be a dense tensor.*"),
     ({"max_new_tokens": 0}, ValueError, r"`max_new_tokens` must be at least 1, got 0\."),
+    ({"max_new_tokens": 2**63}, ValueError, r"`max_new_tokens` must be below 2\^63, got 9.*"),
     ({"max_new_tokens": 2.0}, TypeError, r"`max_new_tokens` must be an int, got 2\.0\."),
     ({"temperature": -0.1}, ValueError, r"`temperature` must be at least 0 and finite, got -0\.1\."),
     ({"temperature": math.nan}, ValueError, r"`temperature` must be at least 0 and finite, got nan\."),
+    ({"temperature": 10**400}, ValueError, r"`temperature` must be at least 0 and finite, got 1000.*"),
     ({"temperature": "hot"}, TypeError, r"`temperature` must be a number, got 'hot'\."),
     ({"top_k": 0}, ValueError, r"`top_k` must be at least 1, got 0\."),
+    ({"top_k": 2**63}, ValueError, r"`top_k` must be below 2\^63, got 9.*"),
     ({"top_p": 0.0}, ValueError, r"`top_p` must be above 0 and at most 1, got 0\.0\."),
     ({"top_p": 1.01}, ValueError, r"`top_p` must be above 0 and at most 1, got 1\.01\."),
+    ({"stop": 3}, TypeError, r"`stop` must be a collection of tokens, got 3\."),
     ({"stop": "5"}, ValueError, r"`stop` must be of tokens in \[0, 11\), got '5'\."),
     ({"stop": [3, 11]}, ValueError, r"`stop` must be of tokens in \[0, 11\), got 11\."),
     ({"seed": -1}, ValueError, r"`seed` must be at least 0, got -1\."),
+    ({"seed": 2**64}, ValueError, r"`seed` must be below 2\^63, got 18446744073709551616\."),
 ]
 
 
@@ -528,43 +494,40 @@ def test_a_terminal_that_cannot_show_a_character_shows_another(tmp_path, monkeyp
     assert set(text.rstrip("\n")) == set("aé?" if encoding != "ascii" else "a?")
 
 
+def assert_no_text_model(folder: Path, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_text_model(folder)
+
+
 def test_a_folder_that_is_not_a_run_of_text_is_told(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"must be the folder of a run or of a checkpoint, but has neither checkpoints"
-    ):
-        load_text_model(tmp_path / "nothing")
+    no_run = r"must be the folder of a run or of a checkpoint, but has neither checkpoints"
+    assert_no_text_model(tmp_path / "nothing", no_run)
     run = make_run(tmp_path / "run")
     (run / "checkpoints.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"^generate: '.*checkpoints\.json' is damaged: `last` is missing\.$"):
-        load_text_model(run)
+    assert_no_text_model(run, r"^generate: '.*checkpoints\.json' is damaged: `last` is missing\.$")
     (run / "tokenizer.json").unlink()
-    with pytest.raises(
-        ValueError, match=r"step-7' is not a run of text: there is no tokenizer\.json\. `statemix train"
-    ):
-        load_text_model(run / "step-7")
-    other = make_run(tmp_path / "other", Characters("ab"))
-    with pytest.raises(ValueError, match=r"step-7', of 256 tokens, but is another, characters of 2\.$"):
-        load_text_model(other)
-    save_tokenizer(Bytes(), other)
-    (other / "step-7" / "train.json").write_text(json.dumps({"step": 7, "tokenizer": Bytes().fingerprint}))
-    load_text_model(other)
-    (other / "step-7" / "train.json").write_text(json.dumps({"step": 7, "tokenizer": Characters("ab").fingerprint}))
-    with pytest.raises(ValueError, match=r"of 256 tokens, but is another, bytes of 256\.$"):
-        load_text_model(other)
-    (other / "step-7" / "train.json").write_text("[")
-    with pytest.raises(
-        ValueError, match=r"^generate: '.*train\.json' is damaged: it is not JSON at line 1, column 2\.$"
-    ):
-        load_text_model(other)
-    AutoEncoder(256, 20, 1, MIXERS["block"], seq_len=4).save(other / "step-7")
-    with pytest.raises(ValueError, match=r"is not a run of text: its model is of the kind AutoEncoder"):
-        load_text_model(other)
+    no_tokenizer = r"step-7' is not a run of text: there is no tokenizer\.json\. `statemix train"
+    assert_no_text_model(run / "step-7", no_tokenizer)
+
+
+def test_a_run_whose_parts_are_of_different_texts_is_told(tmp_path):
+    run = make_run(tmp_path / "run", Characters("ab"))
+    assert_no_text_model(run, r"step-7', of 256 tokens, but is another, characters of 2\.$")
+    save_tokenizer(Bytes(), run)
+    train = run / "step-7" / "train.json"
+    train.write_text(json.dumps({"step": 7, "tokenizer": Bytes().fingerprint}))
+    load_text_model(run)
+    train.write_text(json.dumps({"step": 7, "tokenizer": Characters("ab").fingerprint}))
+    assert_no_text_model(run, r"of 256 tokens, but is another, bytes of 256\.$")
+    train.write_text("[")
+    assert_no_text_model(run, r"^generate: '.*train\.json' is damaged: it is not JSON at line 1, column 2\.$")
+    AutoEncoder(256, 20, 1, MIXERS["block"], seq_len=4).save(run / "step-7")
+    assert_no_text_model(run, r"is not a run of text: its model is of the kind AutoEncoder")
 
 
 def test_a_tokenizer_of_another_model_is_told():
-    with pytest.raises(
-        ValueError, match=r"tokenizer must be the model's, of 11 tokens, but this one \(bytes\) has 256"
-    ):
+    message = r"tokenizer must be the model's, of 11 tokens, but this one \(bytes\) has 256"
+    with pytest.raises(ValueError, match=message):
         stream_text(make_model(), Bytes(), "a", 3)
 
 
@@ -576,12 +539,8 @@ def test_text_is_without_dropout_in_any_mode(tmp_path, mixer):
     expected = generate(copy.deepcopy(model).eval(), [[1, 2, 3]], 20, temperature=0)
     for _ in range(2):
         assert generate(model, [[1, 2, 3]], 20, temperature=0) == expected
-    assert [module.training for module in (model, model.head, model.layers[0], model.layers[1])] == [
-        True,
-        True,
-        False,
-        True,
-    ]
+    modes = [module.training for module in (model, model.head, *model.layers)]
+    assert modes == [True, True, False, True]
     model.save(tmp_path)
     loaded = SequenceModel.load(tmp_path)
     assert not any(module.training for module in loaded.modules())
