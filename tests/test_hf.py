@@ -25,19 +25,15 @@ MIXERS = {
     "lstm": {"name": "lstm", "hidden_size": 9},
 }
 PROMPTS = [[3, 1, 4, 1, 5], [7], [2, 7, 1], [8, 2, 8]]
-ALL = "1" * 8
 GREEDY = {"do_sample": False, "pad_token_id": 0}
 
 
 @pytest.fixture(autouse=True)
-def quiet():
+def quiet(threads):
     """No progress bars, no advice, and one thread for such small models."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    yield
-    torch.set_num_threads(before)
 
 
 def make_model(
@@ -88,29 +84,21 @@ def test_greedy_text_is_that_of_our_own_generate(mixer, side):
         assert tokens[:, 5:].tolist() == expected
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-@pytest.mark.parametrize("options", [{"num_beams": 4}, {"do_sample": True, "top_k": 6, "temperature": 0.7}])
-def test_beams_and_samples_are_those_without_a_cache(mixer, options):
-    """Without it, transformers gives the whole text to the model at every token."""
-    model, found = make_model(mixer), []
-    for use_cache in (True, False):
-        torch.manual_seed(1)
-        batch = padded(PROMPTS, "left")
-        found.append(model.generate(**batch, max_new_tokens=20, use_cache=use_cache, **GREEDY | options))
-    assert torch.equal(*found)
-    assert not torch.equal(found[0], model.generate(**padded(PROMPTS, "left"), max_new_tokens=20, **GREEDY))
-
-
 def last_logits(model: hf.StatemixForCausalLM, texts: list[list[int]]) -> Tensor:
     """After each text, (len(texts), V), by the SequenceModel on the whole of it."""
     with torch.no_grad():
         return torch.cat([model.model(torch.tensor([text]))[0][:, -1] for text in texts])
 
 
+# without a cache, transformers gives the whole text to the model at every token
+each_use_cache = pytest.mark.parametrize("use_cache", [True, False])
+
+
+@each_use_cache
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_beams_are_the_likeliest_of_a_search_without_any_state(mixer):
+def test_beams_are_the_likeliest_of_a_search_without_any_state(mixer, use_cache):
     model, batch = make_model(mixer), padded(PROMPTS, "left")
-    tokens = model.generate(**batch, max_new_tokens=12, num_beams=4, **GREEDY)
+    tokens = model.generate(**batch, max_new_tokens=12, num_beams=4, use_cache=use_cache, **GREEDY)
     assert not torch.equal(tokens, model.generate(**batch, max_new_tokens=12, **GREEDY))
     for prompt, row in zip(PROMPTS, tokens, strict=True):
         texts, scores = [prompt], torch.zeros(1)
@@ -120,11 +108,12 @@ def test_beams_are_the_likeliest_of_a_search_without_any_state(mixer):
         assert row[5:].tolist() == texts[0][-12:]
 
 
+@each_use_cache
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_samples_are_those_that_a_seed_draws_without_any_state(mixer):
+def test_samples_are_those_that_a_seed_draws_without_any_state(mixer, use_cache):
     model, texts = make_model(mixer), [list(prompt) for prompt in PROMPTS]
     torch.manual_seed(1)
-    batch, options = padded(PROMPTS, "left"), {"top_k": 6, "top_p": 1.0, "temperature": 0.7}
+    batch, options = padded(PROMPTS, "left"), {"top_k": 6, "top_p": 1.0, "temperature": 0.7, "use_cache": use_cache}
     tokens = model.generate(**batch, max_new_tokens=12, do_sample=True, pad_token_id=0, **options)
     torch.manual_seed(1)
     for _ in range(12):
@@ -136,14 +125,18 @@ def test_samples_are_those_that_a_seed_draws_without_any_state(mixer):
 
 def by_rows(model: hf.StatemixForCausalLM, tokens: Tensor, mask: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
     """Logits of the real tokens of each row, and its state, by the SequenceModel in float64."""
-    rows = [model.model.double()(row[real.bool()][None]) for row, real in zip(tokens, mask, strict=True)]
-    return [(logits[0].detach(), [part[0].detach() for part in state]) for logits, state in rows]
+    rows = [model.model.double()(row[real][None]) for row, real in zip(tokens, mask.bool(), strict=True)]
+    return [(logits[0], [part[0] for part in state]) for logits, state in rows]
+
+
+def mask_of(*rows: str) -> Tensor:
+    return torch.tensor([[int(real) for real in row] for row in rows])
 
 
 MASKS = {
-    "left": ["00011111", "11111111", "00000001"],
-    "right": ["11111000", "11111111", "10000000"],
-    "holes": ["01101101", "11111110", "00100100"],
+    "left": mask_of("00011111", "11111111", "00000001"),
+    "right": mask_of("11111000", "11111111", "10000000"),
+    "holes": mask_of("01101101", "11111110", "00100100"),
 }
 
 
@@ -154,13 +147,13 @@ def test_padding_leaves_logits_and_state_as_they_are(generator, masks, mixer, cu
     """Also where the batch is read in two calls, so that padding comes to a state that has begun, or to a whole row."""
     model = make_model(mixer)
     tokens = torch.randint(11, (3, 8), generator=generator)
-    mask = torch.tensor([[int(c) for c in row] for row in MASKS[masks]])
+    mask = MASKS[masks]
     with torch.no_grad():
         out = model(tokens[:, :cut], mask[:, :cut], use_cache=True)
         logits, cache = [out.logits], out.past_key_values
         if cut is not None:
             logits.append(model(tokens[:, cut:], mask, past_key_values=cache).logits)
-    logits, expected = torch.cat(logits, dim=1), by_rows(model, tokens, mask)
+        logits, expected = torch.cat(logits, dim=1), by_rows(model, tokens, mask)
     assert cache.get_seq_length() == 8
     for row, (wanted, state) in enumerate(expected):
         assert relative_error(logits[row][mask[row].bool()], wanted) <= TOLERANCE[torch.float32]
@@ -172,26 +165,18 @@ def test_padding_leaves_logits_and_state_as_they_are(generator, masks, mixer, cu
 def test_the_loss_of_a_padded_batch_is_that_of_its_tokens(generator, masks):
     model = make_model().train()
     tokens = torch.randint(11, (3, 8), generator=generator)
-    mask = torch.tensor([[int(c) for c in row] for row in MASKS[masks]])
+    mask = MASKS[masks]
     out = model(tokens, mask, labels=tokens.masked_fill(mask == 0, -100))
     assert out.past_key_values is None
     out.loss.backward()
     gradient = model.model.embedding.weight.grad.clone()
     model.zero_grad()
-    rows = by_rows_with_gradients(model, tokens, mask)
-    loss = nn.functional.cross_entropy(*rows)
+    logits = torch.cat([row[:-1] for row, _ in by_rows(model, tokens, mask)])
+    following = [row[real][1:] for row, real in zip(tokens, mask.bool(), strict=True)]
+    loss = nn.functional.cross_entropy(logits, torch.cat(following))
     loss.backward()
     assert relative_error(out.loss.detach(), loss.detach()) <= TOLERANCE[torch.float32]
     assert relative_error(gradient, model.model.embedding.weight.grad) <= TOLERANCE[torch.float32]
-
-
-def by_rows_with_gradients(model: hf.StatemixForCausalLM, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (n, V) and the tokens (n,) that follow them, over all rows, in float64."""
-    logits, targets = [], []
-    for row, real in zip(tokens, mask.bool(), strict=True):
-        logits.append(model.model.double()(row[real][None])[0][0, :-1])
-        targets.append(row[real][1:])
-    return torch.cat(logits), torch.cat(targets)
 
 
 def test_only_the_logits_that_are_asked_for(generator):
@@ -203,13 +188,6 @@ def test_only_the_logits_that_are_asked_for(generator):
         logits, cache = model(tokens, return_dict=False)
     assert torch.equal(logits, whole)
     assert cache.get_seq_length() == 6
-
-
-def test_a_mask_that_does_not_fit_is_told():
-    tokens = torch.zeros(2, 6, dtype=torch.int64)
-    for shape in ((2, 5), (1, 6), (2, 1, 6)):
-        with pytest.raises(ValueError, match=r"`attention_mask` must have shape \(B, T\) = \(2, 6\), got \("):
-            make_model()(tokens, torch.ones(shape))
 
 
 def test_a_conversation_goes_on_from_a_cache():
@@ -234,7 +212,11 @@ def test_forward_takes_the_cache_by_both_its_names(name):
 
 TOKENS = torch.tensor([PROMPTS[0]])
 UPWARDS = torch.arange(5)[None]
+MASK = r"`attention_mask` must have shape \(B, T\) = \(1, 5\), got \("
 REFUSED = {
+    "a short mask": ({"attention_mask": torch.ones(1, 4)}, ValueError, MASK),
+    "a mask of other rows": ({"attention_mask": torch.ones(2, 5)}, ValueError, MASK),
+    "a mask of three axes": ({"attention_mask": torch.ones(1, 1, 5)}, ValueError, MASK),
     "a misspelt name": ({"past_key_value": None}, TypeError, r"`past_key_value` is not an argument of `forward`\.$"),
     "both inputs": ({"inputs_embeds": torch.zeros(1, 5, 20)}, ValueError, "one of `input_ids` and .*, got both"),
     "no input": ({"input_ids": None}, ValueError, "one of `input_ids` and `inputs_embeds` must be given, got none"),
@@ -294,7 +276,7 @@ def streams(model: hf.StatemixPreTrainedModel, tokens: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("how", ["asked", "config", "tuple"])
 def test_hidden_states_are_what_the_layers_read_and_make(generator, kind, masks, how):
     model, tokens = make_model(kind=kind), torch.randint(11, (3, 8), generator=generator)
-    mask = torch.tensor([[int(c) for c in row] for row in MASKS.get(masks, ["1" * 8] * 3)])
+    mask = MASKS.get(masks, torch.ones(3, 8, dtype=torch.int64))
     model.config.output_hidden_states = how == "config"
     with torch.no_grad():
         out = model(
@@ -344,7 +326,7 @@ def test_the_base_model_is_the_layers_alone(generator, tmp_path, mixer):
 def test_embeddings_give_what_their_tokens_give(generator, kind, masks):
     """With gradients; and what is at padding has no part in anything, be it NaN."""
     model, tokens = make_model(kind=kind), torch.randint(11, (3, 8), generator=generator)
-    mask = torch.tensor([[int(c) for c in row] for row in MASKS[masks]])
+    mask = MASKS[masks]
     embedded = model.get_input_embeddings()(tokens).detach()
     embedded = embedded.masked_fill(mask[..., None] == 0, torch.nan).requires_grad_()
     found = []
@@ -487,36 +469,39 @@ def test_a_loaded_model_drops_nothing(tmp_path):
 
 
 def test_bytes_are_padded_without_being_told():
-    model = make_model(vocab_size=256)
     tokenizer = hf.hf_tokenizer(Bytes())
     assert (tokenizer.pad_token_id, tokenizer("ÿ")["input_ids"]) == (255, [0xC3, 0xBF])
-    texts = ["a longer one", "b"]
-    pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu", batch_size=2)
-    answers = pipe(texts, max_new_tokens=5, do_sample=False)
+
+
+@pytest.mark.parametrize(
+    ("ours", "texts"), [(Bytes(), ["a longer one", "b"]), (Characters("\n abcdefghi"), ["bad cafe"])], ids=type
+)
+def test_the_pipeline_writes_what_generate_does(ours, texts):
+    model, tokenizer = make_model(vocab_size=ours.vocab_size), hf.hf_tokenizer(ours)
+    options = {"model": model, "tokenizer": tokenizer, "device": "cpu", "batch_size": len(texts)}
+    answers = transformers.pipeline("text-generation", **options)(texts, max_new_tokens=15, do_sample=False)
     for text, [answer] in zip(texts, answers, strict=True):
-        [new] = generate(model.model, [Bytes().encode(text)], 5, temperature=0)
+        [new] = generate(model.model, [ours.encode(text)], 15, temperature=0)
         assert answer["generated_text"] == text + tokenizer.decode(new, skip_special_tokens=True)
 
 
 TEXT = "Grüße, «日本»\n\t x  y😀 it's"
 
 
-@pytest.mark.parametrize("kind", ["bytes", "characters", "bpe"])
+OURS = {
+    "bytes": Bytes,
+    "characters": lambda: Characters("".join(sorted(set(TEXT)))),
+    "bpe": lambda: train_bpe([TEXT * 3, "it's his"], 270),
+}
+
+
+@pytest.mark.parametrize("kind", OURS)
 def test_tokens_are_those_of_our_own_tokenizers(kind):
-    ours = {"bytes": Bytes, "characters": lambda: Characters("".join(sorted(set(TEXT)))), "bpe": None}[kind]
-    ours = train_bpe([TEXT * 3, "it's his"], 270) if ours is None else ours()
+    ours = OURS[kind]()
     theirs = hf.hf_tokenizer(ours)
     assert len(theirs) == ours.vocab_size
     assert theirs(TEXT)["input_ids"] == ours.encode(TEXT).tolist()
     assert theirs.decode(theirs(TEXT)["input_ids"]) == TEXT
-
-
-def test_the_pipeline_writes_what_generate_does():
-    model, alphabet = make_model(), Characters(" abcdefghi\n"[-1] + " abcdefghi")
-    ours = alphabet.decode(generate(model.model, [alphabet.encode("bad cafe")], 15, temperature=0)[0])
-    pipe = transformers.pipeline("text-generation", model=model, tokenizer=hf.hf_tokenizer(alphabet), device="cpu")
-    [answer] = pipe("bad cafe", max_new_tokens=15, do_sample=False)
-    assert answer["generated_text"] == "bad cafe" + ours
 
 
 ROWS = [[(start + 3 * t) % 11 for t in range(5 + start)] for start in range(11)]
@@ -579,7 +564,7 @@ def classifier(**options) -> hf.StatemixForSequenceClassification:
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_a_row_is_classified_by_its_last_token(generator, mixer, masks, use_cache):
     model, tokens = classifier(mixer=mixer, num_labels=3), torch.randint(11, (3, 8), generator=generator)
-    mask = torch.tensor([[int(c) for c in row] for row in MASKS[masks]])
+    mask = MASKS[masks]
     with torch.no_grad():
         logits = model(tokens, mask, use_cache=use_cache).logits
         padded_by_token = tokens.masked_fill(mask == 0, 10).masked_fill((mask == 1) & (tokens == 10), 0)
@@ -614,10 +599,9 @@ def test_losses_of_classification_and_regression(case):
 
 def test_rows_without_an_end_are_refused():
     model, two = classifier(), torch.zeros(2, 5, dtype=torch.int64)
+    message = r"^Statemix.*Classification: `attention_mask` must say where each row ends"
     for given in ({"input_ids": two}, {"inputs_embeds": torch.zeros(2, 5, 20)}):
-        with pytest.raises(
-            ValueError, match=r"^Statemix.*Classification: `attention_mask` must say where each row ends"
-        ):
+        with pytest.raises(ValueError, match=message):
             model(**given)
     assert model(TOKENS).logits.shape == (1, 2)
     with pytest.raises(ValueError, match=r"each row must have a token that is not padding, got none in row 1\.$"):

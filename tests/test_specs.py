@@ -165,14 +165,20 @@ def test_an_unknown_task_is_refused():
         build_task({"name": "parity?"})
 
 
-# ---- bad options of the mixers
+# ---- bad options of mixers and models
 
-SIZES = {BDLRU: ("d_model", "num_blocks", "block_size"), HLRU: ("d_model", "num_channels", "order")}
-SIZES |= {LSTM: ("d_model", "hidden_size")}
+BLOCKS = {"name": "bd_lru", "num_blocks": 4, "block_size": 4}
+SIZES = {  # of a class, and what else it needs
+    BDLRU: (("d_model", "num_blocks", "block_size"), {}),
+    HLRU: (("d_model", "num_channels", "order"), {}),
+    LSTM: (("d_model", "hidden_size"), {}),
+    SequenceModel: (("vocab_size", "d_model", "num_layers", "mlp_size"), {"mixer": BLOCKS}),
+}
 BAD_SIZES = [
     (0, ValueError, "must be at least 1, got 0."),
     (-3, ValueError, "must be at least 1, got -3."),
     (2.0, TypeError, "must be an int, got 2.0."),
+    (8.5, TypeError, "must be an int, got 8.5."),
     (True, TypeError, "must be an int, got True."),
     ("4", TypeError, "must be an int, got '4'."),
     (None, TypeError, "must be an int, got None."),
@@ -180,10 +186,13 @@ BAD_SIZES = [
 
 
 @pytest.mark.parametrize(("value", "error", "text"), BAD_SIZES)
-@pytest.mark.parametrize(("mixer", "size"), [(mixer, size) for mixer, sizes in SIZES.items() for size in sizes])
-def test_bad_sizes(mixer, size, value, error, text):
-    with pytest.raises(error, match=re.escape(f"{mixer.__name__}: `{size}` {text}")):
-        mixer(**dict.fromkeys(SIZES[mixer], 4) | {size: value})
+@pytest.mark.parametrize(("cls", "size"), [(cls, size) for cls, (sizes, _) in SIZES.items() for size in sizes])
+def test_bad_sizes(cls, size, value, error, text):
+    if (size, value) == ("mlp_size", None):
+        pytest.skip("None is the usual size")
+    sizes, others = SIZES[cls]
+    with pytest.raises(error, match=f"^{re.escape(f'{cls.__name__}: `{size}` {text}')}$"):
+        cls(**dict.fromkeys(sizes, 4) | others | {size: value})
 
 
 CHOICES = {

@@ -19,8 +19,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from run_helpers import seal
 
-from statemix.files import digest_of, manifest_of
 from statemix.tasks import IGNORE_INDEX, Text, build_task, complete_task, finite_batch
 from statemix.text import corpus as module
 from statemix.text.tokenizer import load_tokenizer
@@ -56,6 +56,12 @@ def file_of(path: Path, content: str | bytes) -> str:
 
 def ordered(source: str, **options) -> Text:
     return Text(source=source, **{"tokenizer": "characters", "seq_len": 7, "valid": 0.2, "test": 0.1} | options)
+
+
+def assert_refused(message: str, **options) -> None:
+    """Reading the text raises the message."""
+    with pytest.raises(ValueError, match=f"^text: {message}"):
+        Text(**options).vocab_size  # noqa: B018
 
 
 def rows_of(batches) -> list[list[list[int]]]:
@@ -242,6 +248,7 @@ def test_another_length_is_of_the_same_text(documents):
     assert_windows(longer.sample("test", 50), 270, 300)
 
 
+SHARES = "`valid` must be above 0, `test` at least 0, and their sum below 1"
 WRONG_OPTIONS = [
     ({"source": 3}, TypeError, "`source` must be a text, got 3."),
     ({"source": ""}, ValueError, "`source` must be a path, 'stdlib' or 'hf:NAME', got ''."),
@@ -252,14 +259,10 @@ WRONG_OPTIONS = [
     ({"seq_len": 8.0}, TypeError, "`seq_len` must be an int, got 8.0."),
     ({"valid": "0.1"}, TypeError, "`valid` must be a number, got '0.1'."),
     ({"test": True}, TypeError, "`test` must be a number, got True."),
-    *(
-        (
-            {"valid": valid, "test": test},
-            ValueError,
-            "`valid` must be above 0, `test` at least 0, and their sum below 1",
-        )
-        for valid, test in ((0, 0.1), (0.1, -0.1), (0.5, 0.5), (float("nan"), 0))
-    ),
+    ({"valid": 0, "test": 0.1}, ValueError, SHARES),
+    ({"valid": 0.1, "test": -0.1}, ValueError, SHARES),
+    ({"valid": 0.5, "test": 0.5}, ValueError, SHARES),
+    ({"valid": float("nan"), "test": 0}, ValueError, SHARES),
 ]
 
 
@@ -292,11 +295,8 @@ def test_the_standard_library():
 
 
 def test_a_python_without_sources_of_its_library(tmp_path):
-    with (
-        mock.patch.object(module.sysconfig, "get_paths", return_value={"stdlib": str(tmp_path)}),
-        pytest.raises(ValueError, match=rf"^text: this Python has no sources of its library in '{tmp_path}'\. Use a"),
-    ):
-        Text().vocab_size  # noqa: B018
+    with mock.patch.object(module.sysconfig, "get_paths", return_value={"stdlib": str(tmp_path)}):
+        assert_refused(f"this Python has no sources of its library in '{tmp_path}'\\. Use a")
 
 
 def test_a_folder_is_read_in_the_order_of_names_without_hidden_or_empty_files(tmp_path):
@@ -353,36 +353,24 @@ def test_a_row_without_a_text_is_left_out_as_an_empty_one_is(data_set):
 )
 def test_the_colon_of_a_drive_is_of_the_name(source, name, config):
     datasets = pytest.importorskip("datasets", reason="data sets need the datasets library")
-    with (
-        mock.patch.object(datasets, "load_dataset_builder", side_effect=ConnectionError("no")) as load,
-        pytest.raises(ValueError, match="cannot be read: no"),
-    ):
-        Text(source=f"hf:{source}").vocab_size  # noqa: B018
+    with mock.patch.object(datasets, "load_dataset_builder", side_effect=ConnectionError("no")) as load:
+        assert_refused(r"the data set .* cannot be read: no$", source=f"hf:{source}")
     assert load.call_args.args == (name, config)
 
 
 def test_a_data_set_that_cannot_be_read_is_named(data_set, tmp_path):
     source = data_set()
     for column in ("number", "texts"):
-        message = (
-            rf"^text: `column` must be one with text, got '{column}'; row 0 of '{source}' has \['number', 'text'\]"
-        )
-        with pytest.raises(ValueError, match=message):
-            Text(source=source, column=column).vocab_size  # noqa: B018
-    with pytest.raises(ValueError, match=rf"^text: the data set '{source}:de' cannot be read: .*'de' not found"):
-        Text(source=f"{source}:de").vocab_size  # noqa: B018
+        told = rf"`column` must be one with text, got '{column}'; row 0 of '{source}' has \['number', 'text'\]"
+        assert_refused(told, source=source, column=column)
+    assert_refused(rf"the data set '{source}:de' cannot be read: .*'de' not found", source=f"{source}:de")
     (tmp_path / "rows" / "train.parquet").rename(tmp_path / "rows" / "test.parquet")
-    with pytest.raises(
-        ValueError, match=rf"^text: the data set '{source}' must have a split 'train', it has \['test'\]\.$"
-    ):
-        Text(source=source).vocab_size  # noqa: B018
+    told = rf"the data set '{source}' must have a split 'train', it has \['test'\]\.$"
+    assert_refused(told, source=source)
     import datasets
 
-    with (
-        mock.patch.object(datasets, "load_dataset_builder", side_effect=ConnectionError("no network")),
-        pytest.raises(ValueError, match=r"^text: the data set 'hf:a/b' cannot be read: no network$"),
-    ):
-        Text(source="hf:a/b").vocab_size  # noqa: B018
+    with mock.patch.object(datasets, "load_dataset_builder", side_effect=ConnectionError("no network")):
+        assert_refused(r"the data set 'hf:a/b' cannot be read: no network$", source="hf:a/b")
 
 
 def test_without_the_library_a_data_set_is_refused():
@@ -396,21 +384,13 @@ def test_without_the_library_a_data_set_is_refused():
 # ---- what is no text
 
 
-@pytest.mark.parametrize("source", ["file", "folder"])
-def test_an_empty_source_is_refused(tmp_path, source):
+def test_a_missing_or_empty_source_is_refused(tmp_path):
+    assert_refused(r"`source` must be 'stdlib', 'hf:NAME' or a path, but there is no 'no'", source="no")
     (tmp_path / "folder").mkdir()
     for name in ("file", "folder/file"):
         (tmp_path / name).touch()
-    path = tmp_path / source
-    with pytest.raises(ValueError, match=rf"^text: `source` must hold text, but '{path}' is empty\.$"):
-        Text(source=str(path)).vocab_size  # noqa: B018
-
-
-def test_a_missing_source_is_refused():
-    with pytest.raises(
-        ValueError, match=r"^text: `source` must be 'stdlib', 'hf:NAME' or a path, but there is no 'no'"
-    ):
-        Text(source="no").vocab_size  # noqa: B018
+    for source in (tmp_path / "file", tmp_path / "folder"):
+        assert_refused(rf"`source` must hold text, but '{source}' is empty\.$", source=str(source))
 
 
 @pytest.mark.parametrize("tokenizer", ["characters", "bpe"])
@@ -425,11 +405,8 @@ def test_what_is_no_text_is_named_with_its_place_and_bytes_still_work(tmp_path, 
     source = str(tmp_path / "folder")
     if tokenizer == "bpe":
         pytest.importorskip("tokenizers", reason="BPE needs the tokenizers library")
-    with pytest.raises(
-        ValueError,
-        match=rf"^text: `source` must be text for the tokenizer '{tokenizer}', but '{source}/2' {what}\. The tokenizer",
-    ):
-        Text(source=source, tokenizer=tokenizer).vocab_size  # noqa: B018
+    told = rf"`source` must be text for the tokenizer '{tokenizer}', but '{source}/2' {what}\. The tokenizer"
+    assert_refused(told, source=source, tokenizer=tokenizer)
     assert [path.name for path in cache.rglob("*") if path.is_file()] == []
     task = Text(source=source, seq_len=8)
     assert task.corpus.tokens.tobytes() == b"text " * 300 + content
@@ -461,9 +438,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_cache_is_made_once_and_read_again(documents, cache):
+@pytest.fixture
+def folder(documents, cache) -> Path:
+    """The cache of the documents, made."""
     documents.corpus  # noqa: B018
-    [folder] = cache.iterdir()
+    [made] = cache.iterdir()
+    return made
+
+
+def test_the_cache_is_made_once_and_read_again(documents, folder):
     assert folder.name == documents.fingerprint
     assert set(contents(folder)) == set(FILES)
     assert load_tokenizer(folder) == documents.vocabulary
@@ -502,9 +485,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_cache_is_found_and_made_again(documents, name, damage, cache):
-    documents.corpus  # noqa: B018
-    [folder] = cache.iterdir()
+def test_a_damaged_cache_is_found_and_made_again(documents, name, damage, folder):
     whole = contents(folder)
     DAMAGES[damage](folder / name)
     assert contents(folder) != whole
@@ -560,32 +541,24 @@ FORGERIES = {  # each with a manifest that is true of it
 
 
 @pytest.mark.parametrize("forgery", FORGERIES)
-def test_a_forged_cache_is_made_again(documents, cache, forgery):
-    documents.corpus  # noqa: B018
-    [folder] = cache.iterdir()
+def test_a_forged_cache_is_made_again(documents, folder, forgery):
     whole = contents(folder)
     FORGERIES[forgery](folder)
-    names = json.loads(whole["manifest.json"])["sha256"]
-    (folder / "manifest.json").write_bytes(manifest_of({name: digest_of(folder / name) for name in names}))
+    seal(folder)
     assert contents(folder) != whole
     assert dataclasses.replace(documents).corpus.tokens.tolist() == list(range(300))
     assert contents(folder) == whole
 
 
-def test_a_cache_says_nothing_of_the_type_of_its_tokens(documents, cache):
+def test_a_cache_says_nothing_of_the_type_of_its_tokens(documents, folder):
     """Of objects, numpy would take the bytes for their addresses."""
-    documents.corpus  # noqa: B018
-    [folder] = cache.iterdir()
     content = json.loads((folder / "corpus.json").read_text())
     (folder / "corpus.json").write_text(json.dumps(content | {"dtype": "O"}))
-    names = json.loads((folder / "manifest.json").read_text())["sha256"]
-    (folder / "manifest.json").write_bytes(manifest_of({name: digest_of(folder / name) for name in names}))
+    seal(folder)
     assert dataclasses.replace(documents).corpus.tokens.dtype == np.uint16
 
 
-def test_a_cache_is_of_its_user_alone(documents, cache):
-    documents.corpus  # noqa: B018
-    [folder] = cache.iterdir()
+def test_a_cache_is_of_its_user_alone(documents, cache, folder):
     for path in (folder, cache, cache.parent):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
     for path in (folder, cache, cache.parent):
@@ -602,9 +575,7 @@ def test_a_cache_is_of_its_user_alone(documents, cache):
             dataclasses.replace(documents).corpus  # noqa: B018
 
 
-def test_links_with_the_names_of_partial_files_are_not_followed(documents, cache, tmp_path):
-    documents.corpus  # noqa: B018
-    [folder] = cache.iterdir()
+def test_links_with_the_names_of_partial_files_are_not_followed(documents, folder, tmp_path):
     file_of(tmp_path / "mine", "mine")
     for name in FILES:
         (folder / f".{name}.partial").symlink_to(tmp_path / "mine")
@@ -638,8 +609,7 @@ def test_a_pipe_is_refused_at_once(tmp_path):
     reading, writing = os.pipe()
     try:
         for source in (tmp_path / "pipe", f"/dev/fd/{reading}"):  # the second is what <(command) is
-            with pytest.raises(ValueError, match=rf"^text: `source` must be a file or .*, but '{source}' is a pipe"):
-                Text(source=str(source)).vocab_size  # noqa: B018
+            assert_refused(rf"`source` must be a file or .*, but '{source}' is a pipe", source=str(source))
     finally:
         os.close(reading)
         os.close(writing)
@@ -705,8 +675,7 @@ def test_where_the_cache_is(documents, tmp_path, monkeypatch):
     assert module.cache_folder() == tmp_path / "home" / ".cache" / "statemix"
     file_of(tmp_path / "file", "mine")
     monkeypatch.setenv("STATEMIX_CACHE", str(tmp_path / "file"))
-    with pytest.raises(
-        ValueError, match=rf"^text: the cache '{tmp_path}/file/text/.*File exists.* Set STATEMIX_CACHE to"
-    ):
+    told = rf"^text: the cache '{tmp_path}/file/text/.*File exists.* Set STATEMIX_CACHE to"
+    with pytest.raises(ValueError, match=told):
         documents.corpus  # noqa: B018
     assert set(os.listdir(tmp_path)) == {"folder", "file"}
