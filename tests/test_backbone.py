@@ -2,7 +2,6 @@
 
 import copy
 import re
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -188,9 +187,7 @@ def test_a_change_within_the_lengths_is_seen(generator):
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_full_lengths_are_none(generator, bidirectional):
     backbone, x = build(generator, bidirectional=bidirectional), normal(generator, 3, T, D)
-    full = backbone(x, lengths=torch.full((3,), T, dtype=torch.int32))
-    assert_same(full[0], backbone(x)[0])
-    assert_same(full[1], backbone(x)[1])
+    assert_same(backbone(x, lengths=torch.full((3,), T, dtype=torch.int32)), backbone(x))
 
 
 # ---- both directions
@@ -296,76 +293,47 @@ def test_a_copy_is_the_same(generator):
 # ---- bad input
 
 
-class Bad(NamedTuple):
-    """A wrong call of a backbone of width 6 with x (2, 5, 6), and what is said."""
-
-    given: dict
-    error: type[Exception]
-    text: str
-
-
-X = "Backbone: `x` must have shape (B, T, D) with D = 6, and the others at least 1, got "
-WRONG = {
-    "width": Bad({"x": torch.zeros(2, 5, 7)}, ValueError, X + "(2, 5, 7)."),
-    "axes": Bad({"x": torch.zeros(5, 6)}, ValueError, X + "(5, 6)."),
-    "no step": Bad({"x": torch.zeros(2, 0, 6)}, ValueError, X + "(2, 0, 6)."),
-    "no row": Bad({"x": torch.zeros(0, 5, 6)}, ValueError, X + "(0, 5, 6)."),
-    "dtype": Bad(
+X = "`x` must have shape (B, T, D) with D = 6, and the others at least 1, got "
+LENGTH = "`lengths` must be in [1, T] = [1, 5], got "
+NO_LENGTHS = "`lengths` must be a tensor of int64 or int32, got "
+WRONG = {  # of a call of a backbone of width 6 with x (2, 5, 6): what is given, the error, and what is said
+    "width": ({"x": torch.zeros(2, 5, 7)}, ValueError, X + "(2, 5, 7)."),
+    "axes": ({"x": torch.zeros(5, 6)}, ValueError, X + "(5, 6)."),
+    "no step": ({"x": torch.zeros(2, 0, 6)}, ValueError, X + "(2, 0, 6)."),
+    "no row": ({"x": torch.zeros(0, 5, 6)}, ValueError, X + "(0, 5, 6)."),
+    "dtype": (
         {"x": torch.zeros(2, 5, 6).double()},
         TypeError,
-        "Backbone: `x` must be torch.float32 like the parameters, got torch.float64.",
+        "`x` must be torch.float32 like the parameters, got torch.float64.",
     ),
-    "tokens": Bad(
+    "tokens": (
         {"x": torch.zeros(2, 5, 6, dtype=torch.int64)},
         TypeError,
-        "Backbone: `x` must have a floating-point dtype of 16 bits or more, got torch.int64.",
+        "`x` must have a floating-point dtype of 16 bits or more, got torch.int64.",
     ),
-    "list": Bad({"x": [[1.0]]}, TypeError, "Backbone: `x` must be a tensor, got list."),
-    "states": Bad({"state": ()}, ValueError, "Backbone: `state` must have one tensor per layer = 2, got 0."),
-    "reset": Bad(
+    "list": ({"x": [[1.0]]}, TypeError, "`x` must be a tensor, got list."),
+    "states": ({"state": ()}, ValueError, "`state` must have one tensor per layer = 2, got 0."),
+    "reset": (
         {"reset": torch.zeros(2, 4, dtype=torch.bool)},
         ValueError,
-        "Backbone: `reset` must have shape (B, T) = (2, 5), got (2, 4).",
+        "`reset` must have shape (B, T) = (2, 5), got (2, 4).",
     ),
-    "long": Bad(
-        {"lengths": torch.tensor([5, 6])},
-        ValueError,
-        "Backbone: `lengths` must be in [1, T] = [1, 5], got 6 in row 1.",
-    ),
-    "empty": Bad(
-        {"lengths": torch.tensor([0, 6])},
-        ValueError,
-        "Backbone: `lengths` must be in [1, T] = [1, 5], got 0 in row 0.",
-    ),
-    "negative": Bad(
-        {"lengths": torch.tensor([5, -1])},
-        ValueError,
-        "Backbone: `lengths` must be in [1, T] = [1, 5], got -1 in row 1.",
-    ),
-    "lengths of another batch": Bad(
-        {"lengths": torch.tensor([5, 5, 5])},
-        ValueError,
-        "Backbone: `lengths` must have shape (B,) = (2,), got (3,).",
-    ),
-    "lengths as a mask": Bad(
-        {"lengths": torch.ones(2, 5)},
-        TypeError,
-        "Backbone: `lengths` must be a tensor of int64 or int32, got torch.float32.",
-    ),
-    "lengths as a list": Bad(
-        {"lengths": [5, 5]},
-        TypeError,
-        "Backbone: `lengths` must be a tensor of int64 or int32, got list.",
-    ),
+    "long": ({"lengths": torch.tensor([5, 6])}, ValueError, LENGTH + "6 in row 1."),
+    "empty": ({"lengths": torch.tensor([0, 6])}, ValueError, LENGTH + "0 in row 0."),
+    "negative": ({"lengths": torch.tensor([5, -1])}, ValueError, LENGTH + "-1 in row 1."),
+    "of three": ({"lengths": torch.tensor([5, 5, 5])}, ValueError, "`lengths` must have shape (B,) = (2,), got (3,)."),
+    "lengths as a mask": ({"lengths": torch.ones(2, 5)}, TypeError, NO_LENGTHS + "torch.float32."),
+    "lengths as a list": ({"lengths": [5, 5]}, TypeError, NO_LENGTHS + "list."),
 }
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("case", WRONG)
 def test_bad_calls(case, bidirectional):
-    backbone, wrong = Backbone(D, 1 if bidirectional else 2, SPECS["bd_lru"], bidirectional=bidirectional), WRONG[case]
-    with pytest.raises(wrong.error, match=f"^{re.escape(wrong.text)}$"):
-        backbone(**{"x": torch.zeros(2, 5, D)} | wrong.given)
+    backbone = Backbone(D, 1 if bidirectional else 2, SPECS["bd_lru"], bidirectional=bidirectional)
+    given, error, text = WRONG[case]
+    with pytest.raises(error, match=f"^{re.escape(f'Backbone: {text}')}$"):
+        backbone(**{"x": torch.zeros(2, 5, D)} | given)
 
 
 def test_a_state_and_lengths_exclude_each_other():
@@ -374,23 +342,30 @@ def test_a_state_and_lengths_exclude_each_other():
         backbone(x, backbone.initial_state(2), lengths=torch.tensor([5, 4]))
 
 
-def test_bad_steps():
-    backbone, x = Backbone(D, 2, SPECS["bd_lru"]), torch.zeros(2, D)
-    with torch.no_grad():
-        with pytest.raises(
-            ValueError, match=r"^Backbone\.step: `x` must have shape \(B, D\) with D = 6, .* \(2, 7\)\.$"
-        ):
-            backbone.step(torch.zeros(2, 7))
-        with pytest.raises(ValueError, match=r"^Backbone\.step: `x` must have shape \(B, D\) .* got \(2, 1, 6\)\.$"):
-            backbone.step(x[:, None])
-        with pytest.raises(
-            ValueError, match=r"^Backbone\.step: `reset` must have shape \(B,\) = \(2,\), got \(3,\)\.$"
-        ):
-            backbone.step(x, None, torch.zeros(3, dtype=torch.bool))
-        with pytest.raises(ValueError, match=r"`state` must have shape \(B, M, N\) = \(2, 3, 5\), got \(1, 3, 5\)\.$"):
-            backbone.step(x, backbone.initial_state(1), torch.zeros(2, dtype=torch.bool))
+BAD_STEPS = {  # of x (2, 6): what is given, and what is said
+    "width": ({"x": torch.zeros(2, 7)}, r"^Backbone\.step: `x` must have shape \(B, D\) with D = 6, .* \(2, 7\)\.$"),
+    "axes": ({"x": torch.zeros(2, 1, 6)}, r"^Backbone\.step: `x` must have shape \(B, D\) .* got \(2, 1, 6\)\.$"),
+    "reset": (
+        {"reset": torch.zeros(3, dtype=torch.bool)},
+        r"^Backbone\.step: `reset` must have shape \(B,\) = \(2,\), got \(3,\)\.$",
+    ),
+    "state": (
+        {"state": [torch.zeros(1, 3, 5)] * 2, "reset": torch.zeros(2, dtype=torch.bool)},
+        r"`state` must have shape \(B, M, N\) = \(2, 3, 5\), got \(1, 3, 5\)\.$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STEPS)
+def test_bad_steps(case):
+    given, text = BAD_STEPS[case]
+    with torch.no_grad(), pytest.raises(ValueError, match=text):
+        Backbone(D, 2, SPECS["bd_lru"]).step(**{"x": torch.zeros(2, D)} | given)
+
+
+def test_a_backbone_of_both_directions_has_no_step():
     with pytest.raises(ValueError, match=r"^Backbone\.step: `bidirectional` must be False, got True: "):
-        Backbone(D, 1, SPECS["bd_lru"], bidirectional=True).step(x)
+        Backbone(D, 1, SPECS["bd_lru"], bidirectional=True).step(torch.zeros(2, D))
 
 
 def test_bad_options():

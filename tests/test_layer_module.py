@@ -1,12 +1,11 @@
 """The fused layer of kernels/layers.py as a module: steps, layouts, and what torch's machinery makes of it."""
 
-import os
-import signal
-import time
+import multiprocessing
+import sys
 
 import pytest
 import torch
-from helpers import assert_close, each_instruction_set, each_kind, needs_kernels, relative_error
+from helpers import assert_close, each_instruction_set, each_kind, exit_code, needs_kernels, relative_error
 from kernel_helpers import WEIGHTS, make_layer, make_layer_problem
 from torch.func import functional_call
 
@@ -193,19 +192,10 @@ def test_a_child_of_fork_finishes(generator, kind):
         return problem.fused()[0] if torch.cuda.is_available() else problem.results(problem.fused)["y"]
 
     expected = outputs()  # here it has two
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            code = 0 if torch.equal(outputs(), expected) else 2
-        finally:
-            os._exit(code)
-    for _ in range(300):
-        finished, status = os.waitpid(child, os.WNOHANG)
-        if finished:
-            assert os.waitstatus_to_exitcode(status) == 0
-            return
-        time.sleep(0.1)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    pytest.fail("the child did not finish in 30 s")
+
+    def compare():
+        sys.exit(0 if torch.equal(outputs(), expected) else 2)
+
+    child = multiprocessing.get_context("fork").Process(target=compare)
+    child.start()
+    assert exit_code(child) == 0

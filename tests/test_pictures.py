@@ -2,7 +2,6 @@
 
 import itertools
 import re
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -69,39 +68,21 @@ def test_in_grey_no_two_lines_look_alike():
     assert inside.HATCHES[inside.FAITHFUL] != inside.HATCHES[inside.QUOTIENT]
 
 
-class Number(NamedTuple):
-    number: float
-    text: str
+NUMBERS = {"1,000": 1000, "1,000,000": 1e6, "0.000001": 1e-6, "0.25": 0.25, "-3": -3, "0": -1e-15}
 
 
-NUMBERS = [
-    Number(1000, "1,000"),
-    Number(1e6, "1,000,000"),
-    Number(1e-6, "0.000001"),
-    Number(0.25, "0.25"),
-    Number(-3, "-3"),
-    Number(-1e-15, "0"),
-]
+@pytest.mark.parametrize("text", NUMBERS)
+def test_numbers_are_plain(text):
+    assert plain(NUMBERS[text]) == text
 
 
-@pytest.mark.parametrize("case", NUMBERS, ids=lambda case: case.text)
-def test_numbers_are_plain(case):
-    assert plain(case.number) == case.text
-
-
-class Places(NamedTuple):
-    wanted: list[float]
-    sizes: list[float]
-    places: list[float]
-
-
-PLACES = {
-    "none": Places([], [], []),
-    "apart": Places([0.2, 0.6], [0.1, 0.1], [0.2, 0.6]),
-    "on each other": Places([0.5, 0.5], [0.1, 0.3], [0.4, 0.6]),
-    "at the ends": Places([0.0, 1.0], [0.2, 0.2], [0.1, 0.9]),
-    "pushed": Places([0.5, 0.55, 0.9], [0.1, 0.1, 0.1], [0.475, 0.575, 0.9]),
-    "too many": Places([0.5, 0.5, 0.5], [0.5, 0.5, 0.5], [0.25, 0.75, 1.25]),
+PLACES = {  # where labels are wanted, their sizes, and where they are put
+    "none": ([], [], []),
+    "apart": ([0.2, 0.6], [0.1, 0.1], [0.2, 0.6]),
+    "on each other": ([0.5, 0.5], [0.1, 0.3], [0.4, 0.6]),
+    "at the ends": ([0.0, 1.0], [0.2, 0.2], [0.1, 0.9]),
+    "pushed": ([0.5, 0.55, 0.9], [0.1, 0.1, 0.1], [0.475, 0.575, 0.9]),
+    "too many": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5], [0.25, 0.75, 1.25]),
 }
 
 

@@ -6,8 +6,8 @@ a shorter form; of those in `only_parsed` the command line alone is looked at.
 
 import argparse
 import contextlib
-import importlib
 import io
+import pkgutil
 import re
 import runpy
 import shlex
@@ -204,20 +204,6 @@ def test_pictures_and_links_exist():
             assert (path.parent / target).exists(), f"{name}: {target}"
 
 
-def named(path: str) -> object:
-    """What a dotted path names: a module, and then attributes."""
-    parts = path.split(".")
-    for number in range(len(parts), 0, -1):
-        try:
-            found = importlib.import_module(".".join(parts[:number]))
-        except ModuleNotFoundError:
-            continue
-        for part in parts[number:]:
-            found = getattr(found, part)
-        return found
-    raise ModuleNotFoundError(path)
-
-
 def test_the_walks_of_contributing_name_functions_that_exist():
     page = (ROOT / "CONTRIBUTING.md").read_text()
     walks = re.findall(r"^### (From .*?)\n\n((?:\d+\. .*\n)+)", page, flags=re.MULTILINE)
@@ -228,7 +214,7 @@ def test_the_walks_of_contributing_name_functions_that_exist():
         for line in lines:
             places = re.findall(r"`(statemix\.[\w.]+)`", line)
             assert places, line
-            assert all(callable(named(place)) for place in places), line
+            assert all(callable(pkgutil.resolve_name(place)) for place in places), line
 
 
 def test_the_map_of_contributing_names_every_room():
