@@ -300,3 +300,12 @@ def browse(page: Path, *options: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def call(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a command of statemix."""
+    from statemix import cli  # which most tests do without
+
+    status = cli.main(arguments)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err

@@ -87,17 +87,13 @@ def make_model() -> SequenceModel:
 
 
 TOKENS = [  # what no model reads
-    ([1, 2], TypeError, r"^(SequenceModel|Decoder): `tokens` must be a tensor, got list\.$"),
-    (True, TypeError, r"^(SequenceModel|Decoder): `tokens` must be a tensor, got bool\.$"),
-    (torch.ones(1), TypeError, r"^(SequenceModel|Decoder): `tokens` must be int64 or int32, got torch\.float32\.$"),
-    (
-        torch.tensor([1]).to_sparse(),
-        TypeError,
-        r"^(SequenceModel|Decoder): `tokens` must be a dense tensor, got one of",
-    ),
-    (torch.tensor([11]), IndexError, r"^(SequenceModel|step): `tokens` must be in \[0, 11\), got 11\.$"),
-    (torch.tensor([-1]), IndexError, r"^(SequenceModel|step): `tokens` must be in \[0, 11\), got -1\.$"),
-    (torch.tensor([2**63 - 1]), IndexError, r"^(SequenceModel|step): `tokens` must be in \[0, 11\), got 92"),
+    ([1, 2], TypeError, r"be a tensor, got list\.$"),
+    (True, TypeError, r"be a tensor, got bool\.$"),
+    (torch.ones(1), TypeError, r"be int64 or int32, got torch\.float32\.$"),
+    (torch.tensor([1]).to_sparse(), TypeError, r"be a dense tensor, got one of"),
+    (torch.tensor([11]), IndexError, r"be in \[0, 11\), got 11\.$"),
+    (torch.tensor([-1]), IndexError, r"be in \[0, 11\), got -1\.$"),
+    (torch.tensor([2**63 - 1]), IndexError, r"be in \[0, 11\), got 92"),
 ]
 
 
@@ -106,12 +102,12 @@ TOKENS = [  # what no model reads
 def test_a_model_reads_tokens_of_its_vocabulary(tokens, error, told, with_gradients):
     model = make_model()
     is_dense = torch.is_tensor(tokens) and not tokens.is_sparse
+    calls = [("SequenceModel", model, tokens[None] if is_dense else tokens), ("SequenceModel", model.step, tokens)]
+    calls.append(("Decoder" if error is TypeError else "SequenceModel|step", Decoder(model).step, tokens))
     with torch.set_grad_enabled(with_gradients):
-        for call in (model.step, Decoder(model).step):
-            with pytest.raises(error, match=told):
-                call(tokens)
-        with pytest.raises(error, match=told):
-            model(tokens[None] if is_dense else tokens)
+        for owner, call, given in calls:
+            with pytest.raises(error, match=rf"^({owner}): `tokens` must {told}"):
+                call(given)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import TOLERANCE, needs_kernels
 from mixer_helpers import CHUNKED, SPECS, D, each_mixer, normal
+from model_helpers import assert_same
 from torch import Tensor, nn
 
 from statemix import Backbone, SequenceModel
@@ -29,17 +30,6 @@ def build(generator: torch.Generator, mixer: str = "bd_lru", *, dtype=torch.floa
 def limit(mixer: str) -> float:
     is_chunked = isinstance(build_mixer(SPECS[mixer], D), CHUNKED)
     return 10 * TOLERANCE[torch.float64] if is_chunked else CLOSE
-
-
-def assert_same(actual, expected, what: str = "result", limit: float = CLOSE) -> None:
-    if not isinstance(actual, Tensor):
-        assert len(actual) == len(expected)
-        for i, pair in enumerate(zip(actual, expected, strict=True)):
-            assert_same(*pair, f"{what}[{i}]", limit)
-        return
-    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), what
-    error = ((actual - expected).abs().max() / expected.abs().max()).item()
-    assert error <= limit, f"{what}: relative error {error:.3g}"
 
 
 def assert_equal(actual, expected) -> None:
@@ -187,7 +177,7 @@ def test_a_change_within_the_lengths_is_seen(generator):
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_full_lengths_are_none(generator, bidirectional):
     backbone, x = build(generator, bidirectional=bidirectional), normal(generator, 3, T, D)
-    assert_same(backbone(x, lengths=torch.full((3,), T, dtype=torch.int32)), backbone(x))
+    assert_same(backbone(x, lengths=torch.full((3,), T, dtype=torch.int32)), backbone(x), limit=CLOSE)
 
 
 # ---- both directions
@@ -262,7 +252,7 @@ def test_a_hook_is_called_by_a_step(generator, watched):
     with torch.no_grad():
         y, _ = backbone.step(x)
         assert seen == [watched]
-        assert_same(y, backbone(x[:, None])[0][:, 0])
+        assert_same(y, backbone(x[:, None])[0][:, 0], limit=CLOSE)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

@@ -13,7 +13,8 @@ from unittest import mock
 import accelerate
 import numpy as np
 import pytest
-from run_helpers import NEEDING_SPACE, TRAIN, differing, disk, disk_is_full
+from helpers import call
+from run_helpers import NEEDING_SPACE, TRAIN, differing, disk, disk_is_full, small_config
 
 import statemix
 from statemix import TrainConfig, cli
@@ -36,16 +37,7 @@ SMALL_FLAGS = """
     --task.seq-len 5 --mixer.num-blocks 2 --mixer.block-size 3 --model.d-model 8
     --steps 4 --batch-size 8 --eval-every 2 --eval-sequences 16 --log-every 1"""
 SMALL = SMALL_FLAGS.split()
-SMALL_CONFIG = TrainConfig(
-    task={"name": "permutation", "seq_len": 5},
-    mixer={"name": "bd_lru", "num_blocks": 2, "block_size": 3},
-    model=ModelConfig(d_model=8),
-    steps=4,
-    batch_size=8,
-    eval_every=2,
-    eval_sequences=16,
-    log_every=1,
-)
+SMALL_CONFIG = small_config(optimizer=OptimizerConfig(), steps=4, eval_every=2)
 PROGRAM = Path(sys.executable).with_name("statemix")
 
 
@@ -63,13 +55,6 @@ def plain(text: str) -> str:
 
 def config_of(out: str) -> TrainConfig:
     return TrainConfig.load(Path(out) / "config.json")
-
-
-def call(capsys, *arguments: str) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of a command."""
-    status = cli.main(arguments)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 HOW = ["--tracker", "--init-from", "--lengthen"]
@@ -96,14 +81,8 @@ def test_help_names_every_field_option_and_name(capsys):
         assert re.search(rf"{re.escape(flag)}[ ,]", text), flag
     for name in (*MIXERS, *TASKS, *PRESETS):
         assert name in plain(text), name
-    for default in (
-        "(default: 600)",
-        "(default: 0.003)",
-        "(default: 0.9 0.95)",
-        "(default: runs/default)",
-        "(default: S3)",
-    ):
-        assert default in plain(text)
+    for default in ("600", "0.003", "0.9 0.95", "runs/default", "S3"):
+        assert f"(default: {default})" in plain(text)
     assert list(Path().iterdir()) == []
 
 
@@ -146,9 +125,8 @@ def test_every_option_of_a_mixer_has_help(mixer):
 
 
 def test_an_option_without_help_is_seen():
-    assert undocumented(dataclasses.make_dataclass("Form", ["steps"], namespace={"__doc__": "Args:\n    step: x"})) == [
-        "steps"
-    ]
+    form = dataclasses.make_dataclass("Form", ["steps"], namespace={"__doc__": "Args:\n    step: x"})
+    assert undocumented(form) == ["steps"]
 
 
 def test_version(capsys):
@@ -293,73 +271,8 @@ EVERY_FLAG = """--task=permutation --task.group A4xZ5 --task.seq-len 6 --task.ge
 THERE = "--resume=never --tracker wandb --init-from other --lengthen"
 
 
-def test_every_flag_sets_its_field(capsys):
-    given = mock.Mock(return_value=mock.Mock(summary={"best_step": 0}))
-    with (
-        mock.patch("statemix.cli.train.train", given),
-        mock.patch.multiple("statemix.cli.train", read_run=mock.Mock(), print_tables=mock.Mock()),
-    ):
-        assert call(capsys, "train", *EVERY_FLAG.split(), "--out", "there", *THERE.split())[0] == 0
-    given.assert_called_once()
-    assert given.call_args.args == (
-        TrainConfig(
-            task={"name": "permutation", "group": "A4xZ5", "seq_len": 6},
-            mixer={
-                "name": "h_lru",
-                "num_channels": 5,
-                "order": 2,
-                "normalization": "tanh",
-                "selective": False,
-                "form": "observer",
-                "backend": "reference",
-            },
-            model=ModelConfig(4, 2, 5, True, 0.5, 0.25),
-            optimizer=OptimizerConfig(0.5, 0.25, 0.5, (0.5, 0.75), 0.0, 2.0, 0.125, True, "linear"),
-            steps=7,
-            batch_size=6,
-            seed=5,
-            eval_every=4,
-            eval_sequences=3,
-            log_every=9,
-            test_lengths=(2, 1),
-            mixed_precision="bf16",
-            train_sequences=8,
-            patience=2,
-            stop_accuracy=0.75,
-            accumulate=3,
-            row_entropy=0.5,
-            block_dropout=0.25,
-            gate_noise=0.5,
-        ),
-        "there",
-    )
-    how = {"resume": "never", "tracker": "wandb", "init_from": "other", "lengthen": True}
-    assert given.call_args.kwargs == how
-    # the first is of text, the others not with --train-sequences
-    others = {flag for flag in flags() if flag.startswith("--curriculum.")} | {
-        "--carry",
-        "--sharpen",
-        "--train-lengths",
-    }
-    assert set(flags()) <= {*others, *EVERY_FLAG.replace("=", " ").split()}
-
-
-def test_train_lengths_are_set(capsys):
-    assert trained_config(capsys, "--train-lengths", "4", "16").train_lengths == (4, 16)
-
-
-def test_a_curriculum_is_set(capsys):
-    written = """--task parity --task.min-len 2 --curriculum.first 2 --curriculum.growth 1.5 --curriculum.accuracy 0.9
-        --curriculum.row 64 --curriculum.again 0.2 --curriculum.kept 8 --curriculum.rights 3 --curriculum.quiet 9
-        --curriculum.shared 2 --curriculum.prune 4 --curriculum.prune-after 7 --curriculum.prune-settle 5
-        --curriculum.prune-lr 0.5 --sharpen 10 --test-lengths 8 40-256"""
-    config = trained_config(capsys, *written.split())
-    assert config.curriculum == CurriculumConfig(2, 1.5, 0.9, 64, 0.2, 8, 3, 9, 2, 4, 7, 5, 0.5)
-    assert (config.sharpen, config.test_lengths) == (10, (8, "40-256"))
-
-
-def trained_config(capsys, *arguments: str) -> TrainConfig:
-    """What `statemix train` would train."""
+def asked_for(capsys, *arguments: str):
+    """What `statemix train` would call `train` with."""
     given = mock.Mock(return_value=mock.Mock(summary={"best_step": 0}))
     with (
         mock.patch("statemix.cli.train.train", given),
@@ -367,7 +280,56 @@ def trained_config(capsys, *arguments: str) -> TrainConfig:
     ):
         status, _, errors = call(capsys, "train", *arguments)
     assert status == 0, errors
-    return given.call_args.args[0]
+    given.assert_called_once()
+    return given.call_args
+
+
+def trained_config(capsys, *arguments: str) -> TrainConfig:
+    return asked_for(capsys, *arguments).args[0]
+
+
+def test_every_flag_sets_its_field(capsys):
+    asked = asked_for(capsys, *EVERY_FLAG.split(), "--out", "there", *THERE.split())
+    task = {"name": "permutation", "group": "A4xZ5", "seq_len": 6}
+    mixer = {"name": "h_lru", "num_channels": 5, "order": 2, "normalization": "tanh", "selective": False}
+    config = TrainConfig(
+        task=task,
+        mixer=mixer | {"form": "observer", "backend": "reference"},
+        model=ModelConfig(4, 2, 5, True, 0.5, 0.25),
+        optimizer=OptimizerConfig(0.5, 0.25, 0.5, (0.5, 0.75), 0.0, 2.0, 0.125, True, "linear"),
+        steps=7,
+        batch_size=6,
+        seed=5,
+        eval_every=4,
+        eval_sequences=3,
+        log_every=9,
+        test_lengths=(2, 1),
+        mixed_precision="bf16",
+        train_sequences=8,
+        patience=2,
+        stop_accuracy=0.75,
+        accumulate=3,
+        row_entropy=0.5,
+        block_dropout=0.25,
+        gate_noise=0.5,
+    )
+    assert asked.args == (config, "there")
+    assert asked.kwargs == {"resume": "never", "tracker": "wandb", "init_from": "other", "lengthen": True}
+    # the first is of text, the others not with --train-sequences
+    others = {"--carry", "--sharpen", "--train-lengths"}
+    others |= {flag for flag in flags() if flag.startswith("--curriculum.")}
+    assert set(flags()) <= {*others, *EVERY_FLAG.replace("=", " ").split()}
+
+
+def test_what_is_not_of_a_training_set_is_set(capsys):
+    assert trained_config(capsys, "--train-lengths", "4", "16").train_lengths == (4, 16)
+    written = """--task parity --task.min-len 2 --curriculum.first 2 --curriculum.growth 1.5 --curriculum.accuracy 0.9
+        --curriculum.row 64 --curriculum.again 0.2 --curriculum.kept 8 --curriculum.rights 3 --curriculum.quiet 9
+        --curriculum.shared 2 --curriculum.prune 4 --curriculum.prune-after 7 --curriculum.prune-settle 5
+        --curriculum.prune-lr 0.5 --sharpen 10 --test-lengths 8 40-256"""
+    config = trained_config(capsys, *written.split())
+    assert config.curriculum == CurriculumConfig(2, 1.5, 0.9, 64, 0.2, 8, 3, 9, 2, 4, 7, 5, 0.5)
+    assert (config.sharpen, config.test_lengths) == (10, (8, "40-256"))
 
 
 def test_a_preset_gives_the_defaults_and_flags_change_them(capsys):

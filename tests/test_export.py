@@ -192,11 +192,8 @@ def test_an_automaton_with_another_start_begins_there():
 
 
 def test_a_verdict_is_read_as_it_was_written(tmp_path):
-    for verdict in (
-        Verdict(3, None, PARITY, 100.0),
-        Verdict(7, WrongWord((2, 1), 1, 0), None),
-        Verdict(9, None, None),
-    ):
+    differs = Verdict(7, WrongWord((2, 1), 1, 0), None)
+    for verdict in (Verdict(3, None, PARITY, 100.0), differs, Verdict(9, None, None)):
         write_verdict(verdict, tmp_path)
         read = read_verdict(tmp_path)
         assert (read.states, read.wrong, read.sharpened) == (verdict.states, verdict.wrong, verdict.sharpened)
@@ -209,13 +206,9 @@ def test_a_verdict_is_read_as_it_was_written(tmp_path):
 # ---- the command
 
 
-def with_model(folder: Path, mixer: str) -> None:
-    small_model(mixer).save(folder)
-
-
 @pytest.mark.parametrize("form", ["onnx", "pt2"])
 def test_the_command_writes_a_step_and_says_what_goes_in(tmp_path, capsys, form):
-    with_model(tmp_path, "h_lru")
+    small_model("h_lru").save(tmp_path)
     assert cli.main(["export", str(tmp_path), "--format", form, "--step"]) == 0
     out, file = capsys.readouterr().out, tmp_path / f"step.{form}"
     assert f"{file}: {file.stat().st_size:,} bytes, of a step." in out
@@ -223,44 +216,33 @@ def test_the_command_writes_a_step_and_says_what_goes_in(tmp_path, capsys, form)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors", f"step.{form}"]
 
 
-WRONG_CALLS = {
-    "no run": (lambda folder: None, ["onnx"], 2, "export: "),
-    "no verdict": (lambda folder: with_model(folder, "bd_lru"), ["c"], 2, "verify.json' is missing. Run `statemix ver"),
+NO_AUTOMATON = '{"states": 1, "sharpened": null, "wrong": null, "automaton": {}}'
+WRONG_CALLS = {  # what there is, the arguments, the exit status, and what is said
+    "no run": (lambda folder: None, "onnx", 2, "export: "),
+    "no verdict": (small_model("bd_lru").save, "c", 2, "verify.json' is missing. Run `statemix ver"),
     "not equal": (
         lambda folder: write_verdict(Verdict(7, WrongWord((2, 1), 1, 0), PARITY), folder),
-        ["c"],
+        "c",
         2,
         "must say that the model is equal to its task, but says 'differs'",
     ),
     "damaged": (
-        lambda folder: (folder / "verify.json").write_text(
-            '{"states": 1, "sharpened": null, "wrong": null, "automaton": {}}'
-        ),
-        ["c"],
+        lambda folder: (folder / "verify.json").write_text(NO_AUTOMATON),
+        "c",
         2,
         "verify.json' is damaged: `automaton.start` is missing",
     ),
-    "a step of c": (lambda folder: None, ["c", "--step"], 2, "`step` must not be given with --format c"),
+    "a step of c": (lambda folder: None, "c --step", 2, "`step` must not be given with --format c"),
     "autoencoder": (
-        lambda folder: AutoEncoder(V, D, 1, SPECS["bd_lru"], seq_len=4).save(folder),
-        ["pt2"],
+        AutoEncoder(V, D, 1, SPECS["bd_lru"], seq_len=4).save,
+        "pt2",
         2,
         "RUN must be of a SequenceModel, got AutoEncoder",
     ),
-    "length": (lambda folder: with_model(folder, "pd_ssm"), ["pt2"], 1, "cannot trace PDSSM at any length"),
-    "operations": (lambda folder: with_model(folder, "pd_ssm"), ["onnx"], 1, "cannot translate PDSSM"),
-    "sharpen": (
-        lambda folder: with_model(folder, "lstm"),
-        ["pt2", "--sharpen", "9"],
-        2,
-        "`sharpen` must be None",
-    ),
-    "out": (
-        lambda folder: with_model(folder, "lstm"),
-        ["pt2", "--out", "no/where"],
-        2,
-        "`out` must be a file",
-    ),
+    "length": (small_model("pd_ssm").save, "pt2", 1, "cannot trace PDSSM at any length"),
+    "operations": (small_model("pd_ssm").save, "onnx", 1, "cannot translate PDSSM"),
+    "sharpen": (small_model("lstm").save, "pt2 --sharpen 9", 2, "`sharpen` must be None"),
+    "out": (small_model("lstm").save, "pt2 --out no/where", 2, "`out` must be a file"),
 }
 
 
@@ -269,7 +251,7 @@ def test_what_cannot_be_exported_is_refused(case, tmp_path, capsys):
     prepare, arguments, status, message = WRONG_CALLS[case]
     prepare(tmp_path)
     before = sorted(tmp_path.iterdir())
-    assert cli.main(["export", str(tmp_path), "--format", *arguments]) == status
+    assert cli.main(["export", str(tmp_path), "--format", *arguments.split()]) == status
     assert re.search(message, capsys.readouterr().err)
     assert sorted(tmp_path.iterdir()) == before
 

@@ -118,18 +118,6 @@ class ScaledMixer(BDLRU):
         return scaled(super().mix(x, state, reset))
 
 
-class Adapted(nn.Module):
-    """A product with a low-rank one beside it."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.linear, self.down = linear, nn.Linear(linear.in_features, 2, bias=False)
-        self.up = nn.Linear(2, linear.out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + self.up(self.down(x))
-
-
 class Int8(Tensor):
     """A weight of 8 bits that says it is float32, as quantised weights do."""
 
@@ -323,7 +311,7 @@ OTHER: dict[str, Callable] = {  # these must change them, or their rows would sh
     "instance forward of a SwiGLU": patched("layers.0.mlp", "forward"),
     "instance mix": patched(MIXER, "mix"),
     "subclass with a mix of its own": exchanged(MIXER, lambda mixer: ScaledMixer(WIDTH, 4, 4)),
-    "adapter": exchanged(VALUES, Adapted),
+    "another module": exchanged(VALUES, lambda linear: nn.Sequential(linear, nn.Tanh())),
     "bias": exchanged(VALUES, lambda linear: nn.Linear(WIDTH, linear.out_features)),
     "bias in the SwiGLU": exchanged("layers.0.mlp.output", lambda linear: nn.Linear(linear.in_features, WIDTH)),
     "bias in the head": exchanged("head", lambda linear: nn.Linear(WIDTH, 11)),

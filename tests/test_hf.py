@@ -387,13 +387,15 @@ def test_save_pretrained_and_from_pretrained(tmp_path, mixer, tied, dtype):
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_from_and_to_our_own_checkpoints(tmp_path, mixer, tied):
-    ours = SequenceModel(11, 20, 2, MIXERS[mixer], mlp_size=33, tied_embedding=tied, init_std=0.02)
+    ours = SequenceModel(11, 20, 2, MIXERS[mixer], mlp_size=33, tied_embedding=tied, init_std=0.02, dropout=0.5)
     for folder in ("run/step-5", "back"):
         (tmp_path / folder).mkdir(parents=True)
     ours.save(tmp_path / "run" / "step-5")
     (tmp_path / "run" / "checkpoints.json").write_text(json.dumps({"best": "step-5", "last": "step-5"}))
     model = hf.StatemixForCausalLM.from_statemix(tmp_path / "run")
     assert not any(p.is_meta for p in model.parameters())
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(model(TOKENS).logits, model(TOKENS).logits)  # without dropout
     model.save_pretrained(tmp_path / "hf")
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").save_statemix(tmp_path / "back")
     back = load_model(tmp_path / "back")
@@ -458,14 +460,6 @@ print(model.generate(torch.tensor([[3, 1, 4, 1, 5]]), max_new_tokens=6, do_sampl
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout) == model.generate(TOKENS, max_new_tokens=6, **GREEDY)[0].tolist()
-
-
-def test_a_loaded_model_drops_nothing(tmp_path):
-    ours = SequenceModel(11, 20, 2, MIXERS["block"], dropout=0.5)
-    ours.save(tmp_path)
-    model = hf.StatemixForCausalLM.from_statemix(tmp_path)
-    assert not model.training
-    assert torch.equal(model(TOKENS).logits, model(TOKENS).logits)
 
 
 def test_bytes_are_padded_without_being_told():

@@ -12,121 +12,74 @@ import pytest
 from statemix.mixers import MIXERS
 
 PACKAGE = Path(__file__).parents[1] / "src" / "statemix"
-SCAN, BENCH, KERNELS, TEXT, TRAINING = (
-    f"statemix.{room}" for room in ("scan", "benchmark", "kernels", "text", "training")
-)
-FOR_TRAINING = tuple(
-    f"statemix.{name}"
-    for name in ("model", "backbone", "mixers", "search", "tasks", "text", "files", "records", "specs", "style")
-)
+SCAN, BENCH, TRAINING = "statemix.scan", "statemix.benchmark", "statemix.training"
 
+
+def below_statemix(names: str) -> tuple[str, ...]:
+    """The full names; a dot is statemix itself."""
+    return tuple("statemix" if name == "." else f"statemix.{name}" for name in names.split())
+
+
+FOR_TRAINING = "model backbone mixers search tasks text files records specs style"
+ALLOWED_BELOW = {
+    "gates": "",
+    "specs": "",
+    "records": "",
+    "files": "records",
+    "style": "",
+    "kernels": "kernels gates",
+    "fused": "kernels scan.gpu",
+    "scan": "scan.problem scan.reference scan.associative scan.cpu scan.gpu",
+    "scan.problem": "gates",
+    "scan.reference": "scan.problem",
+    "scan.associative": "scan.problem",
+    "scan.cpu": "scan.problem kernels",
+    # NVIDIA's bindings it imports at the first call; the test of what `import statemix` asks for holds that
+    "scan.gpu": "gates scan.problem scan.gpu kernels",
+    "text": "text files records",
+    "tasks": "tasks analysis specs text",
+    "analysis": "analysis gates",
+    "mixers": "mixers analysis gates scan kernels fused specs",
+    "mixers.base": "gates",
+    "lengths": "",
+    "backbone": "mixers gates lengths kernels fused specs",
+    "predictor": "backbone lengths mixers",
+    "model": "backbone mixers gates kernels fused specs records",
+    "decoder": "model backbone gates kernels fused",
+    "search": "decoder analysis model backbone mixers kernels",
+    "sequence_parallel": "gates scan mixers",
+    "sizing": "mixers specs",
+    "training": f". training {FOR_TRAINING}",
+    "training.processes": "model",
+    "runs": f". runs training {FOR_TRAINING}",
+    "report": ". report runs analysis files specs style tasks",
+    "benchmark.contender": "",
+    "benchmark.results": "records style",
+    "benchmark.measure": "benchmark.contender kernels",
+    "benchmark.scans": "benchmark.contender gates scan kernels",
+    "benchmark.layers": "benchmark.contender mixers model decoder",
+    "benchmark.memory": "benchmark.contender benchmark.layers kernels",
+}
 # What a module may import of statemix: an entry stands for itself and all below it.
 # A module goes by its longest prefix here; what has none may import anything but ONLY_BY.
-ALLOWED = {
-    "statemix.gates": (),
-    "statemix.specs": (),
-    "statemix.records": (),
-    "statemix.files": ("statemix.records",),
-    "statemix.style": (),
-    KERNELS: (KERNELS, "statemix.gates"),
-    "statemix.fused": (KERNELS, f"{SCAN}.gpu"),
-    SCAN: (f"{SCAN}.problem", *(f"{SCAN}.{backend}" for backend in ("reference", "associative", "cpu", "gpu"))),
-    f"{SCAN}.problem": ("statemix.gates",),
-    f"{SCAN}.reference": (f"{SCAN}.problem",),
-    f"{SCAN}.associative": (f"{SCAN}.problem",),
-    f"{SCAN}.cpu": (f"{SCAN}.problem", KERNELS),
-    # NVIDIA's bindings it imports at the first call; the test of what `import statemix` asks for holds that
-    f"{SCAN}.gpu": ("statemix.gates", f"{SCAN}.problem", f"{SCAN}.gpu", KERNELS),
-    "statemix.text": (TEXT, "statemix.files", "statemix.records"),
-    "statemix.tasks": ("statemix.tasks", "statemix.analysis", "statemix.specs", TEXT),
-    "statemix.analysis": ("statemix.analysis", "statemix.gates"),
-    "statemix.mixers": (
-        "statemix.mixers",
-        "statemix.analysis",
-        "statemix.gates",
-        SCAN,
-        KERNELS,
-        "statemix.fused",
-        "statemix.specs",
-    ),
-    "statemix.mixers.base": ("statemix.gates",),
-    "statemix.lengths": (),
-    "statemix.backbone": (
-        "statemix.mixers",
-        "statemix.gates",
-        "statemix.lengths",
-        KERNELS,
-        "statemix.fused",
-        "statemix.specs",
-    ),
-    "statemix.predictor": ("statemix.backbone", "statemix.lengths", "statemix.mixers"),
-    "statemix.model": (
-        "statemix.backbone",
-        "statemix.mixers",
-        "statemix.gates",
-        KERNELS,
-        "statemix.fused",
-        "statemix.specs",
-        "statemix.records",
-    ),
-    "statemix.decoder": ("statemix.model", "statemix.backbone", "statemix.gates", KERNELS, "statemix.fused"),
-    "statemix.search": (
-        "statemix.decoder",
-        "statemix.analysis",
-        "statemix.model",
-        "statemix.backbone",
-        "statemix.mixers",
-        KERNELS,
-    ),
-    "statemix.sequence_parallel": ("statemix.gates", SCAN, "statemix.mixers"),
-    "statemix.sizing": ("statemix.mixers", "statemix.specs"),
-    TRAINING: (TRAINING, "statemix", *FOR_TRAINING),
-    f"{TRAINING}.processes": ("statemix.model",),
-    "statemix.runs": ("statemix.runs", "statemix", TRAINING, *FOR_TRAINING),
-    "statemix.report": (
-        "statemix.report",
-        "statemix.runs",
-        "statemix",
-        "statemix.analysis",
-        "statemix.files",
-        "statemix.specs",
-        "statemix.style",
-        "statemix.tasks",
-    ),
-    f"{BENCH}.contender": (),
-    f"{BENCH}.results": ("statemix.records", "statemix.style"),
-    f"{BENCH}.measure": (f"{BENCH}.contender", KERNELS),
-    f"{BENCH}.scans": (f"{BENCH}.contender", "statemix.gates", SCAN, KERNELS),
-    f"{BENCH}.layers": (f"{BENCH}.contender", "statemix.mixers", "statemix.model", "statemix.decoder"),
-    f"{BENCH}.memory": (f"{BENCH}.contender", f"{BENCH}.layers", KERNELS),
-}
+ALLOWED = {f"statemix.{module}": below_statemix(names) for module, names in ALLOWED_BELOW.items()}
 # These import torch, numpy and the standard library besides.
-PLAIN = ("statemix.gates", "statemix.specs", "statemix.tasks", "statemix.analysis")
-PLAIN_SCANS = (SCAN, f"{SCAN}.problem", f"{SCAN}.reference", f"{SCAN}.associative", f"{SCAN}.cpu")
+PLAIN = below_statemix("gates specs tasks analysis")
+PLAIN_SCANS = below_statemix("scan scan.problem scan.reference scan.associative scan.cpu")
+TESTS = sorted(Path(__file__).parent.glob("*.py"))
+NOT_SHIPPED = ["tests", "experiments", *(path.stem for path in TESTS)]
 # What only the named modules may import, and they only what is named.
 ONLY_BY = {
     "tokenizers": ("statemix.text.tokenizer", "statemix.hf.tokenizer"),
     "cuda": (f"{SCAN}.gpu.compile",),
-    "statemix.cli": (
-        "statemix.__main__",
-        "statemix.cli",
-        *(f"statemix.cli.{command}" for command in ("train", "sweep", "report")),
-    ),
+    "statemix.cli": below_statemix("__main__ cli cli.train cli.sweep cli.report"),
     "statemix.runs.sweep": ("statemix.cli.sweep",),
     "statemix.runs.executors": ("statemix.runs.sweep",),
     "onnx": ("statemix.export",),
     "ray": ("statemix.runs.executors",),
     "pyarrow": ("statemix.runs.read",),
     "datasets": ("statemix.text.corpus",),
-    "tests": (),
-    "conftest": (),
-    "helpers": (),
-    "kernel_helpers": (),
-    "mixer_helpers": (),
-    "model_helpers": (),
-    "run_helpers": (),
-    "experiments": (),
-}
+} | dict.fromkeys(NOT_SHIPPED, ())
 
 
 def is_below(name: str, prefix: str) -> bool:
@@ -176,9 +129,6 @@ def test_a_module_imports_only_what_it_may(path):
 def test_the_files_are_found():
     found = {str(path.relative_to(PACKAGE)) for path in FILES}
     assert found >= {"__init__.py", "gates.py", "scan/__init__.py", "scan/reference.py", "kernels/library.py"}
-
-
-TESTS = sorted(Path(__file__).parent.glob("*.py"))
 
 
 def other_tests(source: str) -> list[str]:

@@ -485,7 +485,6 @@ def test_bad_calls(generator):
         ),
         (lambda: model(tokens, state[:2]), STATES + "2."),
         (lambda: model(tokens, (*state, state[0])), STATES + "4."),
-        (lambda: model(tokens, ()), STATES + "0."),
         (lambda: model(tokens[:1], state), "BDLRU: `state` must have shape (B, M, N) = (1, 3, 5), got (2, 3, 5)."),
         (lambda: model(tokens, None, mask[:, :3]), "BDLRU: `reset` must have shape (B, T) = (2, 4), got (2, 3)."),
         (

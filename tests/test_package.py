@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -42,19 +41,12 @@ assert_type(statemix.__version__, str)
 """
 
 
-class Wrong(NamedTuple):
-    """A line that a type checker must refuse, and a part of what it says."""
-
-    line: str
-    said: str
-
-
-WRONG = [
-    Wrong("layer(x, 3)", "Tensor | None"),
-    Wrong("model(None)", "Tensor"),
-    Wrong("from statemix import BDLRUs", "BDLRUs"),
-    Wrong("statemix.hlru", "hlru"),
-]
+WRONG = {  # a line that a type checker must refuse, and a part of what it says
+    "layer(x, 3)": "Tensor | None",
+    "model(None)": "Tensor",
+    "from statemix import BDLRUs": "BDLRUs",
+    "statemix.hlru": "hlru",
+}
 
 
 def public_imports() -> dict[str, str]:
@@ -105,14 +97,14 @@ def test_a_users_file_has_the_types(tmp_path, checker):
     pytest.importorskip(checker, reason=f"{checker} is not installed: pip install statemix[dev]")
     good, bad = tmp_path / "user.py", tmp_path / "wrong.py"
     good.write_text(USER)
-    bad.write_text(USER + "".join(f"{wrong.line}\n" for wrong in WRONG))
+    bad.write_text(USER + "".join(f"{wrong}\n" for wrong in WRONG))
     command = [sys.executable, *CHECKERS[checker]]
     run = subprocess.run([*command, str(good), str(bad)], capture_output=True, text=True, cwd=tmp_path)
     lines = [line for line in run.stdout.splitlines() if "error:" in line]
     assert len(lines) == len(WRONG), run.stdout + run.stderr
     first = USER.count("\n") + 1
-    for number, (line, wrong) in enumerate(zip(lines, WRONG, strict=True), start=first):
-        assert re.search(rf"wrong\.py:{number}\b.*{re.escape(wrong.said)}", line), line
+    for number, (line, said) in enumerate(zip(lines, WRONG.values(), strict=True), start=first):
+        assert re.search(rf"wrong\.py:{number}\b.*{re.escape(said)}", line), line
 
 
 def test_every_file_of_the_package_is_shipped():

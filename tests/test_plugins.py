@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import call
 from run_helpers import run, small_config
 
-from statemix import SequenceModel, TrainConfig, cli, load_model
+from statemix import SequenceModel, TrainConfig, load_model
 from statemix.mixers import Mixer, build_mixer
 from statemix.runs.executors import _train_to_log
 from statemix.runs.read import read_run
@@ -80,12 +81,6 @@ def forget() -> None:
         sys.modules.pop(name, None)
 
 
-def call(capsys, *arguments: str) -> tuple[int, str, str]:
-    status = cli.main(arguments)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
 def test_a_sweep_of_a_mixer_and_a_task_in_a_file_beside_it_and_its_report(folder, capsys):
     status, text, errors = call(capsys, "sweep", "mine/sweep.py", "--out", "out", "--jobs", "1")
     assert status == 0, errors
@@ -93,13 +88,11 @@ def test_a_sweep_of_a_mixer_and_a_task_in_a_file_beside_it_and_its_report(folder
     assert run_folder.name.startswith("own_tasks.Repeat-own_layers.Mean-")  # no colon: a folder on Windows, too
     assert "mine" in text
     forget()
-    refused = (
-        r"^error: TrainConfig: '.*config\.json' needs a module\. task: the module 'own_tasks' of 'own_tasks:Repeat'"
-    )
+    told = r"^error: TrainConfig: '.*config\.json' needs a module\. task: the module 'own_tasks' of 'own_tasks:Repeat'"
     for command in (("report", "out"), ("train", "--config", str(run_folder / "config.json"))):
         status, text, errors = call(capsys, *command)
         assert (status, text) == (2, "")
-        assert re.search(refused, errors), errors
+        assert re.search(told, errors), errors
     assert list(Path().glob("report")) == []
     imports = ("--import", "own_layers", "--import=own_tasks")
     status, text, errors = call(capsys, "report", "out", *imports)
@@ -117,9 +110,8 @@ def test_train_generate_and_load(folder, capsys):
     assert TrainConfig.load("run/config.json").mixer == {"name": "own_layers:Mean", "decay": 0.75}
     assert load_model("run/step-2").mixers[0].decay == 0.75
     forget()
-    with pytest.raises(
-        NotImportedError, match=r"^SequenceModel\.load: 'run/step-2/model\.json' needs a module\. mixer: "
-    ):
+    told = r"^SequenceModel\.load: 'run/step-2/model\.json' needs a module\. mixer: "
+    with pytest.raises(NotImportedError, match=told):
         load_model("run/step-2")
     generate = ("generate", "run/step-2", "--prompt", "to be", "--max-new-tokens", "3")
     assert call(capsys, *generate)[0] == 2

@@ -122,15 +122,12 @@ def test_statemix_commands_run(name, tmp_path, capsys, monkeypatch):
         for program, *command in commands:
             if only_parsed(program, command):
                 continue
-            short = []
-            if command[0] == "train" and "--out" in command:
-                short = ["--steps", "2", "--eval-sequences", "8"]
-            if command[0] == "generate":
-                short = ["--max-new-tokens", "3"]
-            if command[0] == "bench":
-                short = ["--sizes", "1x4", "--length", "16", "--seconds", "0.01", "--out", str(tmp_path / "bench")]
-            if command[0] == "verify":
-                short = ["--max-states", "100"]
+            short = {
+                "generate": ["--max-new-tokens", "3"],
+                "bench": ["--sizes", "1x4", "--length", "16", "--seconds", "0.01", "--out", str(tmp_path / "bench")],
+                "verify": ["--max-states", "100"],
+                "train": ["--steps", "2", "--eval-sequences", "8"] if "--out" in command else [],
+            }.get(command[0], [])
             wrong = command[0] == "verify"  # after two steps
             assert main(command + short) == wrong, capsys.readouterr().err
 
