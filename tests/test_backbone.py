@@ -195,20 +195,6 @@ def directions(backbone: Backbone) -> tuple[Backbone, Backbone]:
     return parts[0], parts[1]
 
 
-@each_mixer
-def test_both_directions_are_two_runs(generator, mixer):
-    """One as it stands, one of each row reversed within its length; written out row by row."""
-    backbone, x = build(generator, mixer, bidirectional=True), normal(generator, 3, T, D)
-    ahead, back = directions(backbone)
-    y, state = backbone(x, lengths=torch.tensor(LENGTHS))
-    assert len(state) == 4
-    for row, length in enumerate(LENGTHS):
-        own = x[row : row + 1, :length]
-        (first, after), (second, before) = ahead(own), back(own.flip(1))
-        assert_same(y[row : row + 1, :length], torch.cat([first, second.flip(1)], dim=2), f"row {row}", limit(mixer))
-        assert_same([part[row : row + 1] for part in state], [*after, *before], "state", limit(mixer))
-
-
 def test_each_direction_goes_on_from_its_own_state(generator):
     backbone, x = build(generator, bidirectional=True), normal(generator, 3, T, D)
     ahead, back = directions(backbone)

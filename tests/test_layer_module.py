@@ -115,18 +115,9 @@ def test_the_operators_pass_opcheck(generator, kind):
         assert set(checks.values()) == {"SUCCESS"}
         with torch.no_grad():
             y, final_state, states, kept = layers._layer(*arguments)
-        arguments = (
-            torch.ones_like(y),
-            torch.ones_like(final_state) if keep else None,
-            *(x.detach() for x in inputs),
-            reset,
-            visibility,
-            places,
-            states,
-            kept,
-            "softmax",
-            kind,
-        )
+        cotangents = torch.ones_like(y), torch.ones_like(final_state) if keep else None
+        read = (x.detach() for x in inputs)
+        arguments = (*cotangents, *read, reset, visibility, places, states, kept, "softmax", kind)
         checks = torch.library.opcheck(torch.ops.statemix.layer_backward, arguments)
         assert set(checks.values()) == {"SUCCESS"}
 

@@ -76,6 +76,15 @@ def folder(tmp_path, monkeypatch):
     forget()
 
 
+@pytest.fixture
+def imported(folder):
+    """That folder, with both files imported."""
+    sys.path.append(str(folder / "mine"))
+    __import__("own_layers")
+    __import__("own_tasks")
+    return folder
+
+
 def forget() -> None:
     for name in ("own_layers", "own_tasks", "evil_layers"):
         sys.modules.pop(name, None)
@@ -120,12 +129,11 @@ def test_train_generate_and_load(folder, capsys):
     assert text.startswith("to be")
 
 
-def test_a_mixer_of_ones_own_steps_resumes_and_is_solved_for(folder):
-    import_own(folder)
+def test_a_mixer_of_ones_own_steps_resumes_and_is_solved_for(imported):
     config = small_config(mixer={"name": "own_layers:Mean"})
     assert config.modules == ("own_layers",)
     assert TrainConfig.from_json(config.to_json()) == config
-    whole = run(folder / "whole", config)
+    whole = run(imported / "whole", config)
     assert read_run(whole.out).config == config
     x, reset = torch.randn(2, 7, 6), torch.zeros(2, 7, dtype=torch.bool)
     reset[1, 3] = True
@@ -138,30 +146,22 @@ def test_a_mixer_of_ones_own_steps_resumes_and_is_solved_for(folder):
         solve("own_layers:Mean", 8, budget=100)
 
 
-def import_own(folder: Path) -> None:
-    sys.path.append(str(folder / "mine"))
-    __import__("own_layers")
-    __import__("own_tasks")
-
-
-def test_a_task_that_says_no_name_has_its_path(folder):
-    import_own(folder)
+def test_a_task_that_says_no_name_has_its_path(imported):
     task = build_task({"name": "own_tasks:Repeat", "vocab_size": 3})
     assert task.name == "own_tasks:Repeat"
     assert task.with_seq_len(4).sample("train", 2).tokens.shape == (2, 4)
     assert {TrainConfig(task={"name": "own_tasks:Repeat"}).task["seq_len"], task.seq_len} == {8}
 
 
-def test_a_worker_elsewhere_imports_what_the_config_names(folder):
+def test_a_worker_elsewhere_imports_what_the_config_names(imported):
     """As on Ray: a process that has nothing of this one's but what it is given."""
-    import_own(folder)
     config = small_config(task={"name": "own_tasks:Repeat"}, mixer={"name": "own_layers:Mean"}, steps=1)
-    (folder / "there").mkdir()
-    arguments = (config.to_json(), config.modules, str(folder / "there"), tuple(sys.path))
-    sys.path.remove(str(folder / "mine"))  # which the new process would have from this one
+    (imported / "there").mkdir()
+    arguments = (config.to_json(), config.modules, str(imported / "there"), tuple(sys.path))
+    sys.path.remove(str(imported / "mine"))  # which the new process would have from this one
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(_train_to_log, arguments) == ""
-    assert (folder / "there" / "result.json").exists()
+    assert (imported / "there" / "result.json").exists()
 
 
 @pytest.fixture
@@ -221,14 +221,12 @@ NAMES = {  # a name, and what is said of it
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_path_that_is_no_mixer_is_refused(folder, name):
-    import_own(folder)
+def test_a_path_that_is_no_mixer_is_refused(imported, name):
     with pytest.raises(ValueError, match=f"^{re.escape(f'mixer: `name` {name!r} {NAMES[name]}')}"):
         build_mixer({"name": name}, 8)
 
 
-def test_a_mixer_or_task_that_lacks_what_each_has_is_refused(folder):
-    import_own(folder)
+def test_a_mixer_or_task_that_lacks_what_each_has_is_refused(imported):
     module = sys.modules["own_layers"]
     module.Bare = type("Bare", (Mixer,), {"__init__": lambda self, d_model: Mixer.__init__(self)})
     module.Half = type("Half", (Task,), {"seq_len": 3})

@@ -12,7 +12,7 @@ import shutil
 import stat
 import sys
 import sysconfig
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -646,15 +646,8 @@ def test_processes_that_begin_together_make_it_once(documents):
         made.append(args)
         make(*args)
 
-    found = []
-    with mock.patch.object(module, "_make", slow):
-        threads = [
-            threading.Thread(target=lambda: found.append(dataclasses.replace(documents).corpus)) for _ in range(6)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
+    with mock.patch.object(module, "_make", slow), ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda thread: dataclasses.replace(documents).corpus, range(6), timeout=60))
     assert len(made) == 1
     assert [corpus.tokens.tolist() for corpus in found] == [list(range(300))] * 6
 

@@ -76,9 +76,8 @@ def test_bad_alphabets(alphabet):
 def test_a_number_that_is_no_token_is_named(tokenizer):
     size = tokenizer.vocab_size
     for number in (-1, size):
-        with pytest.raises(
-            ValueError, match=rf"`ids` must be in \[0, vocab_size\) = \[0, {size}\), got {number} at 1\.$"
-        ):
+        told = rf"`ids` must be in \[0, vocab_size\) = \[0, {size}\), got {number} at 1\.$"
+        with pytest.raises(ValueError, match=told):
             tokenizer.decode([0, number])
 
 
