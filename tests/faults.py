@@ -144,6 +144,14 @@ a weight that moved in memory is not seen
   ? tests/test_generate.py -k sees_what_happens
 
 src/statemix/mixers/linear_recurrence.py
+a step of one token sees all blocks where some are hidden
+  - return _allowed_hidden(mixer) and not mixer.hidden
+  + return _allowed_hidden(mixer)
+  ? tests/test_layer_module.py -k hidden_blocks
+a table stands in for a mix that was exchanged
+  - or not ROWS.runs_its_own(self) or not ROWS.reads
+  + or not ROWS.reads
+  ? tests/test_fused.py -k only_where_calls
 lags before the first step are zero where a state came
   - lagged_states(states, state, reset, self.state_shape[0])
   + lagged_states(states, None, reset, self.state_shape[0])
@@ -342,12 +350,19 @@ what does not divide by the threads is left out
   ? tests/test_layer.py tests/test_step.py -k threads
 
 csrc/layer.h
+the gradient of states is not told what the read-out sees
+  -     if (p.visibility) show(b, count, s.kept, to, s.kept, to);
+  ? tests/test_layer.py -k read_out_does_not_see
+the gradients of a table's rows are added up in the order of the steps
+  - *places(b, t0 + r) * s.columns
+  + (t0 + r) % s.table * s.columns
+  ? tests/test_layer.py -k table_of_rows_equals
 kept gates are used that were not kept
-  -     if (!p.kept) project(b, t0, count, gates, s.pitch);
+  -     if (!p.kept && !s.table) project(x_rows, count, gates, s.pitch);
   ? tests/test_layer.py -k however_much_it_keeps
 kept weights are taken for gates once more
-  - if (!in_place || !p.kept) recur.weigh_to_return
-  + recur.weigh_to_return
+  - if (!s.table && (!in_place || !p.kept)) recur.weigh_to_return
+  + if (!s.table) recur.weigh_to_return
   ? tests/test_layer.py -k however_much_it_keeps
 the final state is that of the first chunk
   - if (turn == chunks - 1) write_state(carry, b, v, p.final_state);
@@ -434,8 +449,8 @@ logits where they are wanted are those of the first steps
 
 src/statemix/model.py
 a table of gates goes round a subclass's embedding
-  - not trained or type(self)._embedded is not TokenModel._embedded
-  + not trained
+  - or type(self)._embedded is not TokenModel._embedded:
+  + :
   ? tests/test_model.py -k does_not_serve
 
 src/statemix/training/pruning.py
