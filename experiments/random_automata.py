@@ -29,7 +29,7 @@ from statemix.model import SequenceModel
 from statemix.report.tables import align
 from statemix.runs.presets import EXACT
 from statemix.runs.read import Row, Run, find_runs, write_table
-from statemix.search import explore
+from statemix.search import MAX_STATES, explore
 from statemix.sizing import measure, solve
 from statemix.specs import Spec
 from statemix.tasks import build_task
@@ -46,6 +46,7 @@ STEPS = {
     16: 600,
     32: 600,
 }  # of 2,048 tokens; fewer where a block would need more components than it has
+RIVAL_SEARCH = 50_000  # states of a rival, of which none comes again bit for bit: all words of up to 7 to 15 tokens
 MANY = 1_000  # functions, where counting them ends; the table says "many"
 # rivals have as many parameters as the BD-LRU of the same automaton
 RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -130,10 +131,11 @@ def verified(run: Run) -> Row:
     path = run.folder / VERDICT_FILE
     if not path.exists():
         model = SequenceModel.load(run.folder / f"step-{run.summary['best_step']}")
-        for mixer in model.mixers:
-            if isinstance(mixer, LinearRecurrence):
-                mixer.sharpen(EXACT.sharpen or 1)
-        write_verdict(explore(model, build_task(run.config.task).automaton()), run.folder)
+        own = [mixer for mixer in model.mixers if isinstance(mixer, LinearRecurrence)]
+        for mixer in own:
+            mixer.sharpen(EXACT.sharpen or 1)
+        most = MAX_STATES if own else RIVAL_SEARCH
+        write_verdict(explore(model, build_task(run.config.task).automaton(), max_states=most), run.folder)
     found = records.read(path, {"outcome": str, "states": int}, "random_automata")
     scores = run.summary.get("sharpened", run.summary["test"])["256"]
     return {
