@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from statemix.benchmark.contender import Contender, Results, Shape, UnavailableError, Work, imported, inputs
 from statemix.decoder import Decoder
 from statemix.mixers import BDLRU, HLRU, build_mixer
+from statemix.mixers.base import Rows
 from statemix.model import SequenceModel
 
 VOCABULARY, DECODED = 64, 200
@@ -57,6 +58,24 @@ def _autocast(shape: Shape) -> torch.autocast:
 
 def _bd_lru(shape: Shape, **options: Any) -> BDLRU:
     return BDLRU(shape.d_model, shape.blocks, shape.order, **options)
+
+
+class _FewRows(nn.Module):
+    """A layer of x with but a few different rows, as where it is the embedding of so many tokens."""
+
+    def __init__(self, layer: BDLRU) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of all rows of x, (B, T, D), the first come again and again."""
+        table = x.flatten(0, 1)[:VOCABULARY]
+        places = torch.arange(x.shape[0] * x.shape[1]) % len(table)
+        return self.layer(x, None, None, Rows(table, places.view(x.shape[:2])))
+
+
+def _of_few_rows(shape: Shape, **options: Any) -> _FewRows:
+    return _FewRows(_bd_lru(shape, **options))
 
 
 def _h_lru(shape: Shape, **options: Any) -> HLRU:
@@ -152,6 +171,7 @@ LAYER_CONTENDERS = (
     own("bdlru recompute", layer_work, _bd_lru, recompute=True),
     own("associative", layer_work, _bd_lru, backend="associative"),
     own("hlru", layer_work, _h_lru),
+    own("bdlru few rows", layer_work, _of_few_rows),
     Contender("products", products),
     _torch_rnn("lstm", nn.LSTM),
     _torch_rnn("gru", nn.GRU),
