@@ -138,6 +138,22 @@ def test_a_table_of_rows_is_what_the_rows_are_to_the_bit(generator, kind):
         assert torch.equal(one, other)
 
 
+@each_kind
+def test_a_table_that_is_too_large_is_spread_out(generator, kind, monkeypatch):
+    problem = make_layer_problem(generator, kind, table_rows=7, with_reset=True)
+    expected, of_row = problem.expected(), 8 * sum(len(problem.inputs[name]) for name in (WEIGHTS[0], WEIGHTS[2]))
+    for limit, rows in ((3 * 7 * of_row, 7), (3 * 7 * of_row - 1, 2)):  # of two threads
+        seen = []
+        with monkeypatch.context() as patch:
+            patch.setattr(layers, "KEPT_BYTES", limit)
+            patch.setattr(torch, "get_num_threads", lambda: 2)
+            patch.setattr(
+                layers, "_layer", lambda x, *rest, call=layers._layer, seen=seen: seen.append(x) or call(x, *rest)
+            )
+            assert_results(problem.results(problem.fused), expected)
+        assert [len(x) for x in seen] == [rows]
+
+
 @pytest.mark.parametrize("wrong", [-1, 7, 2**62])
 def test_a_place_outside_the_table_is_refused(generator, wrong):
     problem = make_layer_problem(generator, "block", table_rows=7)

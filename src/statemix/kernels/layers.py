@@ -37,7 +37,8 @@ def layer(
         visibility: (B, N), in the dtype of x: what the read-out sees of each block is multiplied by it, and nothing
             else. It has no gradient. Ones if None.
         places: (B, T), integers: which row of the table x is at each step. What is made of a row alone is then made
-            once for each row, its raw gates and their weights too, and nothing of it is kept.
+            once for each row, its raw gates and their weights too, and nothing of it is kept. Where this would take
+            more than `KEPT_BYTES`, with the gradients that each thread adds up, x is made as long as the sequences.
         normalization: of the raw gates.
         kind: "block", "companion" or "observer".
         order: M.
@@ -50,6 +51,9 @@ def layer(
     Raises:
         IndexError: a place is none of the table.
     """
+    of_row = (weights[0].shape[0] + weights[2].shape[0]) * x.element_size()
+    if places is not None and (1 + torch.get_num_threads()) * len(x) * of_row > KEPT_BYTES:
+        x, places = torch.nn.functional.embedding(places, x), None
     batch, length = _steps(x, places)
     if state is None:
         state = x.new_zeros(batch, order, weights[3].shape[1] // order)
