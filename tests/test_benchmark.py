@@ -17,6 +17,7 @@ from statemix.benchmark import commands, contender, layers, measure, memory, res
 from statemix.benchmark.contender import PARTS, Contender, Shape, UnavailableError, Work
 from statemix.mixers import BDLRU
 from statemix.mixers.linear_recurrence import LinearRecurrence
+from statemix.model import SequenceModel
 from statemix.scan import block_scan
 
 SCAN = ["cpu", "associative", "loop", "copy", "softmax", "mambapy", "assoc-scan"]
@@ -24,12 +25,13 @@ DECODE = ["bdlru", "hlru", "lstm cell", "model of 4 layers", "Decoder of 4 layer
 OWN_LAYERS = ["bdlru", "bdlru keep", "bdlru recompute", "associative", "hlru", "bdlru few rows"]
 LAYERS = [*OWN_LAYERS, "products", "lstm", "gru", "mamba2"]
 LAYERS_BFLOAT16 = [*LAYERS, "bdlru float32"]
+TRAINED = ["bdlru", "bdlru first layer", "hlru", "lstm", "mamba2"]
 COMMANDS = {  # name -> (arguments, tables, contenders of each)
     "scan": ("scan --sizes 1x4,3x2 --batch 2 --length 9 --kinds block,companion", 12, SCAN),
     "scan float64": ("scan --sizes 2x3 --batch 1 --length 5 --kinds observer --dtype float64", 3, SCAN),
     "layer": ("layer --sizes 1x4,3x2 --batch 2 --length 9 --d-model 16", 2, LAYERS),
     "layer bfloat16": ("layer --sizes 3x2 --batch 2 --length 9 --d-model 8 --dtype bfloat16", 1, LAYERS_BFLOAT16),
-    "train-step": ("train-step --sizes 2x3 --batch 2 --length 9 --d-model 8", 1, ["bdlru", "hlru", "lstm", "mamba2"]),
+    "train-step": ("train-step --sizes 2x3 --batch 2 --length 9 --d-model 8", 1, TRAINED),
     "decode": ("decode --sizes 2x3 --d-model 8", 1, DECODE),
     "memory": ("memory --sizes 2x3 --length 5000 --d-model 8", 1, OWN_LAYERS[:4]),
     "scaling": ("scaling --sizes 2x3 --threads 1 --batch 2 --length 9 --lengths 16,64 --d-model 8", 5, None),
@@ -187,7 +189,7 @@ def test_a_contender_that_is_wrong_by_a_thousandth_stops_the_run(capsys, monkeyp
     [
         (scans.SCAN_CONTENDERS, {*SCAN} - {"copy", "softmax"}),
         (layers.LAYER_CONTENDERS, set(OWN_LAYERS)),
-        (layers.TRAIN_CONTENDERS, {"bdlru", "hlru"}),
+        (layers.TRAIN_CONTENDERS, set(TRAINED[:3])),
         (layers.DECODE_CONTENDERS, {*DECODE} - {"lstm cell"}),
     ],
     ids=["scan", "layer", "train-step", "decode"],
@@ -286,6 +288,15 @@ def test_the_softmax_is_that_of_the_raw_gates(kind, part):
     assert [tuple(x.shape) for x in results] == [size] * (2 if part == "forward + backward" else 1)
     if part != "backward":
         torch.testing.assert_close(results[0].sum(-2), torch.ones(size[:-2] + size[-1:]))
+
+
+def test_a_training_step_is_of_a_layer_without_a_table(monkeypatch):
+    tables, rows = [], SequenceModel._rows
+    monkeypatch.setattr(SequenceModel, "_rows", lambda model, tokens: tables.append(rows(model, tokens)) or tables[-1])
+    any_layer, first_layer, *_ = layers.TRAIN_CONTENDERS
+    for layer in (any_layer, first_layer):
+        layer.make(Shape(2, 3, batch=2, length=200, d_model=8)).call()
+    assert [table is None for table in tables] == [True, False]
 
 
 def test_the_products_are_those_of_the_layer():

@@ -205,9 +205,14 @@ def _mamba2_model(shape: Shape) -> SequenceModel:
     return _rival_model(shape, "head_dim", name="mamba2")
 
 
-def train_work(shape: Shape, build: Callable[[], nn.Module]) -> Work:
-    """A training step of a SequenceModel: cross entropy, its backward, clipping, AdamW."""
+def train_work(shape: Shape, build: Callable[[], nn.Module], *, as_first: bool = False) -> Work:
+    """A training step of a SequenceModel: cross entropy, its backward, clipping, AdamW.
+
+    `as_first`: the layer may read a table of the few tokens, as a first one can and no other.
+    """
     model = _built(shape, build)
+    if not as_first:
+        model.embedding.register_forward_hook(lambda *_: None)  # where something comes between, there is no table
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters)
     size = (shape.batch, shape.length + 1)
@@ -228,6 +233,7 @@ def train_work(shape: Shape, build: Callable[[], nn.Module]) -> Work:
 
 TRAIN_CONTENDERS = (
     own("bdlru", train_work, _model),
+    own("bdlru first layer", partial(train_work, as_first=True), _model),
     own("hlru", train_work, _h_lru_model),
     Contender("lstm", lambda shape: train_work(shape, partial(_lstm_model, shape))),
     Contender("mamba2", lambda shape: train_work(shape, partial(_mamba2_model, shape))),

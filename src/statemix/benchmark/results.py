@@ -46,6 +46,7 @@ LABELS = {  # what a reader of a picture understands of the names of contenders
     "bdlru float32": "BD-LRU in float32",
     "bdlru keep": "BD-LRU, raw gates kept",
     "bdlru recompute": "BD-LRU, raw gates computed again",
+    "bdlru first layer": "BD-LRU, of a table of few tokens",
     "bdlru few rows": "BD-LRU, of few tokens",
     "hlru": "H-LRU",
     "products": "the bare matrix products",
