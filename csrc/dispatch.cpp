@@ -102,11 +102,13 @@ STATEMIX_EXPORT int64_t statemix_model_step(int index, const ModelCall* p) {
   const int64_t outside = first_outside(p->tokens, p->readout.batch, p->vocabulary);
   return outside ? outside : run(&Kernels::model_step, index, *p);
 }
+static int64_t run_layer(void (*Kernels::*kernel)(const LayerCall&), int index, const LayerCall& p) {
+  const int64_t outside = first_outside(p.places, p.batch * p.length, p.table_rows);
+  return outside ? outside : run(kernel, index, p);
+}
 STATEMIX_EXPORT int64_t statemix_layer_forward(int index, const LayerCall* p) {
-  const int64_t outside = first_outside(p->places, p->batch * p->length, p->table_rows);
-  return outside ? outside : run(&Kernels::layer_forward, index, *p);
+  return run_layer(&Kernels::layer_forward, index, *p);
 }
 STATEMIX_EXPORT int64_t statemix_layer_backward(int index, const LayerCall* p) {
-  const int64_t outside = first_outside(p->places, p->batch * p->length, p->table_rows);
-  return outside ? outside : run(&Kernels::layer_backward, index, *p);
+  return run_layer(&Kernels::layer_backward, index, *p);
 }

@@ -310,7 +310,7 @@ struct Pass {
     const int64_t t0 = turn * chunk, count = std::min(chunk, s.length - t0);
     const bool narrow = s.width == s.padded_width;  // then y can be written where it belongs
     T* const lag_buffer = buffer + chunk * s.pitch;
-    T* const gates = s.table ? table : p.kept ? (T*)p.kept + (b * s.length + t0) * s.columns : buffer;
+    T* const gates = p.kept ? (T*)p.kept + (b * s.length + t0) * s.columns : buffer;
     const int64_t pitch = p.kept ? s.columns : s.pitch;
     if (!s.table) project((const T*)p.x + (b * s.length + t0) * s.width, count, gates, pitch);
 

@@ -40,12 +40,8 @@ STATES, DRAWS = (4, 8, 16, 32), {"quick": 20, "full": 50}
 # rivals at quick: a run of PD-SSM or DeltaProduct takes minutes
 RIVAL_STATES, RIVAL_DRAWS = {"quick": (4,), "full": STATES}, {"quick": 5, "full": 50}
 BLOCK_SIZE, NUM_BLOCKS, D_MODEL = 16, 16, 64
-STEPS = {
-    4: 10_000,
-    8: 600,
-    16: 600,
-    32: 600,
-}  # of 2,048 tokens; few where a block would need more components than it has
+# of 2,048 tokens; few where a block would need more components than it has
+STEPS = {4: 10_000, 8: 600, 16: 600, 32: 600}
 RIVAL_SEARCH = 50_000  # states of a rival, of which none comes again bit for bit: all words of up to 7 to 15 tokens
 MANY = 1_000  # functions, where counting them ends; the table says "many"
 # rivals have as many parameters as the BD-LRU of the same automaton

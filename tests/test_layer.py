@@ -162,6 +162,14 @@ def test_a_place_outside_the_table_is_refused(generator, wrong):
         problem.fused()
 
 
+def test_a_place_that_is_outside_by_then_is_refused_in_the_backward(generator):
+    problem = make_layer_problem(generator, "block", table_rows=7)
+    y, _ = problem.fused(problem.inputs | {"x": problem.inputs["x"].requires_grad_()})
+    problem.places.data[1, 3] = 7  # through .data autograd does not see it
+    with pytest.raises(IndexError, match=r"^layer: `places` must be in \[0, 7\), got 7\.$"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("kind", ["companion", "observer"])
 def test_lags_longer_than_a_chunk_equal_the_loop(generator, kind):
     sizes = {"order": 64, "blocks": 128, "width": 5, "length": 100, "batch": 1}  # chunks of 24 steps

@@ -87,9 +87,7 @@ def _layer_forward(
     results = _layer_results(x, initial_state, places, kind, keep, used)
     problem = _layer_problem(x, weights, initial_state, reset, visibility, places, normalization, kind)
     problem.y, problem.final_state, problem.states, problem.kept = map(address, results)
-    if outside := library().run("statemix_layer_forward", problem, used):  # counted from 1
-        assert places is not None
-        raise IndexError(f"layer: `places` must be in [0, {len(x)}), got {places.flatten()[outside - 1]}.")
+    _run("statemix_layer_forward", problem, used, places)
     return results
 
 
@@ -132,7 +130,7 @@ def _layer_backward(
         problem.grad_initial_state,
     ) = map(address, grads)
     used = library().instruction_set_of(states.shape[-1] * states.element_size())  # that of the forward
-    library().run("statemix_layer_backward", problem, used)
+    _run("statemix_layer_backward", problem, used, places)
     return grads
 
 
@@ -163,6 +161,13 @@ _layer = Operator("layer_forward", _layer_forward, _layer_forward_fake, _save_la
 _differentiate_layer = Operator(
     "layer_backward", _layer_backward, _layer_backward_fake, save_nothing, no_second_derivative
 )
+
+
+def _run(function: str, problem: LayerCall, used: str, places: Tensor | None) -> None:
+    if outside := library().run(function, problem, used):  # counted from 1
+        assert places is not None
+        rows, wrong = problem.table_rows, places.flatten()[outside - 1]
+        raise IndexError(f"layer: `places` must be in [0, {rows}), got {wrong}.")
 
 
 def _steps(x: Tensor, places: Tensor | None) -> tuple[int, int]:

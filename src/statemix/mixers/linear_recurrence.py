@@ -134,7 +134,7 @@ class LinearRecurrence(Mixer):
         """Where a kernel reads the table; else in training, unless the raw gates at full length are not to be kept."""
         if self.raw_gates.projection is None or not ROWS.runs_its_own(self) or not ROWS.reads(self):
             return False
-        if (HIDDEN_RECURRENCE if self.hidden else RECURRENCE).reads(self):
+        if self._part_on_cpu.reads(self):
             return True
         if not torch.is_grad_enabled():  # one operator is faster
             return False
@@ -148,6 +148,10 @@ class LinearRecurrence(Mixer):
         if (fused_results := self._fused_mix(rows.table, state, reset, visibility, rows.places)) is not None:
             return fused_results
         return self._scan(rows.each(self._gates), rows.each(self._values), state, reset, visibility, dtype)
+
+    @property
+    def _part_on_cpu(self) -> fused.Part:
+        return HIDDEN_RECURRENCE if self.hidden else RECURRENCE
 
     def _visibility(self, x: Tensor) -> Tensor | None:
         """What the read-out sees of each block, (B, N): a share `hidden` of them not at all, and more of the others."""
@@ -258,8 +262,7 @@ class LinearRecurrence(Mixer):
     ) -> tuple[Tensor, Tensor] | None:
         """`mix`, or with places of rows x `mix_rows`, by the kernels for a layer; None where they do not serve."""
         on_gpu = x.is_cuda or self.backend == "gpu"  # "auto" never takes the emulator
-        on_cpu = RECURRENCE if visibility is None else HIDDEN_RECURRENCE
-        part = RECURRENCE_ON_GPU if on_gpu else on_cpu
+        part = RECURRENCE_ON_GPU if on_gpu else self._part_on_cpu
         if on_gpu and places is not None:
             return None
         if not fused.serves(part.engine, x, state, reset) or (inputs := part.inputs(self)) is None:
