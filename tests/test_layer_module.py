@@ -10,6 +10,7 @@ from kernel_helpers import WEIGHTS, make_layer, make_layer_problem
 from torch.func import functional_call
 
 from statemix.kernels import layers
+from statemix.mixers.base import Rows
 
 pytestmark = needs_kernels
 
@@ -31,6 +32,22 @@ def test_a_module_is_the_operator(generator, kind, recompute):
     actual = mixer(problem.inputs["x"], problem.inputs["state"], problem.reset)
     for result, expected in zip(actual, problem.fused(recompute=recompute), strict=True):
         assert torch.equal(result, expected)
+
+
+PLACES = torch.zeros(2, 5, dtype=torch.int64)
+WRONG_ROWS = {
+    "places of int32": (Rows(torch.zeros(3, 4), PLACES.int()), TypeError, "must have int64 places"),
+    "a table of another dtype": (Rows(torch.zeros(3, 4).double(), PLACES), TypeError, "a table of torch.float32"),
+    "places of another batch": (Rows(torch.zeros(3, 4), PLACES.repeat(2, 1)), ValueError, r"got \(3, 4\) and \(4, 5\)"),
+    "rows of another width": (Rows(torch.zeros(3, 5), PLACES), ValueError, r"got \(3, 5\) and \(2, 5\)"),
+    "places outside the table": (Rows(torch.zeros(3, 4), PLACES + 3), IndexError, r"must be in \[0, 3\), got 3"),
+}
+
+
+@pytest.mark.parametrize(("rows", "error", "told"), WRONG_ROWS.values(), ids=WRONG_ROWS)
+def test_rows_that_are_not_of_x_are_refused(rows, error, told):
+    with pytest.raises(error, match=told):
+        make_layer("block", 3, 4, 2)(torch.zeros(2, 5, 4), None, None, rows)
 
 
 @each_kind

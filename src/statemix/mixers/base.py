@@ -128,7 +128,10 @@ class Mixer(nn.Module):
             raise ValueError(f"{name}: `state` must have shape (B, M, N) = {wanted}, got {tuple(state.shape)}.")
         if reset is not None:
             check_reset(name, reset, x.shape[:2], x.device)
-        return self.mix(x, state, reset) if rows is None else self.mix_rows(rows, state, reset)
+        if rows is None:
+            return self.mix(x, state, reset)
+        check_rows(name, rows, x)
+        return self.mix_rows(rows, state, reset)
 
     def step(self, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One step of the same recurrence: x (B, D) and the state (B, M, N) to y (B, D) and the next state.
@@ -178,6 +181,18 @@ def reset_rows(state: Tensor | None, reset: Tensor) -> Tensor | None:
     if not isinstance(state, Tensor) or state.ndim != 3 or state.shape[0] != reset.shape[0]:
         return state
     return state.masked_fill(reset[:, None, None], 0)
+
+
+def check_rows(owner: str, rows: Rows, x: Tensor) -> None:
+    """Raise, in the name of `owner`, unless rows may be those of x (B, T, D): a table (V, D), int64 places (B, T)."""
+    table, places = rows
+    if places.dtype != torch.int64 or table.dtype != x.dtype:
+        told = f"places of {places.dtype} and a table of {table.dtype}"
+        raise TypeError(f"{owner}: `rows` must have int64 places and a table of {x.dtype} like `x`, got {told}.")
+    if table.ndim != 2 or table.shape[1] != x.shape[2] or places.shape != x.shape[:2]:
+        told = f"{tuple(table.shape)} and {tuple(places.shape)}"
+        wanted = f"(V, D) and (B, T) = (V, {x.shape[2]}) and {tuple(x.shape[:2])}"
+        raise ValueError(f"{owner}: `rows` must have a table and places of the shapes {wanted}, got {told}.")
 
 
 def check_reset(owner: str, reset: Tensor, shape: Sequence[int], device: torch.device) -> None:
