@@ -134,7 +134,8 @@ struct Packed {
 
 template <class T>
 int64_t chunk_rows(const Shape<T>& s) {
-  const int64_t fits = std::clamp(kChunkBytes / int64_t(s.columns * sizeof(T)), kLeastRows, kMostRows);
+  const int64_t numbers = s.table ? s.kept : s.columns;  // a table's raw gates are no part of a chunk
+  const int64_t fits = std::clamp(kChunkBytes / int64_t(numbers * sizeof(T)), kLeastRows, kMostRows);
   const int64_t chunks = (s.length + fits - 1) / fits, even = (s.length + chunks - 1) / chunks;
   return std::max<int64_t>((even + kTileRows - 1) / kTileRows * kTileRows, 1);
 }
@@ -189,6 +190,16 @@ struct Pass {
       (is_backward ? recur.weigh_to_return : recur.weigh)(steps, int(s.rows), table_weights(v));
     }
     barrier(threads);
+  }
+
+  // What came of a tile's steps to the sums of their rows, while it is in the cache.
+  void add_to_table(const Steps<T>& steps, int64_t v, T* sum) const {
+    T* const grads = sum + sums_size() - s.table * s.columns + v * s.slots * s.lanes;
+    for (int t = 0; t < steps.count; ++t) {
+      T* const to = grads + steps.row(t) * s.columns;
+      const T* const from = steps.grad_gates(t, 0);
+      for (int64_t i = 0; i < s.slots * s.lanes; i += s.lanes) store(to + i, load(to + i) + load(from + i));
+    }
   }
 
   // This thread's share of the way from the gradients of the table's raw gates and values to those of weights and x.
@@ -309,7 +320,7 @@ struct Pass {
   void forward_chunk(int64_t b, int64_t turn, T* buffer, Weights<T> buffer_weights) const {
     const int64_t t0 = turn * chunk, count = std::min(chunk, s.length - t0);
     const bool narrow = s.width == s.padded_width;  // then y can be written where it belongs
-    T* const lag_buffer = buffer + chunk * s.pitch;
+    T* const lag_buffer = buffer + gates_size();
     T* const gates = p.kept ? (T*)p.kept + (b * s.length + t0) * s.columns : buffer;
     const int64_t pitch = p.kept ? s.columns : s.pitch;
     if (!s.table) project((const T*)p.x + (b * s.length + t0) * s.width, count, gates, pitch);
@@ -383,17 +394,20 @@ struct Pass {
   // Per thread: columns x padded_width for the input weights, width x depth for the output's, columns for the bias, the table's.
   int64_t sums_size() const { return s.columns * s.padded_width + s.width * s.depth + s.columns + s.table * s.columns; }
 
+  // Raw gates and values of a chunk, or gradients of them; where a table has the former, the latter of a tile's next few steps.
+  int64_t gates_size() const { return s.table ? at_once * s.slots * s.lanes : chunk * s.pitch; }
+
   // Numbers of what a chunk works on: as forward_chunk and backward_chunk lay them out.
   int64_t chunk_size() const {
-    if (!is_backward) return chunk * (s.pitch + s.depth + s.padded_width);
+    if (!is_backward) return gates_size() + chunk * (s.depth + s.padded_width);
     const int64_t rows = std::max(chunk, s.margin), window = s.companion ? s.order - 1 : 0;
-    return chunk * s.pitch + rows * s.kept + 2 * (rows + window) * s.row_pitch + rows * std::max(s.depth, s.order * s.padded_width);
+    return gates_size() + rows * s.kept + 2 * (rows + window) * s.row_pitch + rows * std::max(s.depth, s.order * s.padded_width);
   }
 
   void backward_chunk(int64_t b, int64_t turn, T* gates, Weights<T> buffer_weights, T* sum) const {
     const int64_t t0 = (chunks - 1 - turn) * chunk, count = std::min(chunk, s.length - t0), window = s.companion ? s.order - 1 : 0;
     const int64_t rows = std::max(chunk, s.margin);
-    T* const grad_states = gates + chunk * s.pitch;
+    T* const grad_states = gates + gates_size();
     T* const grad_y = grad_states + rows * s.kept;
     T* const x = grad_y + (rows + window) * s.row_pitch;
     T* const cut_rows = x + (rows + window) * s.row_pitch;
@@ -416,8 +430,11 @@ struct Pass {
         Steps<T> steps = steps_of(b, t0 + t, std::min(at_once, count - t), v, made, raw_pitch);
         steps.before = before;
         steps.grad_states = {grad_states + t * s.kept + state_at, s.kept, s.lanes};
-        steps.grad_gates = {gates + t * s.pitch + v * s.slots * s.lanes, s.pitch, s.lanes};
-        steps.grad_values = {steps.grad_gates.at + per_step * s.lanes, s.pitch, s.lanes};
+        if (s.table)
+          steps.grad_gates = {gates, s.slots * s.lanes, s.lanes};
+        else
+          steps.grad_gates = {gates + t * s.pitch + v * s.slots * s.lanes, s.pitch, s.lanes};
+        steps.grad_values = {steps.grad_gates.at + per_step * s.lanes, steps.grad_gates.step, s.lanes};
         T* const q = steps.gates.at;
         const Weights<T> w = s.table ? table_weights(v) : in_place ? Weights<T>{q, q, q, raw_pitch} : buffer_weights;
         if (!s.table && (!in_place || !p.kept)) recur.weigh_to_return(steps, int(s.rows), w);
@@ -432,6 +449,7 @@ struct Pass {
           read_state(p.grad_final_state, b, v, carry);
         }
         recur.backward(steps, w, carry);
+        if (s.table) add_to_table(steps, v, sum);
       }
       if (turn == chunks - 1 && !s.companion) write_state(carry, b, v, p.grad_initial_state);
       done.store(turn + 1, std::memory_order_release);
@@ -443,12 +461,7 @@ struct Pass {
     product<T, true>({s.width, s.depth, count, grad_y, s.row_pitch, shown, stride, kPanel<T>, grad_out, s.depth, grad_out, s.depth},
                      true);
     T* const grad_bias = grad_out + s.width * s.depth;
-    if (s.table) {
-      for (int64_t r = 0; r < count; ++r) {
-        T* const to = grad_bias + s.columns + *places(b, t0 + r) * s.columns;
-        for (int64_t c = 0; c < s.columns; c += width<T>) store(to + c, load(to + c) + load(gates + r * s.pitch + c));
-      }
-    } else {
+    if (!s.table) {
       read_rows(x_rows, count, x);
       product<T, true>(
           {s.columns, s.padded_width, count, gates, s.pitch, x, s.row_pitch, kPanel<T>, sum, s.padded_width, sum, s.padded_width},

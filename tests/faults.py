@@ -354,8 +354,8 @@ the gradient of states is not told what the read-out sees
   -     if (p.visibility) show(b, count, s.kept, to, s.kept, to);
   ? tests/test_layer.py -k read_out_does_not_see
 the gradients of a table's rows are added up in the order of the steps
-  - *places(b, t0 + r) * s.columns
-  + (t0 + r) % s.table * s.columns
+  - grads + steps.row(t) * s.columns
+  + grads + t % s.table * s.columns
   ? tests/test_layer.py -k table_of_rows_equals
 kept gates are used that were not kept
   -     if (!p.kept && !s.table) project(x_rows, count, gates, s.pitch);
