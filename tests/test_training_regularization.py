@@ -67,7 +67,7 @@ def test_nothing_is_hidden_afterwards_or_at_zero():
 def test_what_is_dropped_is_of_the_seed_the_step_and_the_process():
     def drawn(seed, step, process, callers):
         torch.manual_seed(callers)
-        with dropout_seed(small_config(seed=seed, block_dropout=0.5), step, process):
+        with dropout_seed(small_config(seed=seed, block_dropout=0.5), step, process, torch.device("cpu")):
             return torch.rand(4)
 
     assert torch.equal(drawn(0, 3, 0, callers=1), drawn(0, 3, 0, callers=2))
