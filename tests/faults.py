@@ -161,9 +161,13 @@ a one-hot row has no gradient
   + return rows
   ? tests/test_training_exact.py -k gradient_of_all
 the state of blocks that are heard is put at the first ones
-  - whole.index_copy(2, heard, final_state)
-  + whole.index_copy(2, heard - heard.min(), final_state)
+  - index_copy(2, self.heard, state)
+  + index_copy(2, self.heard - self.heard.min(), state)
   ? tests/test_training_exact.py -k silenced_are_not_computed
+the columns of a table of one-hot rows are taken for raw gates
+  - normalization="none",
+  + normalization=self.normalization,
+  ? tests/test_training_exact.py -k one_hot_rows_of_few
 
 src/statemix/mixers/attention.py
 an attention may have a width that its rotation cannot halve
@@ -256,7 +260,7 @@ the noise of gates is the same at each step
   + manual_seed(hash((seed, 0)))
   ? tests/test_training_regularization.py -k noise_is_on
 what is dropped depends on the caller's random state
-  -             torch.manual_seed(hash((config.seed, step, process)))
+  -             seed(hash((config.seed, step, process)))
   +             pass
   ? tests/test_training_regularization.py -k dropped_is_of
 every step drops the same

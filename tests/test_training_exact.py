@@ -5,9 +5,21 @@ import re
 
 import pytest
 import torch
-from run_helpers import TRAIN, assert_same_files, each_kind_of_rows, refused, run, run_in_parts, small_config
+from helpers import needs_kernels
+from run_helpers import (
+    ROWS_OF_GATES,
+    TRAIN,
+    assert_same_files,
+    each_kind_of_rows,
+    refused,
+    run,
+    run_in_parts,
+    small_config,
+)
 
-from statemix import BDLRU, HLRU, SequenceModel, TrainConfig
+from statemix import BDLRU, HLRU, SequenceModel, TrainConfig, kernels
+from statemix.mixers import build_mixer
+from statemix.mixers.base import Rows
 from statemix.mixers.linear_recurrence import one_hot_rows
 from statemix.model import load_model
 from statemix.tasks import IGNORE_INDEX, PermutationComposition
@@ -244,6 +256,46 @@ def test_blocks_that_are_silenced_are_not_computed_and_change_nothing(mixer, len
     with one_hot_gates(model, [list(range(size * blocks)), []]):  # nothing of a layer is heard
         assert bool(model(tokens)[0].isfinite().all())
     assert all(mixer.heard is None and not mixer.one_hot for mixer in model.mixers)
+
+
+@needs_kernels
+@pytest.mark.parametrize("heard", [None, [4, 1]], ids=["all are heard", "two are heard"])
+@pytest.mark.parametrize("normalization", ["softmax", "tanh"])
+@pytest.mark.parametrize("mixer", [mixer for mixer in ROWS_OF_GATES if mixer.get("selective", True)], ids=str)
+def test_one_hot_rows_of_few_tokens_are_read_from_a_table(mixer, normalization, heard, monkeypatch):
+    """Of outputs, states and gradients, against gates and values at full length."""
+    torch.manual_seed(0)
+    layer = build_mixer(mixer | {"normalization": normalization}, 8).double()
+    layer.one_hot, layer.heard = True, None if heard is None else torch.tensor(heard)
+    table, places = torch.randn(5, 8).double(), torch.randint(5, (3, 40))
+    state, reset = torch.randn(3, *layer.state_shape).double(), torch.rand(3, 40) < 0.1
+    calls, kernel = [], kernels.layer
+    monkeypatch.setattr(kernels, "layer", lambda *given, **others: calls.append(1) or kernel(*given, **others))
+
+    def results(table):
+        inputs = [each.requires_grad_() for each in (table.clone(), state.clone(), *layer.parameters())]
+        layer.hidden = 0.5
+        torch.manual_seed(1)
+        y, final = layer.mix_rows(Rows(inputs[0], places), inputs[1], reset)
+        layer.hidden = 0.0
+        return y, final, *torch.autograd.grad((y.sin().sum() + final.sin().sum()), inputs, materialize_grads=True)
+
+    got = results(table)
+    assert calls == [1]
+    monkeypatch.setattr(type(layer), "_fused_one_hot", lambda *given: None)
+    wanted = results(table)
+    assert calls == [1]
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_more_tokens_than_a_layer_is_wide_have_no_table_of_one_hot_rows():
+    torch.manual_seed(0)
+    model = SequenceModel(20, 8, 1, {"name": "bd_lru", "num_blocks": 6, "block_size": 3})
+    tokens = torch.arange(40)[None] % 20
+    with one_hot_gates(model, [[]]):
+        trained = model(tokens)[0]
+    model.mixers[0].sharpen(1e6)
+    torch.testing.assert_close(model(tokens)[0], trained, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("signed", [False, True])

@@ -60,7 +60,11 @@ def _allowed_on_cpu(mixer: "LinearRecurrence") -> bool:
 
 
 def _allowed_hidden(mixer: "LinearRecurrence") -> bool:
-    return mixer.backend in ("auto", "cpu") and mixer.state_shape[0] <= kernels.MAX_ORDER and not mixer.one_hot
+    return _allowed_one_hot(mixer) and not mixer.one_hot
+
+
+def _allowed_one_hot(mixer: "LinearRecurrence") -> bool:
+    return mixer.backend in ("auto", "cpu") and mixer.state_shape[0] <= kernels.MAX_ORDER
 
 
 def _allowed_on_gpu(mixer: "LinearRecurrence") -> bool:
@@ -82,6 +86,7 @@ RECURRENCE = fused.Part(
 )
 ROWS = RECURRENCE.without("output", allows=lambda mixer: True)  # its raw gates and values, by whatever engine
 HIDDEN_RECURRENCE = RECURRENCE.on(fused.CPU, allows=_allowed_hidden, arrange=lambda mixer, weights: weights)
+ONE_HOT_RECURRENCE = RECURRENCE.on(fused.CPU, allows=_allowed_one_hot, arrange=lambda mixer, weights: weights)
 RECURRENCE_ON_GPU = RECURRENCE.on(fused.GPU, allows=_allowed_on_gpu, arrange=lambda mixer, weights: weights)
 
 
@@ -134,7 +139,7 @@ class LinearRecurrence(Mixer):
         """Where a kernel reads the table; else in training, unless the raw gates at full length are not to be kept."""
         if self.raw_gates.projection is None or not ROWS.runs_its_own(self) or not ROWS.reads(self):
             return False
-        if self._part_on_cpu.reads(self):
+        if (ONE_HOT_RECURRENCE if self.one_hot else self._part_on_cpu).reads(self):
             return True
         if not torch.is_grad_enabled():  # one operator is faster
             return False
@@ -145,7 +150,11 @@ class LinearRecurrence(Mixer):
     def mix_rows(self, rows: Rows, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `Mixer.mix_rows`."""
         visibility, dtype = self._visibility(rows.places), rows.table.dtype
-        if (fused_results := self._fused_mix(rows.table, state, reset, visibility, rows.places)) is not None:
+        if self.one_hot:
+            fused_results = self._fused_one_hot(rows, state, reset, visibility)
+        else:
+            fused_results = self._fused_mix(rows.table, state, reset, visibility, rows.places)
+        if fused_results is not None:
             return fused_results
         return self._scan(rows.each(self._gates), rows.each(self._values), state, reset, visibility, dtype)
 
@@ -206,9 +215,19 @@ class LinearRecurrence(Mixer):
             states = states * seen[:, None, None].to(dtype)
         if heard is None:
             return self.output(states.flatten(2)), final_state
-        weight = self.output.weight.unflatten(1, (-1, self.state_shape[1]))[..., heard].flatten(1)
-        whole = final_state.new_zeros(len(final_state), *self.state_shape)
-        return nn.functional.linear(states.flatten(2), weight), whole.index_copy(2, heard, final_state)
+        return nn.functional.linear(states.flatten(2), self._output_weight()), self._whole(final_state)
+
+    def _output_weight(self) -> Tensor:
+        """Of the read-out, (D, M N), of the blocks that are heard alone."""
+        if self.heard is None:
+            return self.output.weight
+        return self.output.weight.unflatten(1, (-1, self.state_shape[1]))[..., self.heard].flatten(1)
+
+    def _whole(self, state: Tensor) -> Tensor:
+        """A state of the blocks that are heard, with zeros for the others, (B, M, N)."""
+        if self.heard is None:
+            return state
+        return state.new_zeros(len(state), *self.state_shape).index_copy(2, self.heard, state)
 
     def row_entropy(self, x: Tensor) -> Tensor:
         """Mean over a step's rows of gates of -sum_j |p_j| ln |p_j|, in nats: x (B, T, D) to (B, T); 0 if one-hot.
@@ -295,6 +314,41 @@ class LinearRecurrence(Mixer):
             order=self.state_shape[0],
             recompute=self.recompute,
         )
+
+    def _fused_one_hot(
+        self, rows: Rows, state: Tensor | None, reset: Tensor | None, visibility: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """`mix_rows` with one-hot rows of gates, by the kernels for a layer; None where they do not serve.
+
+        To the kernel weights and values are the columns of what projects another table: a row of the identity for each
+        row of this one. A product with it changes no bit, and the gradient of a column is that of its row.
+        """
+        table, places, heard = *rows, self.heard
+        if len(table) > self.d_model or (heard is not None and len(heard) == 0):
+            return None
+        if not fused.serves(fused.CPU, table, state, reset) or ONE_HOT_RECURRENCE.inputs(self) is None:
+            return None
+        columns = (0, self.d_model - len(table))
+        weights = nn.functional.pad(self._gates(table[None])[0].flatten(1).mT, columns)
+        values = nn.functional.pad(self._values(table[None])[0].mT, columns)
+        if weights.dtype != table.dtype:
+            return None
+        if heard is not None:
+            state = None if state is None else state[..., heard]
+            visibility = None if visibility is None else visibility[:, heard]
+        y, final_state = kernels.layer(
+            torch.eye(len(table), self.d_model, dtype=table.dtype),
+            (weights, weights.new_zeros(len(weights)), values, self._output_weight()),
+            state,
+            reset,
+            visibility,
+            places,
+            normalization="none",
+            kind=self.kind,
+            order=self.state_shape[0],
+            recompute=self.recompute,
+        )
+        return y, self._whole(final_state)
 
     def _fused_step(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The step as one call, or None where that does not serve."""
