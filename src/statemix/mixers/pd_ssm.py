@@ -1,5 +1,6 @@
 """PD-SSM: each component of a complex state is turned, and then goes to one place, alone or with others."""
 
+import itertools
 import math
 
 import torch
@@ -76,7 +77,10 @@ class PDSSM(Mixer):
             decay = torch.polar(torch.sigmoid(magnitude), 2 * math.pi * torch.sigmoid(phase))
             # where a column has its largest entry is not to depend on the precision
             inputs = x.to(self.dictionary.dtype).split(self.chunk_size, dim=1)
-            transitions = (each for chunk in inputs for each in self._transitions(chunk).to(state.dtype).unbind(1))
+            # the entries of a column come to lie side by side: softmax and argmax take half the time
+            columns = self.dictionary.mT.contiguous()
+            made = (self._transitions(chunk, columns).to(state.dtype) for chunk in inputs)
+            transitions = itertools.chain.from_iterable(chunk.unbind(1) for chunk in made)
             # numbers of one step are taken out all at once: the gradient of one index is as large as the whole
             clear = [None] * x.shape[1] if reset is None else reset[..., None, None].unbind(1)
             for transition, d, v, zero in zip(transitions, decay.unbind(1), values.unbind(1), clear, strict=True):
@@ -88,11 +92,9 @@ class PDSSM(Mixer):
         y = self.output(torch.stack(states, dim=1).flatten(2).to(x.dtype))
         return y + (self.skip * x).to(y.dtype), state
 
-    def _transitions(self, x: Tensor) -> Tensor:
+    def _transitions(self, x: Tensor, columns: Tensor) -> Tensor:
         """P_t at x (B, T, D), (B, T, N, N): [..., j, i] carries old component j to new component i."""
         chosen = torch.softmax(self.selector(x), dim=-1)
-        # the entries of a column come to lie side by side: softmax and argmax take half the time
-        columns = self.dictionary.mT.contiguous()
         soft = torch.softmax(torch.einsum("btk,kji->btji", chosen, columns), dim=-1)
         if not self.one_hot:
             return soft
