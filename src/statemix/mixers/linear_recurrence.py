@@ -60,10 +60,10 @@ def _allowed_on_cpu(mixer: "LinearRecurrence") -> bool:
 
 
 def _allowed_hidden(mixer: "LinearRecurrence") -> bool:
-    return _allowed_one_hot(mixer) and not mixer.one_hot
+    return _may_run_on_cpu(mixer) and not mixer.one_hot
 
 
-def _allowed_one_hot(mixer: "LinearRecurrence") -> bool:
+def _may_run_on_cpu(mixer: "LinearRecurrence") -> bool:
     return mixer.backend in ("auto", "cpu") and mixer.state_shape[0] <= kernels.MAX_ORDER
 
 
@@ -86,7 +86,7 @@ RECURRENCE = fused.Part(
 )
 ROWS = RECURRENCE.without("output", allows=lambda mixer: True)  # its raw gates and values, by whatever engine
 HIDDEN_RECURRENCE = RECURRENCE.on(fused.CPU, allows=_allowed_hidden, arrange=lambda mixer, weights: weights)
-ONE_HOT_RECURRENCE = RECURRENCE.on(fused.CPU, allows=_allowed_one_hot, arrange=lambda mixer, weights: weights)
+ONE_HOT_RECURRENCE = RECURRENCE.on(fused.CPU, allows=_may_run_on_cpu, arrange=lambda mixer, weights: weights)
 RECURRENCE_ON_GPU = RECURRENCE.on(fused.GPU, allows=_allowed_on_gpu, arrange=lambda mixer, weights: weights)
 
 
@@ -193,11 +193,9 @@ class LinearRecurrence(Mixer):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         """Of `_gates` and values, (B, T, ...), the outputs in a dtype and the final state, 0 of blocks not heard."""
-        heard = self.heard
+        state, visibility = self._of_heard(state), self._of_heard(visibility)
         if self.kind == "block":
             values = values.unflatten(2, (self.state_shape[0], -1))
-        if heard is not None and state is not None:
-            state = state[..., heard]
         states, final_state = scan_to_state(
             self.kind,
             gates.to(values.dtype),
@@ -211,11 +209,14 @@ class LinearRecurrence(Mixer):
             states = lagged_states(states, state, reset, self.state_shape[0])
         states = states.to(dtype)
         if visibility is not None:
-            seen = visibility if heard is None else visibility[:, heard]
-            states = states * seen[:, None, None].to(dtype)
-        if heard is None:
+            states = states * visibility[:, None, None].to(dtype)
+        if self.heard is None:
             return self.output(states.flatten(2)), final_state
         return nn.functional.linear(states.flatten(2), self._output_weight()), self._whole(final_state)
+
+    def _of_heard(self, numbers: Tensor | None) -> Tensor | None:
+        """Of numbers (..., N) those of the blocks that are heard."""
+        return numbers if numbers is None or self.heard is None else numbers[..., self.heard]
 
     def _output_weight(self) -> Tensor:
         """Of the read-out, (D, M N), of the blocks that are heard alone."""
@@ -323,8 +324,8 @@ class LinearRecurrence(Mixer):
         To the kernel weights and values are the columns of what projects another table: a row of the identity for each
         row of this one. A product with it changes no bit, and the gradient of a column is that of its row.
         """
-        table, places, heard = *rows, self.heard
-        if len(table) > self.d_model or (heard is not None and len(heard) == 0):
+        table, places = rows
+        if len(table) > self.d_model or (self.heard is not None and len(self.heard) == 0):
             return None
         if not fused.serves(fused.CPU, table, state, reset) or ONE_HOT_RECURRENCE.inputs(self) is None:
             return None
@@ -333,15 +334,12 @@ class LinearRecurrence(Mixer):
         values = nn.functional.pad(self._values(table[None])[0].mT, columns)
         if weights.dtype != table.dtype:
             return None
-        if heard is not None:
-            state = None if state is None else state[..., heard]
-            visibility = None if visibility is None else visibility[:, heard]
         y, final_state = kernels.layer(
             torch.eye(len(table), self.d_model, dtype=table.dtype),
             (weights, weights.new_zeros(len(weights)), values, self._output_weight()),
-            state,
+            self._of_heard(state),
             reset,
-            visibility,
+            self._of_heard(visibility),
             places,
             normalization="none",
             kind=self.kind,
